@@ -1,0 +1,1 @@
+"""The method on one device: pure tensors, no process groups (arXiv 2303.10512)."""

@@ -1,0 +1,238 @@
+"""Which modules get an adapter, and putting it there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from adalora_scale.adalora.fingerprint import fingerprint
+from adalora_scale.adalora.layer import AdaLoraLayer, linear_features
+from adalora_scale.config import AdaLoraConfig
+from adalora_scale.errors import UserError, nearest
+
+ALL_LINEAR = "all-linear"
+
+# What wrappers put into a module's own name: DDP in front of it, torch.compile and checkpointing anywhere.
+_WRAPPERS_IN_FRONT = re.compile(r"^((module|_orig_mod)(\.|$))+")
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(\.|$)")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of a model the adapters reach."""
+
+    adapted_weights: int
+    """Elements of the linear weights that have an adapter."""
+    linear_weights: int
+    """Elements of all linear weights, output head and 3-D expert tensors included."""
+    adapter_parameters: int
+    """Trainable elements in A, E and B."""
+    other_trainable: int
+    """Trainable elements outside the adapters (modules_to_save)."""
+    matrices: int
+    """Number of adapted matrices."""
+
+    def __str__(self) -> str:
+        share = self.adapted_weights / max(self.linear_weights, 1)
+        extra = f" and {self.other_trainable:,} in modules_to_save" if self.other_trainable else ""
+        return (
+            f"AdaLoRA on {self.matrices} matrices: {share:.1%} of the linear weights adapted, "
+            f"{self.adapter_parameters:,} adapter parameters{extra}"
+        )
+
+
+def inject_adalora(model: nn.Module, config: AdaLoraConfig) -> nn.Module:
+    """Freeze `model`, wrap the target modules in `AdaLoraLayer` in place, and return the model.
+
+    Args:
+        model: any module with nn.Linear or Conv1D layers, not yet sharded or wrapped.
+        config: the method's options.
+
+    Raises:
+        UserError: a pattern matches nothing, `all-linear` meets weights it cannot adapt, or adapters are already there.
+        Unsupported: a pattern matches a layer that is not linear.
+    """
+    if any(True for _ in adapter_layers(model)):
+        raise UserError("the model already has AdaLoRA layers; inject into a fresh base model.")
+    targets = find_targets(model, config)
+    base_weights = [(name, cast(Tensor, model.get_submodule(name).weight).detach()) for name in targets]
+    model.requires_grad_(False)
+    wrappers: dict[nn.Module, AdaLoraLayer] = {}
+    for name in targets:
+        base = model.get_submodule(name)
+        wrappers[base] = AdaLoraLayer(
+            base,
+            r=config.init_r,
+            scaling=config.lora_alpha / config.init_r,
+            dropout=config.lora_dropout,
+            init_std=config.init_std,
+        )
+    replace_modules(model, wrappers)
+    for name in modules_to_save(model, config):
+        model.get_submodule(name).requires_grad_(True)
+    model.adalora_base_fingerprint = fingerprint(base_weights)  # type: ignore[assignment]  # ranks compare theirs
+    model.adalora_config = config  # type: ignore[assignment]  # a plain attribute; nn.Module's stub knows only tensors
+    return model
+
+
+def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdaLoraLayer]]:
+    """Yield (name, layer) in module order; names are those of the unwrapped model."""
+    root = injected_module(model)
+    for name, module in (root or model).named_modules():
+        if isinstance(module, AdaLoraLayer):
+            yield (plain_name(name) if root is None else _WRAPPERS.sub("", name).rstrip(".")), module
+
+
+def injected_module(model: nn.Module) -> nn.Module | None:
+    """Return the module that `inject_adalora` was given, inside whatever wraps it now; None if there is no one such."""
+    roots = [module for module in model.modules() if "adalora_config" in vars(module)]
+    return roots[0] if len(roots) == 1 else None
+
+
+def plain_name(name: str) -> str:
+    """Remove the parts that DDP, torch.compile and checkpoint wrappers add to a module's or parameter's name."""
+    return _WRAPPERS.sub("", _WRAPPERS_IN_FRONT.sub("", name)).rstrip(".")
+
+
+def find_targets(model: nn.Module, config: AdaLoraConfig) -> list[str]:
+    """Return the names of the modules to adapt, in module order.
+
+    Raises:
+        UserError: a pattern matches nothing, or `all-linear` would leave expert tensors behind.
+        Unsupported: a named target is not a linear layer.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    excluded = _matches(names, config.exclude_modules, "adalora.exclude_modules") if config.exclude_modules else set()
+    saved = set(modules_to_save(model, config))
+    if config.target_modules == ALL_LINEAR:
+        head = _output_head(model)
+        linear = {name for name in names if _is_linear(model.get_submodule(name))}
+        selected = {name for name in linear if model.get_submodule(name) is not head and not _inside(name, saved)}
+        _refuse_unreachable_weights(model, excluded)
+    else:
+        selected = _matches(names, config.target_modules, "adalora.target_modules")
+    selected -= excluded
+    if config.layers_to_transform is not None:
+        selected = _keep_layers(selected, config.layers_to_transform)
+    targets = [name for name in names if name in selected]
+    if not targets:
+        raise UserError("adalora.target_modules selects no module after adalora.exclude_modules was applied.")
+    for name in targets:
+        linear_features(model.get_submodule(name))
+        if _inside(name, saved):
+            raise UserError(
+                f"'{name}' is in both adalora.target_modules and adalora.modules_to_save; keep it in one of them."
+            )
+    return targets
+
+
+def modules_to_save(model: nn.Module, config: AdaLoraConfig) -> list[str]:
+    """Return the full names of the modules trained in full.
+
+    Raises:
+        UserError: a name in modules_to_save matches nothing.
+    """
+    if not config.modules_to_save:
+        return []
+    names = [name for name, _ in model.named_modules() if name]
+    matched = _matches(names, config.modules_to_save, "adalora.modules_to_save")
+    return [name for name in names if name in matched]
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """Measure which share of the linear weights has an adapter."""
+    adapted = linear = adapter = matrices = 0
+    owned: set[int] = set()
+    for _, module in model.named_modules():
+        if isinstance(module, AdaLoraLayer):
+            adapted += module.in_features * module.out_features
+            adapter += module.r * (module.in_features + module.out_features + 1)
+            owned |= {id(parameter) for parameter in (module.lora_A, module.lora_E, module.lora_B)}
+            matrices += 1
+        elif _is_linear(module):
+            features = linear_features(module)
+            linear += features[0] * features[1]
+    linear += sum(parameter.numel() for _, _, parameter in _expert_tensors(model))
+    other = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in owned)
+    return Coverage(adapted, linear, adapter, other, matrices)
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Replace submodules everywhere: a layer shared under two names shares its replacement too."""
+    for parent in list(model.modules()):
+        for leaf, child in list(parent._modules.items()):
+            if child is not None and child in replacements:
+                setattr(parent, leaf, replacements[child])
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def _inside(name: str, parents: Iterable[str]) -> bool:
+    return any(name == parent or name.startswith(parent + ".") for parent in parents)
+
+
+def _matches(names: list[str], patterns: list[str] | str, key: str) -> set[str]:
+    """Names selected by PEFT's rule: a list holds name endings, a string is one regex over the full name."""
+    if isinstance(patterns, str):
+        try:
+            regex = re.compile(patterns)
+        except re.error as error:
+            raise UserError(f"{key}: '{patterns}' is not a valid regular expression ({error}).") from None
+        found = {name for name in names if regex.fullmatch(name)}
+        if not found:
+            raise UserError(
+                f"{key}: the regular expression '{patterns}' matches no module (it must match the full name, such as "
+                f"'{names[-1]}'). Use a list for name endings."
+            )
+        return found
+    result: set[str] = set()
+    for pattern in patterns:
+        found = {name for name in names if name == pattern or name.endswith("." + pattern)}
+        if not found:
+            raise UserError(
+                f"{key}: '{pattern}' matches no module.{nearest(pattern, {n.split('.')[-1] for n in names})}"
+            )
+        result |= found
+    return result
+
+
+def _keep_layers(names: set[str], layers: list[int] | int) -> set[str]:
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    index = {name: int(m.group(1)) for name in names if (m := re.search(r"\.(\d+)\.", name))}
+    missing = wanted - set(index.values())
+    if missing:
+        raise UserError(f"adalora.layers_to_transform: layer {min(missing)} has no target module in this model.")
+    return {name for name, layer in index.items() if layer in wanted}
+
+
+def _refuse_unreachable_weights(model: nn.Module, excluded: set[str]) -> None:
+    """`all-linear` promises all linear weights; experts stored as one 3-D tensor would be left out silently."""
+    for name, parameter_name, parameter in _expert_tensors(model):
+        if not _inside(name, excluded):
+            raise UserError(
+                f"adalora.target_modules=all-linear cannot reach '{name}.{parameter_name}' "
+                f"(a {parameter.dim()}-D expert tensor). Add '{name.split('.')[-1]}' to adalora.exclude_modules to "
+                f"leave it frozen, or name the linear layers to adapt."
+            )
+
+
+def _expert_tensors(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Yield (module name, parameter name, parameter) of weights that hold several matrices in one tensor."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() >= 3:
+                yield name, parameter_name, parameter

@@ -1,0 +1,116 @@
+"""A linear layer with a rank-adaptive update in SVD form.
+
+Vocabulary (the paper's in brackets; r is the number of triplets, k indexes them):
+
+    lora_A   (in_features, r)    [Q, transposed]  column k is the right vector of triplet k
+    lora_E   (r,)                [the diagonal of Λ]
+    lora_B   (out_features, r)   [P]              column k is the left vector of triplet k
+
+Both factors are tall with the rank last, so a triplet is a column in each and sharding over rows never cuts one. The
+file format (PEFT's) has A as (r, in) and E as (r, 1); shapes turn only there.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from adalora_scale.errors import Unsupported
+
+FACTORS = ("lora_A", "lora_E", "lora_B")
+"""Names of a layer's adapter parameters, in the order every list of adapter tensors follows."""
+
+
+class AdaLoraLayer(nn.Module):
+    """``y = base(x) + s · ((dropout(x) A) ⊙ E) Bᵀ`` with a frozen base.
+
+    Args:
+        base_layer: nn.Linear or transformers' Conv1D; its parameters are frozen.
+        r: number of triplets; 0 makes the layer transparent.
+        scaling: s = lora_alpha / init_r, constant through pruning.
+        dropout: probability of dropping an input feature of the adapter.
+        init_std: standard deviation of A and B; E starts at zero, so the update starts at zero.
+
+    The adapter's parameters are float32 whatever the base's dtype (they are the master weights) and are cast to the
+    dtype of the input for the product, as autocast does.
+
+    Raises:
+        Unsupported: the base layer's type is not one of the two.
+
+    Source: arXiv 2303.10512 eq. 3; peft/tuners/adalora/layer.py, SVDLinear.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, *, r: int, scaling: float, dropout: float = 0.0, init_std: float = 0.02
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear_features(base_layer)
+        self.base_layer = base_layer.requires_grad_(False)
+        self.r = r
+        self.scaling = scaling
+        self.init_std = init_std
+        self.keep_mask: list[bool] | None = None
+        """After the final allocation: which triplets are kept; None before it."""
+        self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        device = self.weight.device
+        self.lora_A = nn.Parameter(torch.empty(self.in_features, r, dtype=torch.float32, device=device))
+        self.lora_E = nn.Parameter(torch.empty(r, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, dtype=torch.float32, device=device))
+        self.reset_adapter()
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """Draw A and B from N(0, init_std²) and set E to zero."""
+        nn.init.normal_(self.lora_A, std=self.init_std)
+        nn.init.zeros_(self.lora_E)
+        nn.init.normal_(self.lora_B, std=self.init_std)
+
+    # Some model code asks a linear layer for its weight's dtype or device (T5's `wo`, for one).
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen base weight."""
+        return cast(torch.Tensor, self.base_layer.weight)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The frozen base bias."""
+        return cast(torch.Tensor | None, self.base_layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in_features) -> (..., out_features)
+        y = self.base_layer(x)
+        if self.r == 0:
+            return y
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        singular = (self.lora_E * self.scaling).to(x.dtype)
+        update = F.linear((self.dropout(x) @ a) * singular, b)
+        return y + update.to(y.dtype)
+
+    @torch.no_grad()
+    def delta_weight(self) -> torch.Tensor:
+        """Return ΔW = s · B diag(E) Aᵀ as float32, shaped (out_features, in_features)."""
+        return (self.lora_B * (self.lora_E * self.scaling)) @ self.lora_A.T
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, scaling={self.scaling:g}"
+
+
+def linear_features(module: nn.Module) -> tuple[int, int]:
+    """Return (in_features, out_features) of a supported base layer.
+
+    Read from attributes, not from the weight: under ZeRO-3 a partitioned weight has shape (0,).
+
+    Raises:
+        Unsupported: the module is neither nn.Linear nor transformers' Conv1D.
+    """
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    raise Unsupported(
+        f"cannot adapt a {type(module).__module__}.{type(module).__name__}; AdaLoRA layers wrap nn.Linear and "
+        f"transformers' Conv1D. Exclude it with adalora.exclude_modules."
+    )

@@ -1,0 +1,208 @@
+"""The verbs of `adalora-scale`; `launch/train.py` is `adalora-scale train` for deepspeed, torchrun and srun.
+
+Heavy imports wait until a verb needs them, so `--help` and mistakes in the config answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from adalora_scale.config import RunConfig, load_config
+from adalora_scale.errors import Unsupported, UserError, run_reporting_errors
+
+_OVERRIDES = """
+overrides: any key of the config file as section.key=value, for example
+  training.learning_rate=2e-3 adalora.target_r=4 data.max_length=512
+The sections are model, adalora, data, training, engine and task; docs/config.md lists every key.
+ADALORA_TRACEBACK=1 shows where an error came from.
+"""
+
+_VERIFY_STARTS = """
+one machine:  adalora-scale verify-engines --nproc 4
+a cluster:    torchrun --nnodes 2 --nproc-per-node 8 … -m adalora_scale.cli verify-engines
+              deepspeed --no_local_rank --module adalora_scale.cli verify-engines
+NCCL is used where every rank has a GPU of its own, else gloo on the CPU.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `adalora-scale` and return its exit code."""
+    arguments = _parser().parse_args(argv)
+    return run_reporting_errors(lambda: arguments.run(arguments))
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """Run `launch/train.py` and return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train an AdaLoRA adapter.",
+        epilog="start it with: python, torchrun --nproc-per-node N, deepspeed --num_gpus N, accelerate launch\n"
+        + _OVERRIDES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_train_arguments(parser)
+    arguments = parser.parse_intermixed_args(argv)  # overrides may stand before and after --deepspeed
+    return run_reporting_errors(lambda: _train(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="adalora-scale", description="Adaptive-rank fine-tuning (AdaLoRA).")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    train = verbs.add_parser(
+        "train",
+        help="train an adapter",
+        description="Train an AdaLoRA adapter.",
+        epilog=_OVERRIDES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_train_arguments(train)
+    train.set_defaults(run=_train)
+
+    evaluate = verbs.add_parser(
+        "evaluate",
+        help="exact match of generated completions, with or without an adapter",
+        description="Generate completions for the evaluation rows of a run's config and count exact matches.",
+        epilog=_OVERRIDES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_config_arguments(evaluate)
+    evaluate.add_argument("--adapter", type=Path, help="folder with an adapter; without it the untouched base model")
+    evaluate.add_argument("--batch-size", type=int, default=32, help="prompts generated together (default 32)")
+    evaluate.add_argument("--max-new-tokens", type=int, default=64, help="longest completion (default 64)")
+    evaluate.add_argument("--extract", metavar="REGEX", help="compare this match only, e.g. '#### (.+)' for GSM8K")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.set_defaults(run=_evaluate)
+
+    verify = verbs.add_parser(
+        "verify-engines",
+        help="does every engine here train the adapter that one process trains?",
+        description="Train a small model on every engine, on the ranks at hand, and compare masks and weights with a\n"
+        "float64 reference. Exit code 1 if a cell fails.",
+        epilog=_VERIFY_STARTS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verify.add_argument("--nproc", type=int, metavar="N", help="start N ranks on this machine (through torchrun)")
+    verify.add_argument("--engines", nargs="+", metavar="NAME", help="ddp fsdp2 hsdp zero1 zero2 zero3 zero3-offload")
+    verify.add_argument("--variants", nargs="+", metavar="NAME", help="plain accumulation checkpointing clip bf16")
+    verify.add_argument("--quick", action="store_true", help="only the variants plain and clip")
+    verify.add_argument("--model", metavar="PATH", help="a small causal model; by default a random Llama is made")
+    verify.add_argument("--steps", type=int, default=60, help="optimizer steps of a cell (default 60)")
+    verify.add_argument("--memory", action="store_true", help="also weigh adapters, gradients and moments, 100 M model")
+    verify.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
+    verify.set_defaults(run=_verify_engines)
+    return parser
+
+
+def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file, see configs/recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+
+
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_config_arguments(parser)
+    parser.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed configuration (same as engine.config)")
+    # Launchers such as deepspeed's add this to every rank's command line; the rank is read from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def _config(arguments: argparse.Namespace) -> RunConfig:
+    overrides = list(arguments.overrides)
+    if getattr(arguments, "deepspeed", None):
+        overrides += ["engine.name=deepspeed", f"engine.config={arguments.deepspeed}"]
+    return load_config(arguments.config, overrides)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    _quiet_start()
+    from adalora_scale.training.run import train
+
+    try:
+        summary = train(config)
+        if os.environ.get("RANK", "0") == "0":
+            ranks = list(summary["ranks"].values())
+            final = "".join(f", {key} {value:.4f}" for key, value in summary["final"].items() if key in _SHOWN)
+            print(
+                f"done: {sum(ranks)} triplets over {len(ranks)} matrices (ranks {min(ranks)} to {max(ranks)}){final}; "
+                f"adapter in {config.training['output_dir']}"
+            )
+    finally:
+        _leave_process_group()
+    return 0
+
+
+_SHOWN = ("eval_loss", "eval_accuracy")
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    if config.task != "causal_lm":
+        raise Unsupported("evaluate generates text, so it needs task=causal_lm; train reports eval_accuracy itself.")
+    _quiet_start()
+    from adalora_scale.training.evaluate import evaluate_exact_match
+
+    result = evaluate_exact_match(
+        config,
+        arguments.adapter,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        extract=arguments.extract,
+    )
+    if arguments.json:
+        print(json.dumps({"exact_match": result.value, "matches": result.matches, "examples": result.examples}))
+    else:
+        print(f"exact match {result.value:.1%} ({result.matches} of {result.examples})")
+    return 0
+
+
+def _verify_engines(arguments: argparse.Namespace) -> int:
+    _quiet_start()
+    from adalora_scale.verify.command import QUICK_VARIANTS, Request, start_ranks, verify_engines
+    from adalora_scale.verify.engines import ENGINES, VARIANTS
+
+    if arguments.quick and arguments.variants:
+        raise UserError("--quick chooses the variants itself; give either --quick or --variants.")
+    request = Request(
+        engines=arguments.engines or ENGINES,
+        variants=arguments.variants or (QUICK_VARIANTS if arguments.quick else VARIANTS),
+        model=arguments.model,
+        steps=arguments.steps,
+        memory=arguments.memory,
+        json_file=arguments.json,
+    )
+    if arguments.nproc is not None and "RANK" not in os.environ:
+        return start_ranks(arguments.nproc, request)
+    return verify_engines(request)
+
+
+def _quiet_start() -> None:
+    """Keep the first screen readable: bars only for rank 0 on a terminal, no hints about parts that are not used."""
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if os.environ.get("RANK", "0") != "0":
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # bitsandbytes recommends an optional CPU kernel at import.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns at import that it found no GPU
+
+
+def _leave_process_group() -> None:
+    import torch.distributed as dist
+
+    if sys.exc_info()[0] is None and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":  # torchrun -m adalora_scale.cli
+    sys.exit(main())

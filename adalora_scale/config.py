@@ -1,0 +1,399 @@
+"""Every option a user can set: frozen keyword-only dataclasses, read from one YAML file plus dotted overrides.
+
+Field names of `AdaLoraConfig` are PEFT's, those of `training:` are transformers' TrainingArguments (and TRL's SFTConfig
+for causal language models). Unknown keys are errors that suggest the nearest one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from adalora_scale.errors import UserError, nearest
+
+# Misspelt keys must not be dropped silently; pydantic reads this attribute from plain dataclasses too.
+_FORBID_EXTRA = ConfigDict(extra="forbid")
+_SECTIONS = "model, data, adalora, training, engine, task"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoraConfig:
+    """How the method adapts a model: PEFT's AdaLoRA keys, with `tinit` and `tfinal` also as fractions of the run.
+
+    The scale of every update is ``lora_alpha / init_r`` and stays constant through pruning.
+
+    Raises:
+        UserError: a value is out of range, or two values contradict each other.
+
+    Source: AdaLoRA, arXiv 2303.10512, section 3; key names from peft/tuners/adalora/config.py.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID_EXTRA
+
+    target_modules: list[str] | str = "all-linear"
+    """``all-linear`` (every linear layer but the output head), a list of module-name endings, or one regex."""
+    exclude_modules: list[str] | str | None = None
+    """Names (endings) or one regex of modules that stay untouched."""
+    layers_to_transform: list[int] | int | None = None
+    """Indices of the decoder or encoder layers to adapt; None adapts all."""
+    modules_to_save: list[str] | None = None
+    """Modules trained in full and saved with the adapter, for example a new classifier head."""
+    init_r: int = 12
+    """Triplets per matrix at the start (the paper uses 1.5 x target_r)."""
+    target_r: int = 8
+    """Average triplets per matrix after the last allocation."""
+    lora_alpha: float = 32
+    """The update is scaled by lora_alpha / init_r."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    tinit: int | float = 0.1
+    """Steps before pruning starts; a float below 1 is a fraction of total_step."""
+    tfinal: int | float = 0.3
+    """Steps after the final allocation; a float below 1 is a fraction of total_step."""
+    deltaT: int = 10
+    """Steps between allocations."""
+    beta1: float = 0.85
+    """EMA coefficient of the sensitivity (paper eq. 9)."""
+    beta2: float = 0.85
+    """EMA coefficient of the uncertainty (paper eq. 10)."""
+    orth_reg_weight: float = 0.1
+    """Weight of the orthogonality penalty: mean over the 2n factors of the Frobenius norm of (Gram - identity)."""
+    init_std: float = 0.02
+    """Standard deviation of the initial P and Q; lambda starts at zero."""
+    guard_every: int = 100
+    """Steps between comparisons of masks and replicated parameters over ranks (trainers only); 0 never compares."""
+    preset: Literal["default", "paper", "peft"] = "default"
+    """Which gradient and weight the importance sees: `default` (task gradient, weight before the update), `paper`
+    (gradient with the penalty, weight before), `peft` (gradient with the penalty, weight after; PEFT's final step)."""
+
+    def __post_init__(self) -> None:
+        key = "adalora."
+        for name in ("lora_alpha", "init_std", "orth_reg_weight"):
+            value = getattr(self, name)
+            _check(math.isfinite(value), f"{key}{name} is {value}; it must be a finite number.")
+        _check(self.target_r >= 1, f"{key}target_r is {self.target_r}; it must be at least 1.")
+        _check(
+            self.init_r >= self.target_r,
+            f"{key}init_r ({self.init_r}) is smaller than {key}target_r ({self.target_r}): there would be nothing to "
+            f"prune. Raise init_r (1.5 x target_r is the paper's choice).",
+        )
+        _check(self.guard_every >= 0, f"{key}guard_every is {self.guard_every}; it must not be negative.")
+        _check(self.deltaT >= 1, f"{key}deltaT is {self.deltaT}; it must be at least 1 step.")
+        _check(0 <= self.lora_dropout < 1, f"{key}lora_dropout is {self.lora_dropout}; it must be in [0, 1).")
+        _check(self.lora_alpha > 0, f"{key}lora_alpha is {self.lora_alpha}; it must be positive.")
+        _check(self.init_std > 0, f"{key}init_std is {self.init_std}; it must be positive.")
+        _check(self.orth_reg_weight >= 0, f"{key}orth_reg_weight is {self.orth_reg_weight}; it must not be negative.")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _check(0 < value < 1, f"{key}{name} is {value}; it must be between 0 and 1, both excluded.")
+        for name in ("tinit", "tfinal"):
+            value = getattr(self, name)
+            if isinstance(value, float):
+                _check(
+                    0 <= value < 1,
+                    f"{key}{name} is {value}; a fraction must be in [0, 1). Write a whole number for steps.",
+                )
+            else:
+                _check(value >= 0, f"{key}{name} is {value}; it must not be negative.")
+        tinit, tfinal = self.tinit, self.tfinal
+        if isinstance(tinit, float) and isinstance(tfinal, float):
+            _check(
+                tinit + tfinal < 1,
+                f"{key}tinit + {key}tfinal is {tinit + tfinal:g}; the two fractions must sum to less than 1, "
+                f"or no step is left for pruning. Lower one of them.",
+            )
+
+    def replace(self, **changes: Any) -> AdaLoraConfig:
+        """Return a copy with other values, checked like a new one."""
+        return dataclasses.replace(self, **changes)
+
+    def phase_steps(self, total_step: int) -> tuple[int, int]:
+        """Return (tinit, tfinal) in steps for a run of `total_step` steps.
+
+        Raises:
+            UserError: no step is left between the two phases.
+        """
+        _check(total_step >= 1, f"total_step is {total_step}; a run needs at least one optimizer step.")
+        tinit, tfinal = (
+            round(value * total_step) if isinstance(value, float) else value for value in (self.tinit, self.tfinal)
+        )
+        _check(
+            tinit + tfinal < total_step,
+            f"adalora.tinit ({tinit} steps) + adalora.tfinal ({tfinal} steps) leave no step for pruning in a run of "
+            f"{total_step} steps. Lower one of them or train longer.",
+        )
+        return tinit, tfinal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The frozen base model: transformers' `from_pretrained` keys, and bitsandbytes' keys for a 4-bit base."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID_EXTRA
+
+    model_name_or_path: str
+    """A local directory in transformers format, or a hub id."""
+    tokenizer_name_or_path: str | None = None
+    """Where the tokenizer is, when not with the model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the base weights; `auto` keeps the checkpoint's. Adapters are always float32."""
+    attn_implementation: str | None = None
+    """`eager`, `sdpa` or `flash_attention_2`; None lets transformers choose."""
+    trust_remote_code: bool = False
+    """Run model code that comes with a hub checkpoint."""
+    load_in_4bit: bool = False
+    """Quantise the frozen base to 4 bits while loading (QAdaLoRA)."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit code book."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantise the block scales too."""
+    bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Dtype of the dequantised matrix products."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Training and evaluation data: local JSONL, JSON, CSV or Parquet files, or a hub id."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID_EXTRA
+
+    train: str | list[str]
+    """A file, a list of files, or a hub id."""
+    eval: str | list[str] | None = None
+    """Evaluation data in the same form; see also `eval_fraction`."""
+    name: str | None = None
+    """Configuration name of a hub dataset (gsm8k needs `main`)."""
+    train_split: str = "train"
+    """Split of a hub dataset used for training."""
+    eval_split: str = "test"
+    """Split of a hub dataset used for evaluation."""
+    eval_fraction: float = 0.0
+    """Without `eval`: the share of the training rows held out for evaluation."""
+    format: Literal["auto", "messages", "prompt_completion", "text", "classification"] = "auto"
+    """Layout of a row; `auto` looks at the columns."""
+    messages_column: str = "messages"
+    """Column with the list of {role, content} turns."""
+    prompt_column: str = "prompt"
+    """Column with the prompt."""
+    completion_column: str = "completion"
+    """Column with the completion."""
+    text_column: str = "text"
+    """Column with plain text, or with the text to classify."""
+    label_column: str = "label"
+    """Column with the class, a name or a number."""
+    loss_on: Literal["auto", "completion", "assistant", "all"] = "auto"
+    """Tokens that count in the loss; `auto`: completions of prompt/completion rows, assistant turns of messages."""
+    chat_template: str | None = None
+    """For `messages`: the name of a built-in template or a Jinja file; None uses the tokenizer's own."""
+    max_length: int = 1024
+    """Longest sequence in tokens; longer ones are cut at the end."""
+    packing: bool = False
+    """Fill each sequence with several short examples, kept apart by position ids."""
+    max_train_samples: int | None = None
+    """Use only the first rows, for a quick try."""
+    max_eval_samples: int | None = None
+    """Use only the first evaluation rows."""
+    preprocessing_num_workers: int | None = None
+    """Processes that tokenise; None is one."""
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.eval_fraction < 1, f"data.eval_fraction is {self.eval_fraction}; it must be in [0, 1).")
+        _check(self.max_length >= 2, f"data.max_length is {self.max_length}; it must be at least 2 tokens.")
+        for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, f"data.{name} is {value}; it must be at least 1.")
+        _check(
+            self.eval is None or self.eval_fraction == 0,
+            "data.eval and data.eval_fraction are both set; keep one of them.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What holds the parameters: one process or DDP, FSDP2, or DeepSpeed ZeRO."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID_EXTRA
+
+    name: Literal["auto", "ddp", "fsdp2", "deepspeed"] = "auto"
+    """`auto`: DeepSpeed when a DeepSpeed file is given, else DDP (or one process)."""
+    config: str | dict[str, Any] | None = None
+    """The engine's own configuration: DeepSpeed's file or mapping, or keys of `Fsdp2Config`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fsdp2Config:
+    """`engine.config` of FSDP2."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID_EXTRA
+
+    replicate: int = 1
+    """Copies of the sharded model (HSDP): ranks / replicate ranks share one."""
+    reshard_after_forward: bool | None = None
+    """Free a block's gathered weights between forward and backward; None leaves it to torch (blocks yes, root no)."""
+    cpu_offload: bool = False
+    """Keep shards, gradients and optimizer state on the host."""
+    param_dtype: Literal["bfloat16", "float32"] | None = None
+    """Dtype of gathered weights and of the computation; None: bfloat16 when training.bf16 is true."""
+    reduce_dtype: Literal["bfloat16", "float32"] | None = None
+    """Dtype in which gradients are reduced; None: float32."""
+
+    def __post_init__(self) -> None:
+        _check(self.replicate >= 1, f"engine.config.replicate is {self.replicate}; it must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID_EXTRA
+
+    model: ModelConfig
+    data: DataConfig
+    adalora: AdaLoraConfig = field(default_factory=AdaLoraConfig)
+    training: dict[str, Any] = field(default_factory=dict)
+    """Keys of transformers' TrainingArguments (causal_lm: TRL's SFTConfig), and `overwrite_output_dir`."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+
+    def __post_init__(self) -> None:
+        output_dir = self.training.get("output_dir")
+        _check(
+            isinstance(output_dir, str) and output_dir != "",
+            "training.output_dir is missing; say where the run's files go, for example training.output_dir=runs/first.",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dictionaries and lists, as written into run.json."""
+        return dataclasses.asdict(self)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML file and apply ``section.key=value`` overrides (values are parsed as YAML).
+
+    Raises:
+        UserError: the file is missing or not YAML, a key is unknown, or a value has the wrong type or range.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}. Pass a file to --config.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a UTF-8 text file. Pass a YAML file to --config.") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', error)}.") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping with the sections {_SECTIONS}.")
+    for override in overrides:
+        _apply_override(tree, override)
+    return _build(RunConfig, tree)
+
+
+def adalora_config_from_dict(tree: dict[str, Any]) -> AdaLoraConfig:
+    """Build an `AdaLoraConfig` from a mapping with the same checks as the YAML file.
+
+    Raises:
+        UserError: a key is unknown, or a value has the wrong type or range.
+    """
+    return _build(AdaLoraConfig, tree, prefix="adalora.")
+
+
+def fsdp2_config_from_dict(tree: dict[str, Any]) -> Fsdp2Config:
+    """Build `engine.config` of FSDP2 from a mapping.
+
+    Raises:
+        UserError: a key is unknown, or a value has the wrong type or range.
+    """
+    return _build(Fsdp2Config, tree, prefix="engine.config.")
+
+
+def check_value(key: str, value: Any, annotation: Any) -> Any:
+    """Return `value` converted to `annotation`, or raise a UserError that names `key`."""
+    try:
+        return TypeAdapter(annotation).validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{key}: {error.errors()[0]['msg']} (got {value!r}).") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override '{override}' is not of the form section.key=value.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"the value in override '{override}' is not valid YAML; quote it.") from None
+    node = tree
+    *parents, leaf = key.split(".")
+    for name in parents:
+        child = node.setdefault(name, {})
+        if child is None:
+            child = node[name] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override '{override}': '{name}' holds a plain value, so it has no keys below it.")
+        node = child
+    node[leaf] = value
+
+
+def _build(cls: type[Any], tree: dict[str, Any], prefix: str = "") -> Any:
+    """Validate a tree into a dataclass, turning pydantic's first complaint into one line about the user's key."""
+    try:
+        return TypeAdapter(cls).validate_python(tree)
+    except ValidationError as error:
+        raise UserError(_explain(cls, error, prefix)) from None
+
+
+def _explain(cls: type[Any], error: ValidationError, prefix: str) -> str:
+    # An unknown key is usually the cause of a missing one, so it is named first.
+    problems = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
+    problem = problems[0]
+    path = [str(part) for part in problem["loc"] if isinstance(part, str)]
+    if problem["type"] == "unexpected_keyword_argument":
+        owner = _owner(cls, path[:-1])
+        names = [f.name for f in dataclasses.fields(owner)]
+        return (
+            f"unknown key '{prefix}{'.'.join(path)}'.{nearest(path[-1], names) or ' Known: ' + ', '.join(names) + '.'}"
+        )
+    # Union branches appear in pydantic's location ("tinit.int"); the user only knows the key.
+    key = prefix + ".".join(_known_prefix(cls, path))
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"missing key '{key}'; add it to the config file."
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{key}: {problem['msg']} (got {problem['input']!r})."
+
+
+def _owner(cls: type[Any], path: Sequence[str]) -> type[Any]:
+    for name in path:
+        annotation = {f.name: f for f in dataclasses.fields(cls)}[name].type
+        cls = globals()[annotation] if isinstance(annotation, str) else annotation
+    return cls
+
+
+def _known_prefix(cls: type[Any], path: Sequence[str]) -> list[str]:
+    known: list[str] = []
+    for name in path:
+        if not dataclasses.is_dataclass(cls) or name not in {f.name for f in dataclasses.fields(cls)}:
+            break
+        known.append(name)
+        annotation = {f.name: f for f in dataclasses.fields(cls)}[name].type
+        cls = globals().get(annotation, object) if isinstance(annotation, str) else annotation
+    return known
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)

@@ -1,0 +1,388 @@
+"""The rank allocator: AdaLoRA inside the optimizer step, through two hooks of the torch optimizer.
+
+    before the update:  observe importance (Ī, Ū) → add the orthogonality gradient
+    after the update:   at an allocation step, score triplets → keep exactly b(t) → zero the other λ
+
+Nothing is added to the loss or the training loop, and nothing depends on who calls the optimizer. The pieces of the
+adapter that this rank owns, and sums over ranks, come from `adalora_scale.sharding`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from adalora_scale.adalora.allocation import keep_best, mask_digest, relative_gap
+from adalora_scale.adalora.importance import update_importance
+from adalora_scale.adalora.injection import adapter_layers, injected_module
+from adalora_scale.adalora.schedule import BudgetSchedule
+from adalora_scale.config import AdaLoraConfig
+from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.sharding import Sharding, StepReduction, sharding_for
+from adalora_scale.sharding.guard import require_equal, require_same_tensors
+from adalora_scale.sharding.step_sums import sum_of_squares
+from adalora_scale.sharding.triplets import triplet_scores, zero_lambda, zero_triplets
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What one allocation decided."""
+
+    step: int
+    budget: int
+    ranks: dict[str, int]
+    """Kept triplets of every module."""
+    gap: float
+    """Relative distance between the worst kept and the best dropped score (0 is a tie)."""
+
+
+class RankAllocator:
+    """Prunes a model's adapters to a global rank budget while an optimizer trains them.
+
+        allocator = RankAllocator(model, config, total_step=1000)
+        allocator.attach(optimizer)
+
+    t counts the optimizer steps of the training loop from 1. A step with a non-finite gradient counts, changes nothing
+    (weights, moments, Ī, Ū), and an allocation that was due then happens at the next finite step.
+
+    Args:
+        model: the model that `inject_adalora` prepared, wrapped or not.
+        config: the same options.
+        total_step: optimizer steps of the whole run.
+
+    Raises:
+        UserError: the model has no adapters, or the schedule leaves no step for pruning.
+
+    Source: arXiv 2303.10512, algorithm 1.
+    """
+
+    def __init__(self, model: nn.Module, config: AdaLoraConfig, *, total_step: int) -> None:
+        layers = dict(adapter_layers(model))
+        if not layers:
+            raise UserError("the model has no AdaLoRA layers; call inject_adalora(model, config) first.")
+        self.config = config
+        self.model = model
+        self.modules = list(layers)
+        self.r = config.init_r
+        self._layers = list(layers.values())
+        for name, layer in layers.items():
+            if layer.r != self.r:
+                raise UserError(f"'{name}' has rank {layer.r} but adalora.init_r is {self.r}; inject with this config.")
+        self.schedule = BudgetSchedule.from_config(config, matrices=len(layers), total_step=total_step)
+        if (injected := injected_module(model)) is not None:
+            injected.adalora_total_step = total_step  # type: ignore[assignment]  # save_adapter writes it
+        self.step = 0
+        self.skipped_steps = 0
+        self.frozen = False
+        self.last_allocation: Allocation | None = None
+        self.mask = torch.ones(len(layers) * self.r, dtype=torch.bool, device=self._layers[0].lora_E.device)
+        """(modules · r,) bool, ordered by (module, k): the triplets of the current allocation."""
+        self._sharding: Sharding | None = None
+        self._reduction: StepReduction | None = None
+        self._allocation_due = False
+        self._calls = 0  # of the base optimizer in the step in progress
+        self._skipping = False
+        self._columns_may_move = False
+        self._scale: Tensor | float = 1.0
+        self._penalty = self._orth_norm = self._task_norm = torch.zeros(())
+        self.sensitivity: list[Tensor] = []
+        self.uncertainty: list[Tensor] = []
+        self._observed: tuple[list[int], list[Tensor]] | None = None
+
+    # ---- attaching ----------------------------------------------------------------------------------------------
+
+    def attach(self, optimizer: object) -> RankAllocator:
+        """Register the two hooks on the torch optimizer behind `optimizer` and return the allocator.
+
+        Args:
+            optimizer: a torch optimizer, accelerate's or DeepSpeed's wrapper around one, or a DeepSpeed engine. With
+                several ranks call it on all of them, after the model was wrapped.
+
+        Raises:
+            UserError: the optimizer does not hold the adapters, or the allocator is attached already.
+            Unsupported: the engine or the optimizer's precision is not supported.
+        """
+        if self._sharding is not None:
+            raise UserError("this RankAllocator is attached already; make a new one for another optimizer.")
+        require_equal(
+            {
+                **{f"adalora.{key}": value for key, value in dataclasses.asdict(self.config).items()},
+                "total_step": self.schedule.total_step,
+                "the adapted modules": self.modules,
+                "the base model's fingerprint": getattr(injected_module(self.model), "adalora_base_fingerprint", None),
+            }
+        )
+        sharding, base = sharding_for(self.model, optimizer)
+        if getattr(base, "adalora_allocator", None) is not None:
+            raise UserError(
+                "another RankAllocator is attached to this optimizer already; make a new optimizer for a new allocator."
+            )
+        base.adalora_allocator = self  # type: ignore[attr-defined]
+        self._sharding = sharding
+        self._reduction = StepReduction(sharding, self.r, self.config.orth_reg_weight)
+        self.mask = self.mask.to(sharding.spans[0].weight.device)
+        self.sensitivity = [torch.zeros_like(span.weight) for span in sharding.spans]
+        self.uncertainty = [torch.zeros_like(span.weight) for span in sharding.spans]
+        base.register_step_pre_hook(self._before_update)
+        base.register_step_post_hook(self._after_update)
+        return self
+
+    # ---- what users and the trainer read ------------------------------------------------------------------------
+
+    @property
+    def budget(self) -> int:
+        """Triplets that the last allocation kept (all of them before the first)."""
+        return self.last_allocation.budget if self.last_allocation else self.schedule.init_budget
+
+    def ranks(self) -> dict[str, int]:
+        """Return the number of kept triplets of every module."""
+        counts = self.mask.view(-1, self.r).sum(1).tolist()
+        return dict(zip(self.modules, counts, strict=True))
+
+    def rank_pattern(self) -> dict[str, list[bool]]:
+        """Return the current mask in PEFT's form: ``{"<module>.lora_E": [kept, …]}``."""
+        rows = self.mask.view(-1, self.r).tolist()
+        return {f"{module}.lora_E": row for module, row in zip(self.modules, rows, strict=True)}
+
+    def masks_digest(self) -> str:
+        """Return a short digest of the current mask, for comparison over ranks and runs."""
+        return mask_digest(self.mask)
+
+    def metrics(self) -> dict[str, float | int | str]:
+        """Return the figures logged beside the loss (keys of metrics.jsonl)."""
+        ranks = list(self.ranks().values())
+        task_norm = self._task_norm.item()
+        return {
+            "adalora/budget": self.budget,
+            "adalora/rank_total": sum(ranks),
+            "adalora/rank_min": min(ranks),
+            "adalora/rank_max": max(ranks),
+            "adalora/zero_rank_modules": ranks.count(0),
+            "adalora/orth_loss": self._penalty.item(),
+            "adalora/orth_grad_norm": self._orth_norm.item(),
+            "adalora/orth_grad_ratio": self._orth_norm.item() / task_norm if task_norm > 0 else 0.0,
+            "adalora/skipped_steps": self.skipped_steps,
+            "adalora/masks_digest": self.masks_digest(),
+        }
+
+    def check_consistency(self) -> None:
+        """Compare masks and replicated parameters over ranks; a collective call for every `guard_every` steps or so.
+
+        Raises:
+            RanksDisagree: ranks differ; the message names the parameter, the rank and the step.
+        """
+        require_same_tensors([("the keep mask", self.mask.to(torch.uint8))], self.step)
+        tensors, group = self._attached().replicas()
+        require_same_tensors(tensors, self.step, group)
+
+    def skip_missed_steps(self, completed: int) -> None:
+        """Count optimizer steps that never reached the optimizer (a GradScaler drops them on overflow).
+
+        Args:
+            completed: the training loop's own count of optimizer steps.
+        """
+        missed = completed - self.step
+        for _ in range(missed):
+            self._begin_step()
+        self.skipped_steps += max(missed, 0)
+
+    # ---- before the update --------------------------------------------------------------------------------------
+
+    def _begin_step(self) -> None:
+        self.step += 1
+        self._allocation_due |= not self.frozen and self.schedule.is_allocation(self.step)
+
+    @torch.no_grad()
+    def _before_update(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # torch passes the optimizer itself first; accelerate passes its closure argument on, None or not.
+        if any(argument is not None for argument in (*args[1:], kwargs.get("closure"))):
+            raise Unsupported("optimizers that re-evaluate the loss in a closure are not supported; use Adam or SGD.")
+        sharding = self._attached()
+        indices = sharding.updating(optimizer)
+        gradients = sharding.gradients(indices)
+        if self._calls in (0, sharding.calls_per_step):  # the latter when the step before ended in an exception
+            self._calls = 0
+            self._open_step(optimizer, sharding, gradients)
+        self._calls += 1
+        if self._skipping:
+            sharding.cancel(optimizer)
+            return
+        preset, observes = self.config.preset, not self.frozen
+        if observes and preset == "default":
+            self._observe(indices, gradients)
+        self._regularise(indices, gradients)
+        if observes and preset == "paper":
+            self._observe(indices, gradients)
+        elif observes and preset == "peft":
+            self._observed = (indices, list(torch._foreach_div(gradients, self._scale)))
+
+    def _open_step(self, optimizer: Optimizer, sharding: Sharding, gradients: list[Tensor]) -> None:
+        """Begin a step of the controller at the engine's first call: count it, and reduce what all ranks must know."""
+        for _ in range(sharding.missed_steps()):
+            self._begin_step()
+            self.skipped_steps += 1
+        self._begin_step()
+        # GradScaler leaves these on optimizers that unscale and skip by themselves (fused Adam).
+        scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        self._scale = 1.0 if scale is None else scale
+        everything = sum_of_squares(sharding.local_gradients())
+        if found_inf is not None:
+            everything = everything + torch.where(found_inf.to(everything.device) > 0, torch.inf, 0.0).sum()
+        squares = torch.stack([sum_of_squares(gradients).to(everything.device), everything])
+        keep = self.mask if self.frozen and self._prunes_whole_triplets() else None
+        sums = self._attached_reduction().run(squares.to(self.mask.device), keep)
+        self._penalty, self._orth_norm = sums.penalty, sums.penalty_gradient_norm
+        self._task_norm = sums.adapter_squares.sqrt() / self._scale
+        self._skipping = not bool(torch.isfinite(sums.all_squares))
+        self.skipped_steps += self._skipping
+
+    def _observe(self, indices: list[int], gradients: list[Tensor], scale: Tensor | float | None = None) -> None:
+        spans = self._attached().spans
+        update_importance(
+            [self.sensitivity[i] for i in indices],
+            [self.uncertainty[i] for i in indices],
+            [spans[i].weight for i in indices],
+            gradients,
+            beta1=self.config.beta1,
+            beta2=self.config.beta2,
+            grad_scale=self._scale if scale is None else scale,
+        )
+
+    def _regularise(self, indices: list[int], gradients: list[Tensor]) -> None:
+        self._attached_reduction().add_penalty_gradient(indices, gradients, self._scale)
+
+    # ---- after the update ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _after_update(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sharding = self._attached()
+        sharding.finish(optimizer)
+        last = self._calls == sharding.calls_per_step
+        if last:
+            self._calls = 0
+        if self._skipping:
+            return
+        if self._observed is not None:  # preset peft: the gradient with the penalty, the weight after the update
+            # PEFT's final allocation uses the statistics of the step before.
+            if self.step < self.schedule.final_step:
+                self._observe(*self._observed, scale=1.0)
+            self._observed = None
+        if not last:
+            return
+        if self._allocation_due:
+            self._allocate()
+        elif self.frozen:
+            zero_lambda(sharding, self.mask)
+            if self._columns_may_move:
+                zero_triplets(sharding, self.mask)
+
+    def _allocate(self) -> None:
+        sharding = self._attached()
+        budget = self.schedule.budget(self.step)
+        scores = self._scores()
+        mask = keep_best(scores, budget).to(torch.uint8)
+        sharding.broadcast(mask)
+        self.mask = mask.bool()
+        self._allocation_due = False
+        self.last_allocation = Allocation(self.step, budget, self.ranks(), relative_gap(scores, budget))
+        zero_lambda(sharding, self.mask)
+        if self.step >= self.schedule.final_step:
+            self._freeze()
+
+    def _scores(self) -> Tensor:
+        """Return S_k of every triplet, (modules · r,) float32, ordered by (module, k)."""
+        scores = torch.zeros(len(self.modules) * self.r, dtype=torch.float32, device=self.mask.device)
+        triplet_scores(self._attached(), self.sensitivity, self.uncertainty, scores)
+        return scores
+
+    def _freeze(self) -> None:
+        """Fix the mask for the rest of the run.
+
+        The columns of pruned triplets and their moments become zero too: the function stays (their λ is zero), every
+        later gradient of theirs is zero, and so removing them physically changes nothing.
+        """
+        self.frozen = True
+        rows = self.mask.view(-1, self.r).tolist()
+        for layer, row in zip(self._layers, rows, strict=True):
+            layer.keep_mask = row
+        if self._prunes_whole_triplets():
+            self._columns_may_move = zero_triplets(self._attached(), self.mask)
+        self.sensitivity, self.uncertainty = [], []
+
+    def _prunes_whole_triplets(self) -> bool:
+        # PEFT keeps the columns of pruned triplets, in the penalty too; its preset reproduces that.
+        return self.config.preset != "peft"
+
+    def _attached_reduction(self) -> StepReduction:
+        self._attached()
+        return self._reduction  # type: ignore[return-value]  # made in attach beside the sharding
+
+    def _attached(self) -> Sharding:
+        if self._sharding is None:
+            raise UserError("this RankAllocator is not attached to an optimizer; call attach(optimizer) first.")
+        return self._sharding
+
+    # ---- state --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a continued run needs: step, mask, Ī and Ū (tensors) of this rank's pieces."""
+        state: dict[str, Any] = {
+            "step": self.step,
+            "skipped_steps": self.skipped_steps,
+            "total_step": self.schedule.total_step,
+            "budget": self.budget,
+            "allocation_step": self.last_allocation.step if self.last_allocation else None,
+            "allocation_gap": self.last_allocation.gap if self.last_allocation else None,
+            "modules": list(self.modules),
+            "frozen": self.frozen,
+            "allocation_due": self._allocation_due,
+            "mask": self.mask.clone(),
+        }
+        if not self.frozen:
+            for kind, tensors in (("sensitivity", self.sensitivity), ("uncertainty", self.uncertainty)):
+                for span, tensor in zip(self._attached().spans, tensors, strict=True):
+                    state[f"{kind}.{span.tensor.module}.{span.tensor.factor}"] = tensor.clone()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict()` into an attached allocator of the same model and schedule.
+
+        Raises:
+            UserError: the state belongs to another model or schedule.
+        """
+        spans = self._attached().spans
+        if state["modules"] != self.modules:
+            raise UserError("the saved state is of another model: it adapts other modules. Resume with the same model.")
+        if state["total_step"] != self.schedule.total_step:
+            raise UserError(
+                f"the saved state is of a run of {state['total_step']} steps, this one has {self.schedule.total_step}; "
+                f"resume with the same number of steps."
+            )
+        if state["mask"].numel() != self.mask.numel():
+            raise UserError(
+                f"the saved state has {state['mask'].numel()} triplets, this model {self.mask.numel()}; resume with "
+                f"the same model and adalora section."
+            )
+        self.step, self.skipped_steps = state["step"], state["skipped_steps"]
+        self._allocation_due = state["allocation_due"]
+        self.mask = state["mask"].to(self.mask.device)
+        self.last_allocation = None
+        if state["allocation_step"] is not None:
+            self.last_allocation = Allocation(
+                state["allocation_step"], state["budget"], self.ranks(), state["allocation_gap"]
+            )
+        if state["frozen"]:
+            self._freeze()
+            return
+        self.frozen = False
+        for layer in self._layers:
+            layer.keep_mask = None
+        self.sensitivity, self.uncertainty = (
+            [state[f"{kind}.{span.tensor.module}.{span.tensor.factor}"].to(span.weight, copy=True) for span in spans]
+            for kind in ("sensitivity", "uncertainty")
+        )

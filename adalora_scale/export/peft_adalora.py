@@ -1,0 +1,303 @@
+"""The adapter in PEFT's AdaLoRA format: `adapter_config.json` and `adapter_model.safetensors`.
+
+In the file A is (r, in_features), E is (r, 1) and B is (out_features, r); after the final allocation only the kept
+triplets are written and `rank_pattern` says which they were. Source: peft/tuners/adalora/model.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+from adalora_scale.adalora.injection import adapter_layers, injected_module, modules_to_save, replace_modules
+from adalora_scale.adalora.layer import AdaLoraLayer, linear_features
+from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
+from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.sharding.full import full_parameter
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_FACTORS = ("lora_A", "lora_E", "lora_B")
+_CAUSAL_LMS = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
+
+@torch.no_grad()
+def save_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Write `model`'s adapter (and modules_to_save) to `directory` in PEFT's format.
+
+    Before the final allocation every triplet is written; after it only the kept ones. Each file appears complete or
+    not at all.
+
+    With several processes every rank calls it, whatever the engine: parameters are gathered one by one (the fp32
+    masters where an engine keeps such), and rank 0 writes. The files are there when rank 0 returns.
+
+    Raises:
+        UserError: the model has no adapters.
+    """
+    layers = dict(adapter_layers(model))
+    config = getattr(unwrapped(model), "adalora_config", None)
+    if not layers or config is None:
+        raise UserError("the model has no AdaLoRA layers to save; call inject_adalora(model, config) first.")
+    writes = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    tensors: dict[str, Tensor] = {}
+    pattern: dict[str, list[bool]] = {}
+    for name, layer in layers.items():
+        a, e, b = (_gathered(parameter, writes) for parameter in (layer.lora_A, layer.lora_E, layer.lora_B))
+        if a is None or e is None or b is None:
+            continue
+        if layer.keep_mask is not None:
+            pattern[f"{name}.lora_E"] = layer.keep_mask
+            if len(layer.keep_mask) == layer.r:
+                keep = torch.tensor(layer.keep_mask)
+                a, e, b = a[:, keep], e[keep], b[:, keep]
+        tensors[f"{_PREFIX}{name}.lora_A"] = a.T
+        tensors[f"{_PREFIX}{name}.lora_E"] = e.unsqueeze(1)
+        tensors[f"{_PREFIX}{name}.lora_B"] = b
+    base = unwrapped(model)
+    for name in modules_to_save(base, config):
+        for key, tensor in _whole_tensors(base.get_submodule(name)):
+            if (value := _gathered(tensor, writes)) is not None:
+                tensors[f"{_PREFIX}{name}.{key}"] = value
+    if not writes:
+        return
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
+    text = json.dumps(_peft_config(base, config, layers, pattern), indent=2) + "\n"
+    # Both files are complete before either takes its place: what can fail, fails while the old pair still stands.
+    partial = {name: directory / f".{name}.partial" for name in (WEIGHTS_NAME, CONFIG_NAME)}
+    save_file(tensors, partial[WEIGHTS_NAME], metadata={"format": "pt"})
+    partial[CONFIG_NAME].write_text(text, encoding="utf-8")
+    for name, temporary in partial.items():
+        os.replace(temporary, directory / name)
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = False) -> nn.Module:
+    """Put the adapter in `directory` (written here or by PEFT) onto a base model, in place, and return the model.
+
+    Layers are built at the ranks in the file, so pruned triplets cost nothing.
+
+    Args:
+        model: the base model the adapter was trained on, without adapters.
+        directory: where `adapter_config.json` and `adapter_model.safetensors` are.
+        trainable: leave the adapter's parameters trainable.
+
+    Raises:
+        UserError: files are missing or damaged, or the adapter belongs to another base model.
+        Unsupported: the adapter is of another method.
+    """
+    directory = Path(directory)
+    if any(True for _ in adapter_layers(model)):
+        raise UserError("the model already has AdaLoRA layers; load an adapter onto a fresh base model.")
+    saved = _read_config(directory)
+    tensors = _read_weights(directory)
+    layers = dict.fromkeys(key.removeprefix(_PREFIX).rpartition(".")[0] for key in tensors if key.endswith(_FACTORS))
+    if not layers:
+        raise UserError(f"{directory / WEIGHTS_NAME} holds no AdaLoRA tensors (no key ends in .lora_E).")
+    checked = {name: _checked_factors(model, name, tensors, directory) for name in layers}
+    others = {k.removeprefix(_PREFIX): v for k, v in tensors.items() if not k.endswith(_FACTORS)}
+    _check_others(model, others, directory)
+
+    fields = {field.name for field in dataclasses.fields(AdaLoraConfig)}
+    known = {key: value for key, value in saved.items() if key in fields and value is not None}
+    if heads := saved.get("modules_to_save"):  # PEFT lists every usual name of a head, found in the model or not
+        names = [name for name, _ in model.named_modules()]
+        heads = [head for head in heads if any(name == head or name.endswith("." + head) for name in names)]
+        known["modules_to_save"] = heads or None
+    config = adalora_config_from_dict(known)
+
+    model.requires_grad_(False)
+    pattern = saved.get("rank_pattern") or {}
+    wrappers: dict[nn.Module, AdaLoraLayer] = {}
+    scaling = saved["lora_alpha"] / saved["init_r"]
+    for name, (a, e, b) in checked.items():
+        layer = AdaLoraLayer(
+            model.get_submodule(name), r=e.numel(), scaling=scaling, dropout=saved.get("lora_dropout", 0.0)
+        )
+        for parameter, value in ((layer.lora_A, a.T), (layer.lora_E, e.flatten()), (layer.lora_B, b)):
+            parameter.copy_(value)
+            parameter.requires_grad_(trainable)
+        layer.keep_mask = pattern.get(f"{name}.lora_E")
+        wrappers[layer.base_layer] = layer
+    replace_modules(model, wrappers)
+    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, value in others.items():
+        parameters[name].copy_(value)
+    for name in saved.get("modules_to_save") or []:
+        for full, module in model.named_modules():
+            if full == name or full.endswith("." + name):
+                module.requires_grad_(trainable)
+    model.adalora_config = config  # type: ignore[assignment]  # a plain attribute
+    model.adalora_total_step = saved.get("total_step")  # type: ignore[assignment]
+    return model
+
+
+def saved_values(model: nn.Module, directory: str | Path) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return a live model's trainable parameters with the whole values that `save_adapter` wrote to `directory`.
+
+    The inverse of saving, for a model in training: pruned triplets come back as zeros.
+
+    Raises:
+        UserError: files are missing or damaged, or are another model's.
+        Unsupported: they were saved under another mask than the model's.
+    """
+    directory = Path(directory)
+    pattern = _read_config(directory).get("rank_pattern") or {}
+    tensors = _read_weights(directory)
+    values: list[tuple[nn.Parameter, Tensor]] = []
+    for name, layer in adapter_layers(model):
+        if pattern.get(f"{name}.lora_E") != layer.keep_mask:
+            raise Unsupported(f"the adapter in {directory} was saved under another mask of '{name}' than the model's.")
+        keep = torch.tensor(layer.keep_mask or [True] * layer.r)
+        for factor, rows in (("lora_A", layer.in_features), ("lora_E", 1), ("lora_B", layer.out_features)):
+            saved = tensors.pop(f"{_PREFIX}{name}.{factor}", None)
+            shape = (rows, int(keep.sum())) if factor == "lora_B" else (int(keep.sum()), rows)
+            if saved is None or tuple(saved.shape) != shape:
+                raise UserError(f"{directory / WEIGHTS_NAME} does not hold '{name}.{factor}' of shape {shape}.")
+            whole = torch.zeros(rows, layer.r)
+            whole[:, keep] = saved if factor == "lora_B" else saved.T
+            values.append((getattr(layer, factor), whole[0] if factor == "lora_E" else whole))
+    own = dict(unwrapped(model).named_parameters(remove_duplicate=False))
+    for key, value in tensors.items():
+        parameter = own.get(key.removeprefix(_PREFIX))
+        if parameter is not None and parameter.requires_grad:
+            values.append((parameter, value))
+    return values
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DDP and torch.compile wrappers."""
+    if (injected := injected_module(model)) is not None:
+        return injected
+    while True:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _gathered(tensor: Tensor, keeps: bool) -> Tensor | None:
+    """Gather a tensor over ranks; return it on the CPU, or nothing on ranks that do not write."""
+    whole = full_parameter(tensor) if isinstance(tensor, nn.Parameter) else tensor.detach()
+    return whole.cpu() if keeps else None
+
+
+def _whole_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Name what `state_dict` would hold; under ZeRO-3 that would be empty tensors."""
+    kept = module.state_dict().keys()  # leaves out buffers that are not persistent
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return [(name, tensor) for name, tensor in named if name in kept]
+
+
+def _peft_config(
+    model: nn.Module, config: AdaLoraConfig, layers: dict[str, AdaLoraLayer], pattern: dict[str, list[bool]]
+) -> dict[str, Any]:
+    total_step = getattr(model, "adalora_total_step", None)
+    # PEFT refuses a config without a schedule; an adapter that was never trained gets the smallest valid one.
+    tinit, tfinal = config.phase_steps(total_step) if total_step else (0, 0)
+    base = getattr(model, "config", None)
+    # fully_shard puts FSDP before a class's name.
+    names = {type(model).__name__.removeprefix("FSDP"), *(getattr(base, "architectures", None) or [])}
+    task_type = (
+        "SEQ_CLS" if any("SequenceClassification" in name for name in names)
+        else "CAUSAL_LM" if any("CausalLM" in name for name in names) or names & _CAUSAL_LMS
+        else None
+    )  # fmt: skip
+    return {
+        "peft_type": "ADALORA",
+        "task_type": task_type,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "inference_mode": True,
+        "bias": "none",
+        "target_modules": list(layers),
+        "modules_to_save": config.modules_to_save,
+        "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
+        "init_r": config.init_r,
+        "target_r": config.target_r,
+        "lora_alpha": int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "tinit": tinit,
+        "tfinal": tfinal,
+        "deltaT": config.deltaT,
+        "beta1": config.beta1,
+        "beta2": config.beta2,
+        "orth_reg_weight": config.orth_reg_weight,
+        "total_step": total_step or 1,
+        "rank_pattern": pattern or None,
+    }
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_NAME
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"no {CONFIG_NAME} in {directory}; pass the folder that training wrote.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}).") from None
+    method = saved.get("peft_type") if isinstance(saved, dict) else None
+    if method != "ADALORA":
+        raise Unsupported(f"{path} holds a '{method}' adapter; only ADALORA adapters load here. Use PEFT for others.")
+    for key in ("init_r", "lora_alpha"):
+        if not isinstance(saved.get(key), int | float) or saved[key] <= 0:
+            raise UserError(f"{path}: '{key}' is {saved.get(key)!r}; it must be a positive number.")
+    return dict(saved)
+
+
+def _read_weights(directory: Path) -> dict[str, Tensor]:
+    path = directory / WEIGHTS_NAME
+    if not path.is_file():
+        raise UserError(f"no {WEIGHTS_NAME} in {directory}; pass the folder that training wrote.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again.") from None
+
+
+def _checked_factors(
+    model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path
+) -> tuple[Tensor, Tensor, Tensor]:
+    try:
+        base = model.get_submodule(name)
+    except AttributeError:
+        raise UserError(
+            f"the adapter in {directory} adapts '{name}', which this model does not have; load its own base model."
+        ) from None
+    features = linear_features(base)
+    factors = [tensors.get(f"{_PREFIX}{name}.{factor}") for factor in _FACTORS]
+    a, e, b = factors
+    if a is None or e is None or b is None:
+        raise UserError(f"{directory / WEIGHTS_NAME} has no complete triplets for '{name}'.")
+    r = e.numel()
+    if tuple(a.shape) != (r, features[0]) or tuple(b.shape) != (features[1], r):
+        raise UserError(
+            f"the adapter in {directory} has shapes {tuple(a.shape)} and {tuple(b.shape)} for '{name}', the model "
+            f"needs ({r}, {features[0]}) and ({features[1]}, {r}); load the base model it was trained on."
+        )
+    return a, e, b
+
+
+def _check_others(model: nn.Module, others: dict[str, Tensor], directory: Path) -> None:
+    """modules_to_save must exist with the same shapes before anything in the model is touched."""
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, value in others.items():
+        if name not in own:
+            raise UserError(f"the adapter in {directory} holds '{name}', which this model does not have.")
+        if own[name].shape != value.shape:
+            raise UserError(
+                f"the adapter in {directory} has shape {tuple(value.shape)} for '{name}', the model "
+                f"{tuple(own[name].shape)}; load it onto a model with the same head (num_labels)."
+            )

@@ -1,0 +1,76 @@
+"""One process, DDP and FSDP2: the torch optimizer holds the adapter parameters themselves, in one call a step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from adalora_scale.sharding.span import Extent, Span
+
+
+class DirectSharding:
+    """Reads gradients and moments off the parameters; where the pieces of other ranks are, its subclasses know."""
+
+    calls_per_step = 1
+    spans: list[Span]
+    extents: list[list[Extent]]
+
+    def __init__(self, parameters: list[nn.Parameter], optimizer: Optimizer) -> None:
+        self._parameters = parameters
+        self._optimizer = optimizer
+
+    def updating(self, optimizer: Optimizer) -> list[int]:
+        """Every span is updated in the one call."""
+        return list(range(len(self.spans)))
+
+    def gradients(self, indices: list[int]) -> list[Tensor]:
+        """Return (length,) views of the gradients, creating zeros where a parameter received none."""
+        result = []
+        for index in indices:
+            parameter = self._parameters[index]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            elif not parameter.grad.is_contiguous():  # set by hand; autograd keeps the parameter's layout
+                parameter.grad = parameter.grad.contiguous()
+            result.append(local(parameter.grad).view(-1))
+        return result
+
+    def local_gradients(self) -> list[Tensor]:
+        """Return this rank's pieces of all gradients the optimizer is going to apply."""
+        return [local(p.grad) for p in self._held() if p.grad is not None]
+
+    def cancel(self, optimizer: Optimizer) -> None:
+        """Remove every gradient: torch optimizers leave a parameter without one, and its moments, alone."""
+        for parameter in self._held():
+            parameter.grad = None
+
+    def finish(self, optimizer: Optimizer) -> None:
+        """Nothing to put back after an update."""
+
+    def publish(self) -> None:
+        """Nothing to copy: the model computes with, or gathers, these very tensors."""
+
+    def missed_steps(self) -> int:
+        """No engine stands between the loop and the optimizer."""
+        return 0
+
+    def moments(self) -> list[list[Tensor]]:
+        """Return the optimizer's per-weight state of every span."""
+        return [
+            [
+                local(value).view(-1)
+                for value in self._optimizer.state.get(parameter, {}).values()
+                if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
+            ]
+            for parameter in self._parameters
+        ]
+
+    def _held(self) -> list[nn.Parameter]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's piece of a DTensor, and any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,113 @@
+"""FSDP2 and HSDP: adapters are DTensors, sharded by rows over one mesh dimension and replicated over the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.optim import Optimizer
+
+from adalora_scale.errors import Unsupported
+from adalora_scale.sharding.direct import DirectSharding
+from adalora_scale.sharding.span import Span, adapter_tensors, check_held, gathered_extents
+
+
+class DTensorSharding(DirectSharding):
+    """Spans that are this rank's rows; a span is empty where there are fewer rows than ranks.
+
+    Under HSDP the replicas of a shard hold the same gradients, so sums go over the sharded mesh dimension only.
+
+    Args:
+        model: a model whose adapters `fully_shard` sharded.
+        optimizer: the torch optimizer that updates them.
+
+    Raises:
+        UserError: the optimizer does not hold an adapter parameter.
+        Unsupported: an adapter is not a DTensor, is not float32, or is placed otherwise than by rows.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        tensors = adapter_tensors(model)
+        check_held(tensors, optimizer)
+        super().__init__([parameter for _, parameter in tensors], optimizer)
+        adapters: list[DTensor] = []
+        self.spans: list[Span] = []
+        for tensor, parameter in tensors:
+            placed = _checked(parameter, tensor.name)
+            _, offset = compute_local_shape_and_global_offset(placed.shape, placed.device_mesh, placed.placements)
+            start = offset[0] * (1 if tensor.factor == "lora_E" else tensor.r)
+            local = placed.to_local()
+            self.spans.append(Span(tensor=tensor, start=start if local.numel() else 0, weight=local.view(-1)))
+            adapters.append(placed)
+        first = adapters[0]
+        mesh = first.device_mesh
+        for (tensor, _), placed in zip(tensors, adapters, strict=True):
+            if placed.device_mesh != mesh or placed.placements != first.placements:
+                raise Unsupported(
+                    f"'{tensor.name}' lies on another mesh than the other adapters; shard all on one mesh."
+                )
+        if mesh.size() != dist.get_world_size():
+            raise Unsupported(
+                f"the adapters' mesh has {mesh.size()} of {dist.get_world_size()} ranks; use a mesh over all of them."
+            )
+        sharded = [dim for dim, placement in enumerate(first.placements) if isinstance(placement, Shard)]
+        self._group = mesh.get_group(sharded[0]) if sharded else None
+        replicated = [dim for dim, placement in enumerate(first.placements) if isinstance(placement, Replicate)]
+        self._replicas = mesh.get_group(replicated[0]) if len(replicated) == 1 else None
+        self._device = torch.device(mesh.device_type)
+        self.extents = gathered_extents(self.spans, self._group)
+
+    def all_reduce(self, buffer: Tensor) -> None:
+        """Sum over the ranks that hold other rows."""
+        if self._group is None:
+            return
+        # FSDP2's CPU offload keeps shards on the host, where NCCL cannot reduce.
+        moved = buffer.to(self._device)
+        dist.all_reduce(moved, group=self._group)
+        if moved is not buffer:
+            buffer.copy_(moved)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Take rank 0's tensor on every rank."""
+        moved = tensor.to(self._device)
+        dist.broadcast(moved, src=0)
+        if moved is not tensor:
+            tensor.copy_(moved)
+
+    @torch.no_grad()
+    def write(self, values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        """Overwrite this rank's rows of parameters of which whole values are given."""
+        for parameter, value in values:
+            placed = _checked(parameter, "a parameter")
+            shape, offset = compute_local_shape_and_global_offset(placed.shape, placed.device_mesh, placed.placements)
+            placed.to_local().copy_(value[offset[0] : offset[0] + shape[0]])
+
+    def replicas(self) -> tuple[list[tuple[str, Tensor]], dist.ProcessGroup | None]:
+        """Under HSDP the ranks along the replicated mesh dimension hold the same rows."""
+        if self._replicas is None:
+            return [], None
+        return [(span.tensor.name, span.weight) for span in self.spans], self._replicas
+
+
+def _checked(parameter: nn.Parameter, name: str) -> DTensor:
+    if not isinstance(parameter, DTensor):
+        raise Unsupported(
+            f"'{name}' is a plain tensor in a sharded model: nobody would reduce its gradient over ranks. Call "
+            f"inject_adalora before fully_shard."
+        )
+    if parameter.dtype != torch.float32:
+        raise Unsupported(
+            f"'{name}' is {parameter.dtype}; adapters are float32 master weights. Use FSDP2's MixedPrecisionPolicy "
+            f"for low-precision compute instead of casting the model."
+        )
+    shards = [placement for placement in parameter.placements if not isinstance(placement, Replicate)]
+    if len(shards) > 1 or any(type(placement) is not Shard or placement.dim != 0 for placement in shards):
+        raise Unsupported(
+            f"'{name}' is placed as {parameter.placements}; adapters may be sharded by rows, Shard(0), over one mesh "
+            f"dimension (FSDP2, HSDP). Tensor parallelism is not supported."
+        )
+    return parameter

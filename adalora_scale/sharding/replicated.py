@@ -1,0 +1,67 @@
+"""One process, or DDP: every rank holds every adapter tensor whole, and gradients arrive already averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from adalora_scale.errors import Unsupported
+from adalora_scale.sharding.direct import DirectSharding
+from adalora_scale.sharding.span import Span, adapter_tensors, check_held, gathered_extents
+
+
+class ReplicatedSharding(DirectSharding):
+    """Spans that are whole tensors; sums over ranks are already there, so nothing is reduced.
+
+    Args:
+        model: the model with AdaLoRA layers.
+        optimizer: the torch optimizer that updates them.
+
+    Raises:
+        UserError: the optimizer does not hold an adapter parameter.
+        Unsupported: adapters are not float32, or lie on several devices.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        tensors = adapter_tensors(model)
+        check_held(tensors, optimizer)
+        for tensor, parameter in tensors:
+            if parameter.dtype != torch.float32:
+                raise Unsupported(
+                    f"'{tensor.name}' is {parameter.dtype}; adapters are float32 master weights. Cast the base model "
+                    f"before inject_adalora, not the model after it."
+                )
+            if parameter.device != tensors[0][1].device:
+                raise Unsupported(
+                    f"'{tensor.name}' is on {parameter.device}, other adapters on {tensors[0][1].device}; a model "
+                    f"split over devices by device_map is not supported. Use one device a process."
+                )
+        super().__init__([parameter for _, parameter in tensors], optimizer)
+        self.spans = [Span(tensor=t, start=0, weight=p.detach().view(-1)) for t, p in tensors]
+        self.extents = gathered_extents(self.spans, None)
+
+    def all_reduce(self, buffer: Tensor) -> None:
+        """Nothing to add: every rank holds all pieces."""
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Take rank 0's tensor on every rank."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast(tensor, src=0)
+
+    @torch.no_grad()
+    def write(self, values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        """Overwrite parameters with whole values."""
+        for parameter, value in values:
+            parameter.copy_(value)
+
+    def replicas(self) -> tuple[list[tuple[str, Tensor]], dist.ProcessGroup | None]:
+        """Every rank holds every trained parameter."""
+        named = [(span.tensor.name, span.weight) for span in self.spans]
+        own = {id(parameter) for parameter in self._parameters}
+        others = [parameter for parameter in self._held() if id(parameter) not in own]
+        named += [(f"trained parameter {number} beside the adapters", p.detach()) for number, p in enumerate(others)]
+        return named, None

@@ -1,0 +1,132 @@
+"""The vocabulary of sharding: an adapter tensor, the span of it that this rank owns, and what an engine must offer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from adalora_scale.adalora.injection import adapter_layers
+from adalora_scale.adalora.layer import FACTORS
+from adalora_scale.errors import UserError
+
+Extent = tuple[int, int]
+"""(start, length) of a span."""
+
+
+@dataclass(frozen=True)
+class AdapterTensor:
+    """One adapter tensor of the whole model, of shape (rows, r) row-major; `lora_E` is one row."""
+
+    layer: int
+    """Position of its module among the adapted modules."""
+    module: str
+    factor: str
+    """`lora_A`, `lora_E` or `lora_B`."""
+    rows: int
+    r: int
+
+    @property
+    def name(self) -> str:
+        """Name of the parameter in the unwrapped model."""
+        return f"{self.module}.{self.factor}"
+
+
+@dataclass(frozen=True)
+class Span:
+    """The contiguous row-major piece of an adapter tensor whose fp32 weight this rank's optimizer owns."""
+
+    tensor: AdapterTensor
+    start: int
+    """Index of the first element in the whole tensor."""
+    weight: Tensor
+    """(length,) float32, a view of the optimizer's master weight; may be empty."""
+
+
+class Sharding(Protocol):
+    """What the controller asks of an engine. Indices and lists refer to `spans`."""
+
+    spans: list[Span]
+    extents: list[list[Extent]]
+    """For every rank that holds different pieces (at least this one): where its spans lie."""
+    calls_per_step: int
+    """How often the engine calls the base optimizer in one step (DeepSpeed: once a parameter group or sub-group)."""
+
+    def updating(self, optimizer: Optimizer) -> list[int]:
+        """Return the spans that the call in progress updates."""
+
+    def gradients(self, indices: list[int]) -> list[Tensor]:
+        """Return (length,) views of these spans' reduced gradients; a missing gradient is created as zeros."""
+
+    def local_gradients(self) -> list[Tensor]:
+        """Return this rank's pieces of all gradients of the whole step, the adapters' and others'."""
+
+    def all_reduce(self, buffer: Tensor) -> None:
+        """Sum `buffer` in place over the ranks that hold different pieces."""
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite `tensor` in place with one rank's, so that ranks cannot disagree."""
+
+    def cancel(self, optimizer: Optimizer) -> None:
+        """Make the call in progress change nothing: no weight, no moment."""
+
+    def finish(self, optimizer: Optimizer) -> None:
+        """Put back what `cancel` took away, after the call."""
+
+    def publish(self) -> None:
+        """Bring low-precision copies that the engine already made up to date with the master weights."""
+
+    def write(self, values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        """Overwrite trainable parameters with whole values, in the masters and in every copy the engine made of them.
+
+        Between two steps, on every rank with the same values.
+        """
+
+    def missed_steps(self) -> int:
+        """Return how many steps the engine dropped, before they reached the optimizer, since the last question."""
+
+    def replicas(self) -> tuple[list[tuple[str, Tensor]], dist.ProcessGroup | None]:
+        """Return named tensors that must be equal on several ranks, and those ranks (None: all)."""
+
+    def moments(self) -> list[list[Tensor]]:
+        """Return, for every span, (length,) views of the optimizer's state that has one element a weight."""
+
+
+def adapter_tensors(model: nn.Module) -> list[tuple[AdapterTensor, nn.Parameter]]:
+    """Return every adapter tensor with its parameter, ordered by (layer, factor) with factors as in `FACTORS`."""
+    result = []
+    for index, (name, layer) in enumerate(adapter_layers(model)):
+        rows = {"lora_A": layer.in_features, "lora_E": 1, "lora_B": layer.out_features}
+        for factor in FACTORS:
+            tensor = AdapterTensor(layer=index, module=name, factor=factor, rows=rows[factor], r=layer.r)
+            result.append((tensor, getattr(layer, factor)))
+    return result
+
+
+def check_held(tensors: list[tuple[AdapterTensor, nn.Parameter]], optimizer: Optimizer) -> None:
+    """Refuse an optimizer that would leave an adapter untrained.
+
+    Raises:
+        UserError: `optimizer` does not hold one of the parameters.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for tensor, parameter in tensors:
+        if id(parameter) not in held:
+            raise UserError(
+                f"the optimizer does not hold '{tensor.name}'. Build the optimizer after inject_adalora (and after "
+                f"fully_shard), from the parameters with requires_grad=True."
+            )
+
+
+def gathered_extents(spans: list[Span], group: dist.ProcessGroup | None) -> list[list[Extent]]:
+    """Return where the spans of every rank of `group` lie; a collective call, made once at attach."""
+    own = [(span.start, span.weight.numel()) for span in spans]
+    if group is None or dist.get_world_size(group) == 1:
+        return [own]
+    everyone: list[list[Extent]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(everyone, own, group=group)
+    return everyone

@@ -1,0 +1,202 @@
+"""The `training:` section: defaults that fit adapters, checked keys and types, transformers' arguments at the end."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from typing import Any, get_type_hints
+
+import torch
+from transformers import TrainingArguments
+from trl import SFTConfig
+
+from adalora_scale.config import AdaLoraConfig, RunConfig, check_value
+from adalora_scale.errors import Unsupported, UserError, nearest
+from adalora_scale.training.engines import Engine, join_deepspeed_on_cpu, refuse_mismatches
+
+OWN_KEYS = {"overwrite_output_dir": bool}
+"""Keys of the section that are not transformers'."""
+
+# Set through the `data:` section, once tokenisation is done; two places for one thing would disagree some day.
+_MANAGED = {
+    "max_length": "data.max_length",
+    "packing": "data.packing",
+    "eval_packing": "data.packing",
+    "completion_only_loss": "data.loss_on",
+    "assistant_only_loss": "data.loss_on",
+    "chat_template_path": "data.chat_template",
+    "dataset_text_field": "data.text_column",
+    "dataset_num_proc": "data.preprocessing_num_workers",
+    "dataset_kwargs": "data",
+    "model_init_kwargs": "model",
+    "deepspeed": "engine.config",
+    "fsdp": "engine.name",
+    "fsdp_config": "engine.config",
+}
+
+_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+
+
+def check_training_section(config: RunConfig) -> dict[str, Any]:
+    """Return the section with values converted to their declared types.
+
+    Raises:
+        UserError: a key is unknown or belongs to another section, or a value has the wrong type.
+        Unsupported: as `refuse_unsupported`.
+    """
+    hints = get_type_hints(_arguments_class(config)) | OWN_KEYS
+    checked: dict[str, Any] = {}
+    for key, value in config.training.items():
+        if key in _MANAGED:
+            raise UserError(f"training.{key} is set through {_MANAGED[key]} here; move it there.")
+        if key not in hints:
+            raise UserError(f"unknown key 'training.{key}'.{nearest(key, hints)}")
+        if value is False and key.endswith("_strategy"):
+            value = "no"  # YAML reads the bare word as false
+        checked[key] = check_value(f"training.{key}", value, hints[key])
+    for key in _COUNTS:
+        if checked.get(key, 1) < 1:
+            raise UserError(f"training.{key} is {checked[key]}; it must be at least 1.")
+    refuse_resume(checked.get("resume_from_checkpoint"))
+    return checked
+
+
+def refuse_resume(resume_from_checkpoint: str | bool | None) -> None:
+    """Refuse what needs checkpoints that hold more than the adapter.
+
+    Raises:
+        Unsupported: resuming was asked for.
+    """
+    if resume_from_checkpoint:
+        raise Unsupported(
+            "training.resume_from_checkpoint is not supported yet: checkpoints hold the adapter, not the allocator's "
+            "state. Start a new run."
+        )
+
+
+def training_arguments(config: RunConfig, engine: Engine) -> TrainingArguments:
+    """Build TrainingArguments (or SFTConfig) from the section over defaults that fit adapter training.
+
+    Under FSDP2 `bf16` stays out of the arguments, where it would mean autocast: the sharded model computes in bfloat16
+    by itself (`computes_in_bf16`).
+
+    Raises:
+        UserError: as `check_training_section`, transformers refuses a combination, or DeepSpeed's configuration
+            disagrees with the section.
+        Unsupported: as `check_training_section`.
+    """
+    checked = check_training_section(config)
+    options: dict[str, Any] = {
+        # TRL's 2e-5 suits full fine-tuning; λ-scaled updates need the paper's 5e-4 to 2e-3.
+        "learning_rate": 1e-3,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 10,
+        "disable_tqdm": not sys.stderr.isatty(),
+        # accelerate starts a process group on CPU only when told that CPU is meant.
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": computes_in_bf16(checked),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    if not checked.keys() & {"gradient_checkpointing", "activation_checkpointing"}:
+        options["activation_checkpointing"] = False  # TRL's default trades a third of the speed for memory
+    options.update({key: value for key, value in checked.items() if key not in OWN_KEYS})
+    _settle_engine(options, engine)
+    if "eval_steps" in options and "eval_strategy" not in options:
+        options["eval_strategy"] = "steps"
+    if "save_strategy" not in checked and "save_steps" in checked:
+        options["save_strategy"] = "steps"
+    elif "save_strategy" not in checked and checked.get("load_best_model_at_end"):
+        options["save_strategy"] = "best"
+    if config.task == "causal_lm":
+        # Rows arrive tokenised, masked, cut and packed: the trainer only has to collate them.
+        options |= {
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "max_length": config.data.max_length,
+            "packing": config.data.packing,
+        }
+    else:
+        options.setdefault("include_num_input_tokens_seen", "non_padding")  # tokens_per_second needs it
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    # Without a GPU accelerate needs to be told that CPU is meant; asked here, before transformers warns about it.
+    alone = launched > 1 and not torch.cuda.is_available() and not options["use_cpu"]
+    try:
+        arguments = None if alone else _arguments_class(config)(**options)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"training: {' '.join(str(error).split())}") from None
+    if arguments is None or arguments.world_size != launched:
+        seen = 1 if arguments is None else arguments.world_size
+        raise UserError(
+            f"the launcher started {launched} processes, transformers sees {seen}: each would train "
+            f"alone. On machines without a GPU set training.use_cpu=true."
+        )
+    if (deepspeed := getattr(arguments, "hf_deepspeed_config", None)) is not None:
+        refuse_mismatches(deepspeed)
+    return arguments
+
+
+def require_evaluation_at_budget(args: TrainingArguments, adalora: AdaLoraConfig, steps: int) -> None:
+    """Refuse to look for the best checkpoint where no adapter is evaluated at its budget.
+
+    Raises:
+        UserError: load_best_model_at_end, and no evaluation from the final allocation on.
+    """
+    if not args.load_best_model_at_end or args.eval_strategy == "epoch":
+        return
+    every = 0
+    if args.eval_strategy == "steps" and args.eval_steps:
+        every = math.ceil(steps * args.eval_steps) if args.eval_steps < 1 else int(args.eval_steps)
+    final = steps - adalora.phase_steps(steps)[1]
+    if every == 0 or steps // every * every < final:
+        raise UserError(
+            f"training.load_best_model_at_end compares evaluations from the final allocation (step {final} of {steps}) "
+            f"on, and there is none; set training.eval_steps to a divisor of {steps}."
+        )
+
+
+def computes_in_bf16(training: dict[str, Any]) -> bool:
+    """Return whether a (checked) section asks for bfloat16, or says nothing where bfloat16 is there."""
+    if "bf16" in training:
+        return bool(training["bf16"])
+    return not training.get("fp16") and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+def _settle_engine(options: dict[str, Any], engine: Engine) -> None:
+    """Adapt the arguments to an engine that shards parameters."""
+    if engine.name == "ddp":
+        return
+    for key in ("bf16_full_eval", "fp16_full_eval"):
+        if options.get(key):
+            raise Unsupported(
+                f"training.{key} casts the model, which engine.name={engine.name} has sharded; remove it."
+            )
+    if engine.name == "deepspeed":
+        if options["use_cpu"] and torch.cuda.is_available():
+            raise Unsupported("training.use_cpu=true would switch DeepSpeed off; hide the GPUs instead.")
+        options["deepspeed"] = engine.deepspeed
+        if not torch.cuda.is_available():
+            join_deepspeed_on_cpu()
+            options["accelerator_config"] = (options.get("accelerator_config") or {}) | {"use_configured_state": True}
+        return
+    if options.get("fp16"):
+        raise Unsupported("training.fp16 is not supported under engine.name=fsdp2; use training.bf16=true.")
+    options["bf16"] = False
+    if engine.fsdp2.cpu_offload and not options["use_cpu"]:
+        options.setdefault("ddp_backend", "cuda:nccl,cpu:gloo")  # gradient norms of shards on the host
+
+
+def total_steps(args: TrainingArguments, examples: int) -> int:
+    """Return the optimizer steps of a run over `examples` training rows, as Trainer counts them."""
+    if args.max_steps > 0:
+        return args.max_steps
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    batches = math.ceil(examples / (args.per_device_train_batch_size * world_size))
+    if args.dataloader_drop_last:
+        batches = examples // (args.per_device_train_batch_size * world_size)
+    per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+    return math.ceil(args.num_train_epochs * per_epoch)
+
+
+def _arguments_class(config: RunConfig) -> type[TrainingArguments]:
+    return SFTConfig if config.task == "causal_lm" else TrainingArguments

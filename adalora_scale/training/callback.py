@@ -1,0 +1,112 @@
+"""AdaLoRA in anyone's transformers or TRL trainer: `Trainer(..., callbacks=[AdaLoraCallback()])`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from adalora_scale.controller import RankAllocator
+from adalora_scale.errors import UserError
+from adalora_scale.export.peft_adalora import save_adapter, unwrapped
+from adalora_scale.training.records import JsonLines
+
+METRICS_NAME = "metrics.jsonl"
+RANKS_NAME = "ranks.jsonl"
+
+
+class AdaLoraCallback(TrainerCallback):
+    """Attach a `RankAllocator` when training starts, write metrics and ranks, and save the adapter at the end.
+
+    The model must have been prepared with `inject_adalora(model, config)` before the trainer was made. Files go to
+    `args.output_dir`: `metrics.jsonl`, `ranks.jsonl`, and at the end `adapter_config.json` with
+    `adapter_model.safetensors`; a checkpoint folder that the trainer writes gets the adapter too.
+    """
+
+    def __init__(self, *, saves_checkpoints: bool = True) -> None:
+        """Make a callback; a trainer whose checkpoints hold the adapter already passes saves_checkpoints=False."""
+        self._saves_checkpoints = saves_checkpoints
+        self.allocator: RankAllocator | None = None
+        self._metrics: JsonLines | None = None
+        self._ranks: JsonLines | None = None
+        self._last_written = 0
+        self._clock = time.perf_counter()
+        self._tokens = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Build the allocator for `state.max_steps` steps and hook it into the optimizer."""
+        model: nn.Module = kwargs["model"]
+        config = getattr(unwrapped(model), "adalora_config", None)
+        if config is None:
+            raise UserError(
+                "AdaLoraCallback found no AdaLoRA layers; call inject_adalora(model, config) before making the trainer."
+            )
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() != args.world_size:
+            raise UserError(
+                f"the process group has {dist.get_world_size()} processes, TrainingArguments {args.world_size}: each "
+                f"would train alone. On machines without a GPU pass use_cpu=True."
+            )
+        self.allocator = RankAllocator(model, config, total_step=state.max_steps).attach(kwargs["optimizer"])
+        if state.is_world_process_zero:
+            output_dir = Path(args.output_dir or ".")
+            self._metrics = JsonLines(output_dir / METRICS_NAME)
+            self._ranks = JsonLines(output_dir / RANKS_NAME)
+        self._clock, self._tokens = time.perf_counter(), 0.0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count a step that a GradScaler dropped, and write the step's allocation if there was one."""
+        if self.allocator is None:
+            return
+        self.allocator.skip_missed_steps(state.global_step)
+        every = self.allocator.config.guard_every
+        if every and state.global_step % every == 0:
+            self.allocator.check_consistency()
+        allocation = self.allocator.last_allocation
+        if allocation is not None and allocation.step != self._last_written:
+            self._last_written = allocation.step
+            if self._ranks is not None:
+                self._ranks.write({"step": allocation.step, "budget": allocation.budget, "ranks": allocation.ranks})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one object to metrics.jsonl: the trainer's figures with the allocator's beside them."""
+        if self._metrics is None or self.allocator is None or not logs:
+            return
+        figures = dict(logs)
+        self._clock += logs.get("eval_runtime", 0.0)  # tokens_per_second is training's
+        if "loss" in logs:
+            figures.update(self._speed(logs, state))
+            figures.update(self.allocator.metrics())
+        self._metrics.write({"step": state.global_step, **figures})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the adapter beside what the trainer just wrote."""
+        if self.allocator is not None and self._saves_checkpoints:
+            save_adapter(kwargs["model"], Path(args.output_dir or ".") / f"checkpoint-{state.global_step}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save the adapter."""
+        if self.allocator is not None:
+            save_adapter(kwargs["model"], args.output_dir or ".")
+
+    def _speed(self, logs: dict[str, Any], state: TrainerState) -> dict[str, float]:
+        """Tokens a second over all ranks since the last log; SFTTrainer and Trainer count them in different places."""
+        tokens = float(logs.get("num_tokens", state.num_input_tokens_seen) or 0)
+        now = time.perf_counter()
+        elapsed, seen = now - self._clock, tokens - self._tokens
+        self._clock, self._tokens = now, tokens
+        return {"tokens_per_second": seen / elapsed} if seen > 0 and elapsed > 0 else {}

@@ -1,0 +1,133 @@
+"""Chat templates for conversations: the tokenizer's own, a Jinja file, or one of the built-in ones.
+
+A template used for training on assistant turns must mark them with ``{% generation %}`` … ``{% endgeneration %}``,
+the token that ends the turn included; without the marks every token of a prompt would be trained on, or none at all.
+The built-in templates (``plain``, ``chatml``) carry the marks and need nothing of a tokenizer but its end token.
+
+    template = resolve_chat_template(tokenizer, config.data, layout=raw.layout)
+    if template is not None:
+        tokenizer.chat_template = template  # saved with the adapter, so that inference renders the same text
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from trl.chat_template_utils import (
+    get_training_chat_template,
+    has_generation_markers,
+    is_chat_template_stop_token_trained,
+)
+
+from adalora_scale.config import DataConfig
+from adalora_scale.errors import UserError, nearest
+from adalora_scale.training.data import Layout, loss_target
+
+logger = logging.getLogger(__name__)
+
+_DIRECTORY = Path(__file__).with_suffix("")
+
+
+def builtin_chat_templates() -> list[str]:
+    """Return the names `data.chat_template` accepts without a file."""
+    return sorted(path.stem for path in _DIRECTORY.glob("*.jinja"))
+
+
+def resolve_chat_template(tokenizer: Any, config: DataConfig, *, layout: Layout = "messages") -> str | None:
+    """Return the chat template to train with, which the caller sets as ``tokenizer.chat_template`` before saving it.
+
+    Args:
+        tokenizer: a transformers tokenizer; it is not changed.
+        config: the `data` section (`chat_template`, `loss_on`).
+        layout: layout of the rows; only `messages` are rendered by a template, the others give None.
+
+    Raises:
+        UserError: there is no template, the named one does not exist or is not Jinja, it lacks the generation marks
+            that a loss on assistant turns needs, or rows that no template applies to were given one.
+    """
+    if layout != "messages":
+        if config.chat_template is not None:
+            raise UserError(
+                f"data.chat_template={config.chat_template} applies to messages rows, and these are {layout} rows; "
+                "remove the key, or convert the rows to messages."
+            )
+        return None
+    marked = loss_target(config, layout) == "assistant"
+    template = _named(config.chat_template) if config.chat_template is not None else _own(tokenizer, marked)
+    if tokenizer.eos_token is None and "eos_token" in template:
+        raise UserError("the chat template ends turns with eos_token, which this tokenizer does not have.")
+    if not marked:
+        return template
+    if not has_generation_markers(template):
+        raise UserError(
+            f"the chat template {config.chat_template} does not mark assistant turns: put their content and end token "
+            f"between {{% generation %}} and {{% endgeneration %}}, use {_offer()}, or set data.loss_on=all."
+        )
+    if not tokenizer.is_fast:
+        raise UserError(
+            "a loss on assistant turns needs a fast tokenizer (tokenizer.json), which maps tokens to characters; "
+            "convert the tokenizer, or set data.loss_on=all."
+        )
+    if not is_chat_template_stop_token_trained(tokenizer, chat_template=template):
+        logger.warning(
+            "the chat template leaves the token that ends an assistant turn out of the loss, so the model may not "
+            "learn to stop; move it inside {%% generation %%}, or use %s.",
+            _offer(),
+        )
+    return template
+
+
+def _named(name: str) -> str:
+    builtin = _DIRECTORY / f"{name}.jinja"
+    if name in builtin_chat_templates():
+        return builtin.read_text(encoding="utf-8")
+    path = Path(name).expanduser()
+    if not path.is_file():
+        hint = nearest(name, builtin_chat_templates())
+        raise UserError(f"data.chat_template={name} is neither a built-in template nor a Jinja file.{hint} {_known()}")
+    template = path.read_text(encoding="utf-8")
+    try:
+        # The markers are tags of transformers' own Jinja extension; a plain parser has to be told to accept them.
+        jinja2.Environment(extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]).parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{name}:{error.lineno}: not a Jinja template: {error.message}") from None
+    return template
+
+
+def _own(tokenizer: Any, marked: bool) -> str:
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise UserError(f"the rows are messages and the tokenizer has no chat template; use {_offer()}.")
+    if not marked or has_generation_markers(template):
+        return str(template)
+    try:
+        trainable = get_training_chat_template(tokenizer)
+    except (ValueError, TypeError, jinja2.TemplateError):
+        raise UserError(
+            "the tokenizer's chat template does not mark assistant turns and TRL knows no marked version of it; give a "
+            f"copy with {{% generation %}} marks as data.chat_template, use {_offer()}, or set data.loss_on=all."
+        ) from None
+    return trainable or str(template)
+
+
+def _offer() -> str:
+    return "a built-in one (" + " or ".join(f"data.chat_template={n}" for n in reversed(builtin_chat_templates())) + ")"
+
+
+def _known() -> str:
+    return f"Built-in: {', '.join(builtin_chat_templates())}."
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """Accepts ``{% generation %}`` … ``{% endgeneration %}`` when a template is only parsed."""
+
+    tags = {"generation"}  # noqa: RUF012 - the attribute's type is Jinja's
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -1,0 +1,93 @@
+"""What a person sees while training: a progress bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+
+class ConsoleCallback(ProgressCallback):
+    """transformers' progress bar with one short line a log instead of a whole dictionary."""
+
+    def __init__(self, bar: bool) -> None:
+        super().__init__()
+        self._bar = bar
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar."""
+        if self._bar:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._bar:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Move the evaluation's bar."""
+        if self._bar:
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print the step's figures."""
+        line = describe(state, logs or {})
+        if line and state.is_world_process_zero:
+            if self._bar:
+                tqdm.write(line)
+            else:
+                print(line, flush=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        if self._bar:
+            super().on_train_end(args, state, control, **kwargs)
+
+
+def use_console(trainer: Trainer) -> None:
+    """Replace the trainer's own printing; `disable_tqdm` decides between bar and lines."""
+    trainer.pop_callback(PrinterCallback)
+    trainer.pop_callback(ProgressCallback)
+    trainer.add_callback(ConsoleCallback(bar=not trainer.args.disable_tqdm))
+
+
+def describe(state: TrainerState, logs: dict[str, Any]) -> str:
+    """Return one line about a training or evaluation log, or nothing for logs that only carry run times."""
+    place = f"step {state.global_step}/{state.max_steps}"
+    if "loss" in logs:
+        parts = [f"loss {logs['loss']:.4f}"]
+        if "grad_norm" in logs:
+            parts.append(f"grad norm {float(logs['grad_norm']):.3g}")
+        if "learning_rate" in logs:
+            parts.append(f"lr {logs['learning_rate']:.2e}")
+        if "adalora/budget" in logs:
+            parts.append(
+                f"budget {logs['adalora/budget']} (ranks {logs['adalora/rank_min']} to {logs['adalora/rank_max']})"
+            )
+        if logs.get("adalora/skipped_steps"):
+            parts.append(f"{logs['adalora/skipped_steps']} non-finite steps skipped")
+        return f"{place}  " + "  ".join(parts)
+    figures = [
+        f"{key} {logs[key]:.4f}" for key in ("eval_loss", "eval_accuracy") if isinstance(logs.get(key), int | float)
+    ]
+    return f"{place}  " + "  ".join(figures) if figures else ""

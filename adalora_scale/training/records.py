@@ -1,0 +1,82 @@
+"""The run's small files: JSON lines as training goes, run.json at the end."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import resource
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_PACKAGES = ("adalora-scale", "torch", "transformers", "accelerate", "trl", "datasets", "deepspeed", "bitsandbytes")
+
+
+class JsonLines:
+    """A file of one JSON object a line; every line is on disk when `write` returns, so a crash loses nothing."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        path.write_text("", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append `record`; numbers that JSON cannot hold (NaN, infinity) become null."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write one JSON object; the file appears complete or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a run's figures."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["torch"] = torch.__version__
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Return what this process runs on."""
+    found: dict[str, Any] = {"machine": platform.machine(), "cpu_count": os.cpu_count(), "device": "cpu"}
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+        found["device_memory_bytes"] = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return found
+
+
+def peak_memory_by_rank() -> list[dict[str, int]]:
+    """Return every rank's peak resident and device memory in bytes; a collective call."""
+    # Linux counts ru_maxrss in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    own = {"resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        own["device_bytes"] = torch.cuda.max_memory_allocated()
+    if not (dist.is_available() and dist.is_initialized()):
+        return [own]
+    everyone: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

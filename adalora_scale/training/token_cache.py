@@ -1,0 +1,121 @@
+"""Doing costly preparation once among all processes of a job, without any collective.
+
+Ranks that wait for a slow one inside a collective are killed by its timeout (axolotl#2684), so the wait is on a file
+lock: the first process builds a directory under a temporary name and renames it, the others find it complete.
+The directory's name is a digest of everything that decides its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+_ROWS_PER_HASH = 1000
+
+
+def default_cache_dir() -> Path:
+    """Return the directory of prepared data, inside the cache of the datasets library."""
+    return Path(datasets.config.HF_DATASETS_CACHE) / "adalora_scale"
+
+
+def build_once(cache_dir: Path, key: str, build: Callable[[Path], None]) -> Path:
+    """Return ``cache_dir/key``, calling `build` on a temporary directory if it does not exist yet.
+
+    Args:
+        cache_dir: directory shared by the processes that should share the work.
+        key: digest of everything that decides the content.
+        build: fills the directory it is given; what it raises passes through, and nothing is left behind.
+    """
+    final = cache_dir / key
+    if final.is_dir():
+        return final
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(cache_dir / f"{key}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("waiting for another process to prepare the data in %s", final)
+        lock.acquire()
+    try:
+        if final.is_dir():
+            return final
+        for leftover in cache_dir.glob(f"{key}.tmp-*"):  # of a process that died; nobody else may write under the lock
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{key}.tmp-", dir=cache_dir))
+        try:
+            build(temporary)
+            _sync(temporary)
+            temporary.chmod(0o755 & ~_umask())  # mkdtemp's 0700 would lock a shared cache to one user
+            temporary.rename(final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    finally:
+        lock.release()
+    return final
+
+
+def digest(parts: Any) -> str:
+    """Return a hexadecimal digest of a JSON-like value."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def dataset_digest(dataset: datasets.Dataset) -> str:
+    """Return a digest of the rows themselves: unlike a datasets fingerprint it does not depend on paths or times."""
+    state = hashlib.blake2b(digest_size=16)
+    state.update(repr(sorted(dataset.features.items())).encode())
+    for table in dataset.with_format("arrow").iter(batch_size=_ROWS_PER_HASH):
+        # Chunks joined and schema metadata dropped, so that equal rows give equal bytes however they were read.
+        table = table.combine_chunks().replace_schema_metadata(None)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        state.update(sink.getvalue())
+    return state.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Return a digest of what decides a tokenizer's output, its chat template aside."""
+    if tokenizer.is_fast:
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        # State left by earlier calls with padding or truncation, which every call sets anew.
+        content.pop("padding", None)
+        content.pop("truncation", None)
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            tokenizer.save_pretrained(directory)
+            content = {
+                path.name: hashlib.blake2b(path.read_bytes()).hexdigest()
+                for path in sorted(Path(directory).rglob("*"))
+                if path.is_file()
+            }
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    sides = [tokenizer.padding_side, tokenizer.truncation_side]
+    return digest([type(tokenizer).__name__, content, special, sides, sorted(tokenizer.model_input_names)])
+
+
+def _sync(directory: Path) -> None:
+    """Force file contents to disk before the rename, so that a crash cannot keep the name and lose the bytes."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

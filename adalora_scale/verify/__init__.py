@@ -1,0 +1,1 @@
+"""Does this machine train the same adapter on every engine? The equivalence matrix as a command."""

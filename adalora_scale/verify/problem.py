@@ -1,0 +1,129 @@
+"""What every cell of the matrix trains: one model, one sequence of global batches, one loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adalora_scale.adalora.injection import adapter_layers, inject_adalora
+from adalora_scale.config import AdaLoraConfig
+from adalora_scale.errors import UserError
+
+ACCUMULATION = 4
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One global batch, or a rank's share of it; sequences count different numbers of tokens."""
+
+    ids: Tensor
+    """(rows, length) token ids."""
+    labels: Tensor
+    """(rows, length - 1), the next token, -100 where it does not count."""
+    tokens: int
+    """Counted tokens of the whole global batch, over all ranks."""
+
+    def part(self, index: int, parts: int) -> Batch:
+        """Return the index-th of equally many rows; the count stays the global batch's."""
+        return Batch(self.ids.chunk(parts)[index], self.labels.chunk(parts)[index], self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Everything that has to be the same on every engine, and where it runs.
+
+    Raises:
+        UserError: fewer steps than ten allocations need.
+    """
+
+    model: str | None
+    """Folder or hub id of a small causal model; None makes a random Llama on the spot."""
+    device: torch.device
+    ranks: int
+    steps: int = 60
+    length: int = 12
+    lr: float = 2e-3
+    """With `max_grad_norm` chosen so that the comparison is about engines: on stories260k, two one-process runs that
+    differ in the order of a batch's rows end 1.4e-6 apart (7.5e-5 in one tensor with lr 5e-3 and norm 0.05)."""
+    weight_decay: float = 0.01
+    max_grad_norm: float = 0.5
+    """Of the variant `clip`; it binds while the loss falls."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 24:
+            raise UserError(f"--steps is {self.steps}; ten allocations need at least 24 steps.")
+
+    @property
+    def config(self) -> AdaLoraConfig:
+        """The method's options: at least ten allocations, and a frozen phase."""
+        return AdaLoraConfig(
+            init_r=6,
+            target_r=4,
+            lora_alpha=12,
+            tinit=self.steps // 12,
+            tfinal=self.steps // 4,
+            deltaT=max(1, self.steps // 20),
+            orth_reg_weight=0.3,
+        )
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences a step: 48 divides evenly by 2, 3 and 4 ranks with accumulation; more ranks may need more."""
+        return math.lcm(48, self.ranks * ACCUMULATION)
+
+    def base_model(self, dtype: torch.dtype) -> nn.Module:
+        """Return the frozen model without adapters, the same in every process."""
+        from transformers import AutoModelForCausalLM, LlamaConfig
+
+        if self.model is not None:
+            return AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
+        torch.manual_seed(SEED)
+        shape = LlamaConfig(
+            vocab_size=256,
+            hidden_size=48,
+            intermediate_size=80,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=64,
+            initializer_range=0.1,
+        )
+        return AutoModelForCausalLM.from_config(shape).to(dtype)
+
+    def adapted_model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Return the model with fresh adapters in training mode, the same in every process."""
+        model = self.base_model(dtype)
+        torch.manual_seed(SEED)
+        return inject_adalora(model, self.config).to(self.device).train()
+
+    def batches(self, vocabulary: int) -> list[Batch]:
+        """Return the global batches, one a step: few tokens frequent, most rare, in sequences of uneven length."""
+        generator = torch.Generator().manual_seed(SEED + 7)
+        batches = []
+        for _ in range(self.steps):
+            uniform = torch.rand(self.global_batch, self.length, generator=generator)
+            ids = 3 + (uniform**6 * (vocabulary - 3)).long()
+            counted = torch.randint(self.length // 2, self.length, (self.global_batch, 1), generator=generator)
+            labels = ids[:, 1:].masked_fill(torch.arange(self.length - 1) >= counted, -100)
+            tokens = int((labels != -100).sum())
+            batches.append(Batch(ids.to(self.device), labels.to(self.device), tokens))
+        return batches
+
+
+def token_loss(call: Callable[..., Any], batch: Batch) -> Tensor:
+    """Return these rows' share of the mean loss over the counted tokens of the global batch."""
+    logits = call(input_ids=batch.ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits, batch.labels.flatten(), reduction="sum") / batch.tokens
+
+
+def adapter_weights(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Return every module's factors under the reference's names."""
+    return {name: {"A": layer.lora_A, "E": layer.lora_E, "B": layer.lora_B} for name, layer in adapter_layers(model)}

@@ -1,0 +1,212 @@
+"""The oracle: AdaLoRA written as plainly as the paper, in float64, sharing no code with the rest of the package.
+
+A training step here is: merge the update into the base weights, take the loss and its gradients by autograd, clip,
+observe importance, add the gradient of the penalty (autograd again, no closed form), AdamW, allocate. Loops instead
+of multi-tensor operations, whole tensors instead of pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+FACTORS = ("A", "E", "B")
+
+Tensors = dict[str, dict[str, Tensor]]
+"""One tensor for every module and factor."""
+
+
+@dataclass
+class ReferenceOptions:
+    """The method's options, AdamW's, and the clipping threshold."""
+
+    init_r: int
+    target_r: int
+    alpha: float
+    tinit: int
+    tfinal: int
+    total_step: int
+    delta_t: int
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.1
+    preset: str = "default"
+    lr: float = 1e-3
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+
+
+@dataclass
+class ReferenceAdapter:
+    """One matrix's triplets: A (in, r), E (r,), B (out, r), with their statistics and moments."""
+
+    weight: dict[str, Tensor]
+    sensitivity: dict[str, Tensor] = field(default_factory=dict)
+    uncertainty: dict[str, Tensor] = field(default_factory=dict)
+    m: dict[str, Tensor] = field(default_factory=dict)
+    v: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.weight = {f: w.detach().clone().double() for f, w in self.weight.items()}
+        for state in (self.sensitivity, self.uncertainty, self.m, self.v):
+            state.update({f: torch.zeros_like(w) for f, w in self.weight.items()})
+
+
+class ReferenceAdaLora:
+    """Trains the adapters of a base model that knows nothing of them.
+
+    Args:
+        adapters: for every module, A (in, r), E (r,) and B (out, r) to begin with.
+        options: the method's options, AdamW's, and the clipping threshold.
+    """
+
+    def __init__(self, adapters: Mapping[str, Mapping[str, Tensor]], options: ReferenceOptions) -> None:
+        self.adapters = {name: ReferenceAdapter(dict(weights)) for name, weights in adapters.items()}
+        self.o = options
+        self.t = 0
+        self.frozen = False
+        self.mask = {
+            name: torch.ones(options.init_r, dtype=torch.bool, device=a["E"].device) for name, a in adapters.items()
+        }
+        self.masks: dict[int, dict[str, list[bool]]] = {}  # step of an allocation -> mask
+        self.budgets: dict[int, int] = {}
+
+    # ---- the loss of a model with the current adapters
+
+    def delta(self, adapter: dict[str, Tensor]) -> Tensor:
+        """(out, in)"""
+        return (self.o.alpha / self.o.init_r) * adapter["B"] @ torch.diag(adapter["E"]) @ adapter["A"].T
+
+    def loss(self, base: nn.Module, loss_of: Callable[[Callable[..., Any]], Tensor], adapters: Tensors) -> Tensor:
+        """`loss_of(call)` computes the loss, calling the model with the adapters merged in through `call(**batch)`."""
+        merged = {f"{n}.weight": base.get_parameter(f"{n}.weight") + self.delta(a) for n, a in adapters.items()}
+        return loss_of(lambda **batch: functional_call(base, merged, (), batch))
+
+    def train_step(self, base: nn.Module, loss_of: Callable[[Callable[..., Any]], Tensor]) -> float:
+        """Take one step on the loss of `loss`."""
+        leaves = {n: {f: w.clone().requires_grad_() for f, w in a.weight.items()} for n, a in self.adapters.items()}
+        loss = self.loss(base, loss_of, leaves)
+        flat = [leaf[f] for leaf in leaves.values() for f in FACTORS]
+        grads = iter(torch.autograd.grad(loss, flat))
+        self.step({name: {f: next(grads) for f in FACTORS} for name in leaves})
+        return loss.item()
+
+    # ---- one optimizer step from given gradients
+
+    def step(self, grads: Tensors) -> None:
+        o = self.o
+        self.t += 1
+        if o.max_grad_norm is not None:
+            norm = torch.stack([g.square().sum() for gs in grads.values() for g in gs.values()]).sum().sqrt()
+            factor = min(1.0, o.max_grad_norm / (norm.item() + 1e-6))
+            grads = {n: {f: g * factor for f, g in gs.items()} for n, gs in grads.items()}
+        task = grads
+        whole = self.with_penalty(grads)
+        if o.preset != "peft" and not self.frozen:
+            self.observe(whole if o.preset == "paper" else task)
+        for name, adapter in self.adapters.items():
+            for f in FACTORS:
+                self.adamw(adapter, f, whole[name][f])
+        if o.preset == "peft" and self.t < o.total_step - o.tfinal:
+            self.observe(whole)
+        if self.is_allocation(self.t):
+            self.allocate()
+        elif self.frozen:
+            self.zero_lambda()
+
+    def adamw(self, adapter: ReferenceAdapter, f: str, g: Tensor) -> None:
+        o = self.o
+        b1, b2 = o.adam_betas
+        adapter.m[f] = b1 * adapter.m[f] + (1 - b1) * g
+        adapter.v[f] = b2 * adapter.v[f] + (1 - b2) * g * g
+        m_hat = adapter.m[f] / (1 - b1**self.t)
+        v_hat = adapter.v[f] / (1 - b2**self.t)
+        adapter.weight[f] = adapter.weight[f] * (1 - o.lr * o.weight_decay)
+        adapter.weight[f] = adapter.weight[f] - o.lr * m_hat / (v_hat.sqrt() + o.eps)
+
+    def penalty(self, factors: dict[tuple[str, str], Tensor]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=next(iter(factors.values())).device)
+        for (name, _), factor in factors.items():
+            if self.frozen and self.o.preset != "peft":
+                factor = factor[:, self.mask[name]]
+            deviation = factor.T @ factor - torch.eye(factor.shape[1]).to(factor)
+            if deviation.numel() and deviation.abs().max() > 0:
+                total = total + torch.linalg.matrix_norm(deviation)
+        return self.o.orth_reg_weight * total / len(factors)
+
+    def with_penalty(self, grads: Tensors) -> Tensors:
+        if self.o.orth_reg_weight == 0:
+            return grads
+        factors = {(n, f): a.weight[f].clone().requires_grad_() for n, a in self.adapters.items() for f in ("A", "B")}
+        # A module of rank 0 has no columns left in the penalty: its gradient is zero, not missing.
+        gradients = torch.autograd.grad(self.penalty(factors), list(factors.values()), materialize_grads=True)
+        extra = dict(zip(factors, gradients, strict=True))
+        return {n: {f: g + extra.get((n, f), 0) for f, g in gs.items()} for n, gs in grads.items()}
+
+    def observe(self, grads: Tensors) -> None:
+        o = self.o
+        for name, adapter in self.adapters.items():
+            for f in FACTORS:
+                now = (adapter.weight[f] * grads[name][f]).abs()
+                adapter.sensitivity[f] = o.beta1 * adapter.sensitivity[f] + (1 - o.beta1) * now
+                adapter.uncertainty[f] = (
+                    o.beta2 * adapter.uncertainty[f] + (1 - o.beta2) * (now - adapter.sensitivity[f]).abs()
+                )
+
+    # ---- allocation
+
+    def is_allocation(self, t: int) -> bool:
+        end = self.o.total_step - self.o.tfinal
+        return t == end or (self.o.tinit < t < end and t % self.o.delta_t == 0)
+
+    def budget(self, t: int) -> int:
+        o, n = self.o, len(self.adapters)
+        first, last, end = o.init_r * n, o.target_r * n, o.total_step - o.tfinal
+        if t <= o.tinit:
+            return first
+        if t >= end:
+            return last
+        return int((first - last) * (1 - (t - o.tinit) / (end - o.tinit)) ** 3 + last)
+
+    def scores(self) -> dict[str, list[float]]:
+        result = {}
+        for name, adapter in self.adapters.items():
+            s = {f: adapter.sensitivity[f] * adapter.uncertainty[f] for f in FACTORS}
+            result[name] = [
+                (s["E"][k] + s["A"][:, k].mean() + s["B"][:, k].mean()).item() for k in range(self.o.init_r)
+            ]
+        return result
+
+    def allocate(self) -> None:
+        ranked = [
+            (-score, position, name, k)
+            for position, (name, row) in enumerate(self.scores().items())
+            for k, score in enumerate(row)
+        ]
+        best = sorted(ranked, key=lambda item: (item[0], item[1], item[3]))[: self.budget(self.t)]
+        kept = {(name, k) for _, _, name, k in best}
+        self.mask = {
+            n: torch.tensor([(n, k) in kept for k in range(self.o.init_r)], device=a.weight["E"].device)
+            for n, a in self.adapters.items()
+        }
+        self.masks[self.t] = {name: row.tolist() for name, row in self.mask.items()}
+        self.budgets[self.t] = self.budget(self.t)
+        self.zero_lambda()
+        if self.t == self.o.total_step - self.o.tfinal:
+            self.frozen = True
+            if self.o.preset != "peft":
+                for name, adapter in self.adapters.items():
+                    for state in (adapter.weight, adapter.m, adapter.v):
+                        for f in FACTORS:
+                            state[f] = state[f] * self.mask[name]
+
+    def zero_lambda(self) -> None:
+        for name, adapter in self.adapters.items():
+            adapter.weight["E"] = adapter.weight["E"] * self.mask[name]

@@ -1,0 +1,55 @@
+"""Print what a quickstart run showed: exact match before and after, plain LoRA beside it, and where the ranks went.
+
+python launch/quickstart/show.py runs/quickstart
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(run: Path) -> None:
+    """Print the table of figures and the map of ranks of the run in `run`."""
+    before = _read(run.with_name(run.name + ".before.json"))
+    after = _read(run.with_name(run.name + ".after.json"))
+    lora = _read(run.with_name(run.name + "-lora") / "run.json")
+    ours = _read(run / "run.json")
+    allocations = [json.loads(line) for line in (run / "ranks.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    losses = [record["loss"] for record in losses if "loss" in record]
+
+    final = allocations[-1]
+    print(f"\n{'':24}exact match   triplets")
+    print(f"{'untouched base model':24}{before['exact_match']:>10.1%}   {'–':>8}")
+    print(f"{'plain LoRA':24}{lora['exact_match']:>10.1%}   {lora['r'] * len(final['ranks']):>8}")
+    print(f"{'AdaLoRA':24}{after['exact_match']:>10.1%}   {sum(final['ranks'].values()):>8}")
+    print(f"\nAdaLoRA's loss fell from {losses[0]:.3f} to {losses[-1]:.3f} in {ours['total_step']} steps.")
+    print(f"Its {len(allocations)} allocations spent the budget where it helps; ranks by layer:\n")
+    print(rank_map(final["ranks"]))
+    print(f"\nThe adapter is in {run}; PEFT loads it too: PeftModel.from_pretrained(base_model, '{run}')")
+
+
+def rank_map(ranks: dict[str, int]) -> str:
+    """Return a text table of ranks, one row a kind of matrix, one column a layer."""
+    kinds: dict[str, dict[int, int]] = {}
+    for name, rank in ranks.items():
+        match = re.search(r"\.(\d+)\.", name)
+        layer = int(match.group(1)) if match else 0
+        kinds.setdefault(name.rsplit(".", 1)[-1], {})[layer] = rank
+    layers = sorted({layer for row in kinds.values() for layer in row})
+    lines = ["    " + f"{'layer':12}" + "".join(f"{layer:>5}" for layer in layers)]
+    for kind, row in kinds.items():
+        lines.append("    " + f"{kind:12}" + "".join(f"{row.get(layer, '–'):>5}" for layer in layers))
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart"))

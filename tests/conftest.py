@@ -1,0 +1,70 @@
+"""What every test shares: the --full flag and the paths of the models and data that lie beside the project."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="also run the long matrices (tests marked 'full')")
+
+
+def pytest_configure(config):
+    # A killed run leaves a lock in DeepSpeed's build folder and every later run waits for it: build in a private one.
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        folder = os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="torch_extensions_")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--full"):
+        return
+    skip = pytest.mark.skip(reason="a long matrix; run it with --full")
+    for item in items:
+        if item.get_closest_marker("full"):
+            item.add_marker(skip)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if stages := os.environ.get("ADALORA_FAILED_STAGES"):
+        terminalreporter.section("earlier stages")
+        terminalreporter.line(f"failed before pytest, see above: {stages}")
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"needs the folder {SHARED}, which is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def stories260k(shared_dir) -> Path:
+    """A real Llama of 260 k parameters with its tokenizer."""
+    return _existing(shared_dir / "models" / "stories260k")
+
+
+@pytest.fixture(scope="session")
+def data_dir(shared_dir) -> Path:
+    """banking77, gsm8k, e2e_nlg and sgd_chat, each in its folder."""
+    return _existing(shared_dir / "data")
+
+
+@pytest.fixture(scope="session")
+def deepspeed_ops() -> None:
+    """For tests whose ranks use DeepSpeed under torchrun: its compilation is done before their timeout begins."""
+    from tests.distributed.launcher import build_deepspeed_ops
+
+    build_deepspeed_ops()
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        pytest.skip(f"needs {path}, which is not here")
+    return path

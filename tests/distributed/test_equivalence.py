@@ -1,0 +1,131 @@
+"""One algorithm on every engine: real ranks against one process in float64, by the criterion of DESIGN.md.
+
+The criterion itself is `adalora_scale.verify.matrix.judge`, which users run as `adalora-scale verify-engines`. Every
+cell has its adapters in two parameter groups, ZeRO-3 in several sub-groups.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from adalora_scale.verify.engines import ENGINES, VARIANTS
+from adalora_scale.verify.matrix import ALL_TOLERANCE, TENSOR_TOLERANCE, distances, expected_outcome
+from adalora_scale.verify.problem import Problem
+from tests.distributed.launcher import run_ranks
+
+WORKER = Path(__file__).parent / "workers" / "equivalence.py"
+
+
+@pytest.fixture(scope="module")
+def cells_of(stories260k, deepspeed_ops, tmp_path_factory):
+    """Run cells of one model on ranks in one start and return what every cell came to, equal on all ranks."""
+    files = {}
+
+    def run(ranks, cells, *, model="stories260k", timeout=540):
+        path = stories260k if model == "stories260k" else None
+        kinds = {cell.split(":")[1] for cell in cells}
+        if "bf16" in kinds or model != "stories260k":
+            file = "none"
+        else:
+            file = files.get("stories260k") or tmp_path_factory.mktemp("expected") / "expected.pt"
+            if not file.exists():
+                problem = Problem(model=str(path), device=torch.device("cpu"), ranks=1)
+                plain, clip = (expected_outcome(variant, problem) for variant in ("plain", "clip"))
+                torch.save({"clip": clip} | dict.fromkeys(("plain", "accumulation", "checkpointing"), plain), file)
+            files["stories260k"] = file
+        outputs = run_ranks(WORKER, ranks, [path or "random", file, *cells], timeout=timeout)
+        for cell in cells:
+            assert all(output[cell]["verdict"] == outputs[0][cell]["verdict"] for output in outputs)
+        return {cell: outputs[0][cell] for cell in cells}
+
+    return run
+
+
+def assert_all_pass(cells):
+    failed = {name: cell["reason"] for name, cell in cells.items() if cell["verdict"] != "pass"}
+    assert failed == {}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(cells_of):
+    plain = [f"{engine}:plain" for engine in ENGINES if engine != "hsdp"]
+    return cells_of(2, [*plain, "fsdp2:clip", "zero2:clip"])
+
+
+def test_every_engine_equals_one_process_on_two_ranks(two_ranks):
+    """Else a user who moves to another engine gets other ranks."""
+    assert_all_pass(two_ranks)
+
+
+def test_the_cells_meet_what_is_hard(two_ranks):
+    """Else cells pass because nothing happened: one call a step, no pruning, a clip that never binds."""
+    assert two_ranks["zero2:plain"]["calls"] == 2
+    assert two_ranks["zero3:plain"]["calls"] >= 4
+    assert all(cell["allocations"] >= 10 for cell in two_ranks.values())
+    assert two_ranks["zero2:plain"]["reference_loss"] != two_ranks["zero2:clip"]["reference_loss"]
+
+
+def test_rows_split_between_three_ranks(cells_of):
+    """Else the penalty is wrong wherever a flat ZeRO piece ends inside a row."""
+    cells = cells_of(3, ["fsdp2:plain", "zero2:plain", "zero3:plain"])
+    assert_all_pass(cells)
+    assert cells["zero2:plain"]["split_rows"] > 0
+    assert cells["zero3:plain"]["split_rows"] > 0
+    assert cells["zero2:plain"]["empty_spans"] > 0
+
+
+def test_hybrid_sharding_on_four_ranks(cells_of):
+    """Else HSDP counts every replica's scores, or a rank without rows of λ is lost (6 rows, 4 ranks: 2, 2, 2, 0)."""
+    cells = cells_of(4, ["hsdp:plain", "fsdp2:plain"], model="random")
+    assert_all_pass(cells)
+    assert cells["fsdp2:plain"]["empty_spans"] > 0
+
+
+@pytest.fixture(scope="module")
+def mutants(cells_of):
+    two = ["fsdp2:plain:scores", "zero2:plain:scores", "fsdp2:plain:gram", "zero2:plain:copy", "zero2:plain:publish"]
+    three = ["zero2:plain", "zero2:plain:rows"]
+    return cells_of(2, ["zero2:plain", *two], model="random") | cells_of(3, three, model="random")
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        "fsdp2:plain:scores",
+        "zero2:plain:scores",
+        "fsdp2:plain:gram",
+        "zero2:plain:copy",
+        "zero2:plain:publish",
+        "zero2:plain:rows",
+    ],
+)
+def test_the_criterion_refuses_a_mutant(mutants, mutant):
+    """Else the matrix would pass whatever the hooks do."""
+    assert mutants["zero2:plain"]["verdict"] == "pass"
+    assert mutants[mutant]["verdict"] == "fail", mutants[mutant]
+
+
+def test_the_distance_sees_one_tensor_and_what_is_not_a_number():
+    """Else a wrong tensor hides among a hundred, or NaN compares as near."""
+    reference = {
+        "a": {"A": torch.full((1000,), 100.0).double(), "E": torch.ones(2).double()},
+        "b": {"E": torch.zeros(2)},
+    }
+    near = {"a": {"A": torch.full((1000,), 100.0), "E": torch.ones(2) * (1 + 3e-4)}, "b": {"E": torch.zeros(2)}}
+    together, worst, name = distances(near, reference)
+    assert together < ALL_TOLERANCE
+    assert worst > TENSOR_TOLERANCE
+    assert name == "a.lora_E"
+    for wrong in (float("nan"), 1e-30):
+        assert distances(near | {"b": {"E": torch.tensor([0.0, wrong])}}, reference)[1] == float("inf")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_whole_matrix(cells_of, engine, ranks):
+    """Else a variant that few use is wrong on some engine."""
+    if engine == "hsdp" and ranks != 4:
+        pytest.skip("HSDP needs 4 ranks")
+    assert_all_pass(cells_of(ranks, [f"{engine}:{variant}" for variant in VARIANTS]))

@@ -1,0 +1,30 @@
+"""Ranks that must agree and do not: without these checks such a run would end as a worse model, silently."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launcher import run_ranks
+
+WORKER = Path(__file__).parent / "workers" / "guard_worker.py"
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("config", "UserError: rank 1 has adalora.beta1 = 0.9, rank 0 has 0.85"),
+        ("base", "UserError: rank 1 has the base model's fingerprint"),
+        ("drift", "RanksDisagree: step 4: 'blocks.0.up.lora_B' on rank 1 differs from rank 0"),
+        ("unwrapped", "RanksDisagree: step 4: 'blocks.0.up.lora_A' on rank 1 differs from rank 0"),
+        ("late", "Unsupported: 'blocks.0.up.lora_A' is a plain tensor in a sharded model"),
+    ],
+)
+def test_ranks_that_disagree_are_told_what_and_where(case, expected):
+    """A message without parameter, rank or step would leave the user searching a cluster."""
+    ranks = run_ranks(WORKER, 2, [case])
+    assert [rank["message"][: len(expected)] for rank in ranks] == [expected, expected]
+
+
+def test_ranks_that_agree_pass():
+    """A guard that always fires would be switched off."""
+    assert [rank["message"] for rank in run_ranks(WORKER, 2, ["none"])] == ["", ""]

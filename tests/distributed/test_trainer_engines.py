@@ -1,0 +1,207 @@
+"""Trainer, SFTTrainer and the callback give the same adapter on every engine as in one process, and save it whole."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from adalora_scale.export.peft_adalora import load_adapter
+from tests.conftest import ROOT
+from tests.distributed.launcher import run_ranks
+from tests.distributed.workers import trainer_worker
+
+WORKER = Path(trainer_worker.__file__)
+TOGETHER, PER_TENSOR = 1e-5, 5e-5
+DEEPSPEED = {"zero1", "zero2", "zero3", "zero3_offload"}
+full = pytest.mark.full
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def one_process(stories260k, data_dir, tmp_path_factory):
+    """The same trainer in one process: (what it reported, its adapters)."""
+
+    @functools.cache
+    def train(kind, *extra):
+        folder = tmp_path_factory.mktemp("one")
+        outcome = trainer_worker.train("ddp", kind, stories260k, data_dir, folder, 1, extra)
+        return outcome, load_file(folder / "live.safetensors")
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def on_ranks(stories260k, data_dir, tmp_path_factory, request):
+    """Train on an engine: (what each rank reported, the folder)."""
+
+    @functools.cache
+    def train(engine, kind, world_size=2, extra=()):
+        if engine in DEEPSPEED:
+            request.getfixturevalue("deepspeed_ops")
+        folder = tmp_path_factory.mktemp(engine)
+        env = {"DS_ACCELERATOR": "cpu"} if engine in DEEPSPEED else {}
+        arguments = [engine, kind, stories260k, data_dir, folder, *extra]
+        return run_ranks(WORKER, world_size, arguments, timeout=300, env=env), folder
+
+    return train
+
+
+def distances(weights, expected):
+    """(over all tensors together, worst single tensor) of ‖w − w_ref‖ / ‖w_ref‖."""
+    assert weights.keys() == expected.keys()
+    difference = total = worst = 0.0
+    for name, reference in expected.items():
+        d = (weights[name].double() - reference.double()).square().sum().item()
+        n = reference.double().square().sum().item()
+        difference, total = difference + d, total + n
+        worst = max(worst, (d / n) ** 0.5 if n > 0 else float("inf") if d > 0 else 0.0)
+    return (difference / total) ** 0.5, worst
+
+
+def assert_equals_one_process(ranks, folder, reference):
+    outcome, adapters = reference
+    assert {int(step) for step in outcome["masks"]} == trainer_worker.EVERY_STEP
+    final = [sum(row) for row in outcome["masks"][str(trainer_worker.FINAL_STEP)].values()]
+    assert sum(final) == 4 * 35 and len(set(final)) >= 3
+    for rank in ranks:
+        assert rank["masks"] == outcome["masks"], outcome["gaps"]
+        assert rank["norms"] == pytest.approx(outcome["norms"], rel=1e-4)
+        assert rank["eval_loss"] == pytest.approx(outcome["eval_loss"], rel=1e-5)
+        assert rank["generated"] == outcome["generated"]
+        assert rank["skipped"] == 0
+    together, worst = distances(load_file(folder / "live.safetensors"), adapters)
+    print(f"{folder.name}: together {together:.1e}, worst tensor {worst:.1e}")
+    assert together <= TOGETHER
+    assert worst <= PER_TENSOR
+    assert max(outcome["norms"]) > 0.5  # clipping took part
+
+
+def assert_saved_is_live(ranks, folder, stories260k, kind):
+    """The file, on a fresh base in this process, computes what the engine computed before it was saved."""
+    if kind == "classify":
+        base = AutoModelForSequenceClassification.from_pretrained(stories260k, num_labels=77, dtype=torch.float32)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32)
+    untouched = trainer_worker.probe_loss(base, kind)
+    loaded = trainer_worker.probe_loss(load_adapter(base, folder / "out"), kind)
+    for rank in ranks:
+        assert loaded == pytest.approx(rank["probe"], rel=1e-5)
+    assert abs(loaded - untouched) > 1e-3
+    if kind == "sft":
+        generated = base.generate(torch.tensor([[1, 410, 471, 419]]), max_new_tokens=8, do_sample=False)
+        assert generated.tolist() == ranks[0]["generated"]
+
+
+def real(name):
+    return {"ddp": "ddp", "fsdp2": "fsdp2", "zero3_offload": "zero3"}.get(name, name)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    ["fsdp2", "zero3", *(pytest.param(name, marks=full) for name in ("ddp", "zero1", "zero2", "zero3_offload"))],
+)
+def test_sft_trainer_on_two_ranks_is_one_process(engine, on_ranks, one_process, stories260k):
+    """A user who adds GPUs would get other ranks, or an adapter on disk that is not the trained one."""
+    ranks, folder = on_ranks(engine, "sft")
+    assert {rank["engine"] for rank in ranks} == {real(engine)}
+    assert_equals_one_process(ranks, folder, one_process("sft"))
+    assert_saved_is_live(ranks, folder, stories260k, "sft")
+    written = {path.name for path in (folder / "out").rglob("*") if path.is_file()}
+    assert not {name for name in written if name.endswith((".bin", ".pt", ".pth")) or name == "model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", *(pytest.param(name, marks=full) for name in ("ddp", "zero1", "zero2", "zero3"))]
+)
+def test_classifier_ends_at_its_best_checkpoint(engine, on_ranks, one_process, stories260k):
+    """The live shards, the head and what is saved at the end must all be the best checkpoint's."""
+    ranks, folder = on_ranks(engine, "classify")
+    assert_equals_one_process(ranks, folder, one_process("classify"))
+    assert_saved_is_live(ranks, folder, stories260k, "classify")
+    evaluations = ranks[0]["evaluations"]
+    assert ranks[0]["best"] == trainer_worker.FINAL_STEP  # not step 4, whose loss is larger but whose adapter is too
+    assert evaluations["4"] > evaluations["12"] > evaluations["16"] + 1e-4
+    assert ranks[0]["eval_loss"] == pytest.approx(evaluations["12"], rel=1e-6)
+    best, final = (
+        load_file(path / "adapter_model.safetensors") for path in (folder / "out" / "checkpoint-12", folder / "out")
+    )
+    assert best.keys() == final.keys() and any(key.endswith("score.weight") for key in best)
+    assert all(best[key].equal(final[key]) for key in best)
+    names = {path.name for path in (folder / "out" / "checkpoint-12").iterdir()}
+    assert not {name for name in names if not name.endswith((".json", ".safetensors", ".jinja"))}
+
+
+@pytest.mark.parametrize("engine", ["zero2", pytest.param("ddp", marks=full)])
+def test_callback_in_an_unmodified_trainer(engine, on_ranks, one_process, stories260k):
+    """PEFT's AdaLoRA under ZeRO-2 trains an unpruned model and saves a broken one, without a word."""
+    ranks, folder = on_ranks(engine, "callback")
+    assert_equals_one_process(ranks, folder, one_process("callback"))
+    assert_saved_is_live(ranks, folder, stories260k, "callback")
+    assert (folder / "out" / "checkpoint-8" / "adapter_model.safetensors").is_file()
+
+
+@full
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_accumulation_through_the_trainer(engine, on_ranks, one_process, stories260k):
+    """FSDP2 defers its reduction by our override, DeepSpeed counts micro-batches by itself."""
+    extra = ("training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2")
+    ranks, folder = on_ranks(engine, "sft", extra=extra)
+    assert_equals_one_process(ranks, folder, one_process("sft"))
+    assert_saved_is_live(ranks, folder, stories260k, "sft")
+
+
+@full
+def test_hsdp_with_accumulation(on_ranks, one_process, stories260k):
+    """Replicas of a shard wait for the last micro-batch, shards do not."""
+    extra = ("training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=2")
+    ranks, folder = on_ranks("hsdp", "sft", world_size=4, extra=extra)
+    assert {rank["engine"] for rank in ranks} == {"hsdp"}
+    assert_equals_one_process(ranks, folder, one_process("sft"))
+    assert_saved_is_live(ranks, folder, stories260k, "sft")
+
+
+@full
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
+def test_bf16_keeps_masters_and_masks_together(engine, on_ranks, one_process, stories260k):
+    """bf16 computes what fp32 does to 2 %, on every rank with the same mask; the file holds fp32 masters."""
+    ranks, folder = on_ranks(engine, "sft", extra=("training.bf16=true",))
+    outcome, _ = one_process("sft")
+    assert ranks[0]["masks"] == ranks[1]["masks"] and ranks[0]["masks"].keys() == outcome["masks"].keys()
+    assert ranks[0]["eval_loss"] == pytest.approx(outcome["eval_loss"], rel=0.02)
+    assert ranks[0]["eval_loss"] != pytest.approx(outcome["eval_loss"], rel=1e-6)
+    saved = load_file(folder / "out" / "adapter_model.safetensors")
+    assert any(not value.equal(value.bfloat16().float()) for value in saved.values())
+    base = load_adapter(AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32), folder / "out")
+    assert trainer_worker.probe_loss(base, "sft") == pytest.approx(ranks[0]["probe"], rel=0.02)
+
+
+def launched(tmp_path, launcher, *arguments):
+    """Run launch/train.py itself on the quickstart and return its run.json and metrics."""
+    options = ["--config", "configs/recipes/quickstart.yaml", *arguments, "training.max_steps=8",
+               "training.logging_steps=1", f"training.output_dir={tmp_path}", "adalora.deltaT=2"]  # fmt: skip
+    run_ranks(ROOT / "launch" / "train.py", 2, options, launcher=launcher, timeout=300)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    return json.loads((tmp_path / "run.json").read_text()), records
+
+
+def test_commands_of_the_readme(tmp_path, deepspeed_ops):
+    """launch/train.py under deepspeed and torchrun: one run, twice."""
+    zero2 = launched(tmp_path / "zero2", "deepspeed", "--deepspeed", "configs/deepspeed/zero2.json")
+    fsdp2 = launched(tmp_path / "fsdp2", "torchrun", "engine.name=fsdp2")
+    assert (zero2[0]["engine"], fsdp2[0]["engine"]) == ("zero2", "fsdp2")
+    assert zero2[0]["ranks"] == fsdp2[0]["ranks"] and sum(zero2[0]["ranks"].values()) == 8 * 35
+    for key in ("loss", "grad_norm", "adalora/orth_loss"):
+        ours, theirs = ([record[key] for record in run[1] if key in record] for run in (zero2, fsdp2))
+        assert len(ours) == 8 and ours == pytest.approx(theirs, rel=1e-4)
+    assert zero2[0]["final"]["eval_loss"] == pytest.approx(fsdp2[0]["final"]["eval_loss"], rel=1e-4)

@@ -1,0 +1,169 @@
+"""Cells of the equivalence matrix on real ranks, right ones and mutants that the criterion must refuse.
+
+run_ranks(…, args=[MODEL or "random", EXPECTED or "none", CELL…])    CELL is engine:variant[:mutant]
+"""
+
+import contextlib
+import os
+import sys
+from unittest import mock
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch
+import torch.distributed as dist
+
+from adalora_scale.controller import RankAllocator
+from adalora_scale.sharding.dtensor import DTensorSharding
+from adalora_scale.sharding.rows import FactorRows
+from adalora_scale.sharding.step_sums import StepReduction
+from adalora_scale.sharding.zero import ZeroSharding
+from adalora_scale.verify.engines import train
+from adalora_scale.verify.matrix import expected_outcomes, judge, why_not
+from adalora_scale.verify.problem import Problem
+from tests.distributed.launcher import report
+
+SHARDINGS = (ZeroSharding, DTensorSharding)
+
+
+@contextlib.contextmanager
+def all_reduce_replaced(replace):
+    with contextlib.ExitStack() as stack:
+        for kind in SHARDINGS:
+            original = kind.all_reduce
+            stack.enter_context(
+                mock.patch.object(kind, "all_reduce", lambda self, buffer, f=original: replace(f, self, buffer))
+            )
+        yield
+
+
+@contextlib.contextmanager
+def scores_of_rank_1_left_out():
+    """The last rank to matter: its triplets' scores count as zero."""
+
+    def without_one(all_reduce, sharding, buffer):
+        if in_scores and dist.get_rank() == 1:
+            buffer.zero_()
+        all_reduce(sharding, buffer)
+
+    in_scores = []
+    original = RankAllocator._scores
+
+    def scores(self):
+        in_scores.append(True)
+        try:
+            return original(self)
+        finally:
+            in_scores.clear()
+
+    with all_reduce_replaced(without_one), mock.patch.object(RankAllocator, "_scores", scores):
+        yield
+
+
+@contextlib.contextmanager
+def gram_not_reduced():
+    """Every rank regularises with the Gram of its own rows."""
+    original = StepReduction.run
+
+    def run(self, squares, keep):
+        with all_reduce_replaced(lambda all_reduce, sharding, buffer: None):
+            return original(self, squares, keep)
+
+    with mock.patch.object(StepReduction, "run", run):
+        yield
+
+
+@contextlib.contextmanager
+def lambda_zeroed_in_the_copy_only():
+    """The mask reaches the weights the forward uses and not the masters, as PEFT's does under ZeRO."""
+
+    attached = []
+    original = RankAllocator.attach
+
+    def attach(self, target):
+        attached.append(self)
+        return original(self, target)
+
+    def zero(sharding, mask):
+        layers = attached[-1]._layers
+        for layer, row in zip(layers, mask.view(len(layers), -1), strict=True):
+            layer.lora_E.mul_(row)
+
+    with (
+        mock.patch.object(RankAllocator, "attach", attach),
+        mock.patch("adalora_scale.controller.zero_lambda", zero),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def masters_not_published():
+    """Groups that DeepSpeed stepped and copied before the last one keep the λ that the mask removes."""
+    with mock.patch.object(ZeroSharding, "publish", lambda self: None):
+        yield
+
+
+@contextlib.contextmanager
+def split_rows_ignored():
+    """Rows that two ranks hold halves of are left out of Gram and gradient."""
+    with (
+        mock.patch.object(FactorRows, "write_split", lambda self, out, pieces: None),
+        mock.patch.object(FactorRows, "add_split", lambda self, pieces, rows: None),
+    ):
+        yield
+
+
+MUTANTS = {
+    "": contextlib.nullcontext,
+    "scores": scores_of_rank_1_left_out,
+    "gram": gram_not_reduced,
+    "copy": lambda_zeroed_in_the_copy_only,
+    "publish": masters_not_published,
+    "rows": split_rows_ignored,
+}
+
+
+@contextlib.contextmanager
+def shapes_seen(shapes):
+    """Record what really was hard about a cell: split rows, empty spans, several calls of the optimizer a step."""
+    original = RankAllocator.attach
+
+    def attach(self, target):
+        result = original(self, target)
+        sharding = self._sharding
+        shapes.update(
+            split_rows=self._reduction._rows.slots,
+            empty_spans=sum(length == 0 for rank in sharding.extents for _, length in rank),
+            calls=sharding.calls_per_step,
+        )
+        return result
+
+    with mock.patch.object(RankAllocator, "attach", attach):
+        yield
+
+
+def main(model, expected_file, *cells):
+    dist.init_process_group("gloo")
+    problem = Problem(
+        model=None if model == "random" else model, device=torch.device("cpu"), ranks=dist.get_world_size()
+    )
+    cells = [[*cell.split(":"), ""][:3] for cell in cells]
+    if expected_file == "none":
+        expected = expected_outcomes([variant for _, variant, _ in cells], problem)
+    else:
+        expected = torch.load(expected_file, weights_only=False)
+    for engine, variant, mutant in cells:
+        if reason := why_not(engine, variant, problem):
+            raise RuntimeError(f"{engine} cannot run here: {reason}")
+        shapes = {}
+        with MUTANTS[mutant](), shapes_seen(shapes):
+            outcome = train(engine, variant, problem)
+        cell = judge(engine, variant, outcome, expected[variant])
+        report(**{":".join(filter(None, (engine, variant, mutant))): cell.as_dict() | shapes})
+        if dist.get_rank() == 0:
+            print(cell, shapes, flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,209 @@
+"""The import rule of DESIGN.md and the other rules of the code's form, kept by reading the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "adalora_scale"
+MAX_LINES = 400
+
+# A room imports rooms of lower layers, and of its own layer as long as no circle arises.
+# The package's own __init__ (its public names) stands beside the command line, above everything.
+LAYERS = {
+    "": 4,
+    "cli": 4,
+    "training": 3,
+    "export": 3,
+    "cluster": 3,
+    "report": 3,
+    "verify": 3,
+    "controller": 2,
+    "sharding": 1,
+    "adalora": 1,
+    "quantization": 0,
+    "config": 0,
+    "errors": 0,
+}
+LEAVES = {"quantization": {"config", "errors"}, "config": {"errors"}, "errors": set()}  # what else they may import
+DEEPSPEED_HOMES = ("sharding/zero.py", "training/", "verify/")
+
+
+def room_of(path: str) -> str:
+    """`sharding/zero.py` → `sharding`, `config.py` → `config`, `__init__.py` → the package itself."""
+    first = path.split("/")[0].removesuffix(".py")
+    return "" if first == "__init__" else first
+
+
+def imported_modules(node: ast.Import | ast.ImportFrom, path: str) -> Iterator[str]:
+    """Yield the dotted names an import statement may load; `from a import b` gives `a` and `a.b`."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
+    module = node.module or ""
+    if node.level:
+        parts = [PACKAGE, *path.split("/")][: -node.level]
+        module = ".".join([*parts, module]).rstrip(".")
+    yield module
+    yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def imported_rooms(node: ast.Import | ast.ImportFrom, path: str) -> set[str]:
+    rooms = set()
+    for module in imported_modules(node, path):
+        top, _, rest = module.partition(".")
+        if top == PACKAGE:
+            rooms.add(rest.split(".")[0])
+    if isinstance(node, ast.ImportFrom) and len(rooms) > 1:
+        rooms -= {""}  # `from adalora_scale import config` is about config
+    return {room if room in LAYERS else "" for room in rooms if room != "__version__"}
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def walk(node: ast.AST, *, lazy: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+    """Yield every node and whether it runs only when a function is called (or never, under TYPE_CHECKING)."""
+    for child in ast.iter_child_nodes(node):
+        later = lazy or is_type_checking(node) or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        yield child, later
+        yield from walk(child, lazy=later)
+
+
+def import_violations(source: str, path: str) -> list[str]:
+    """Check one file of the package; `path` is relative to it, with forward slashes."""
+    room, found = room_of(path), []
+    if room not in LAYERS:
+        return [f"{path}: '{room}' is a room DESIGN.md does not name; give it a layer in {Path(__file__).name}"]
+    for node, lazy in walk(ast.parse(source)):
+        if room == "adalora" and isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
+            found.append(f"{path}:{node.lineno}: the method must not use torch.distributed")
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        here = f"{path}:{node.lineno}"
+        for other in sorted(imported_rooms(node, path) - {room}):
+            allowed = LEAVES.get(room)
+            if other not in allowed if allowed is not None else LAYERS[other] > LAYERS[room]:
+                found.append(f"{here}: {room} must not import {other or PACKAGE}")
+        modules = list(imported_modules(node, path))
+        if room == "adalora" and any(f"{name}.".startswith("torch.distributed.") for name in modules):
+            found.append(f"{here}: the method must not import torch.distributed")
+        if any(name.split(".")[0] == "deepspeed" for name in modules):
+            if not path.startswith(DEEPSPEED_HOMES):
+                found.append(f"{here}: deepspeed is imported only in {' and '.join(DEEPSPEED_HOMES)}")
+            if not lazy:
+                found.append(f"{here}: deepspeed must be imported inside a function")
+    return found
+
+
+def circle(files: Iterable[tuple[str, str]]) -> list[str]:
+    """Return a circle of rooms that import each other, or nothing; `files` are (path, source)."""
+    graph: dict[str, set[str]] = {}
+    for path, source in files:
+        imports = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom))
+        room = room_of(path)
+        graph.setdefault(room, set()).update(*(imported_rooms(node, path) - {room} for node in imports))
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def bare_asserts(source: str, path: str) -> list[str]:
+    return [f"{path}:{node.lineno}: assert" for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
+
+
+def python_files(folder: str) -> list[tuple[str, str]]:
+    base = ROOT / folder
+    return [(path.relative_to(base).as_posix(), path.read_text()) for path in sorted(base.rglob("*.py"))]
+
+
+def test_every_import_points_down():
+    """Else the method's rooms can no longer be read, tested or replaced alone."""
+    assert [line for path, source in python_files(PACKAGE) for line in import_violations(source, path)] == []
+
+
+def test_no_two_rooms_import_each_other():
+    """Else two rooms of one layer have become one."""
+    assert circle(python_files(PACKAGE)) == []
+
+
+def test_library_code_has_no_bare_assert():
+    """Else `python -O` removes a check, and a user sees AssertionError without a word."""
+    assert [line for path, source in python_files(PACKAGE) for line in bare_asserts(source, f"{PACKAGE}/{path}")] == []
+    assert [line for path, source in python_files("launch") for line in bare_asserts(source, f"launch/{path}")] == []
+
+
+def test_no_file_is_too_long_to_read():
+    """Else a file has more than one subject."""
+    lengths = {path: source.count("\n") for path, source in python_files(PACKAGE)}
+    assert {path: length for path, length in lengths.items() if length > MAX_LINES} == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("adalora/layer.py", "from adalora_scale.sharding.zero import Span\nfrom adalora_scale.controller import x"),
+        ("adalora/layer.py", "from adalora_scale.training import run"),
+        ("adalora/layer.py", "def f():\n    from adalora_scale import controller"),
+        ("adalora/layer.py", "from ..controller import RankAllocator"),
+        ("adalora/layer.py", "from .. import training"),
+        ("adalora/layer.py", "import torch.distributed as dist"),
+        ("adalora/layer.py", "from torch import distributed"),
+        ("adalora/layer.py", "from torch.distributed.tensor import DTensor"),
+        ("adalora/layer.py", "import torch\ntorch.distributed.get_rank()"),
+        ("sharding/zero.py", "import deepspeed"),
+        ("sharding/zero.py", "class A:\n    from deepspeed import zero"),
+        ("sharding/dtensor.py", "def f():\n    import deepspeed"),
+        ("sharding/dtensor.py", "import adalora_scale.controller"),
+        ("sharding/dtensor.py", "import adalora_scale"),
+        ("controller.py", "import adalora_scale.training.run"),
+        ("controller.py", "def f():\n    from deepspeed.runtime import engine"),
+        ("training/run.py", "from adalora_scale.cli import main"),
+        ("training/run.py", "try:\n    import deepspeed\nexcept ImportError:\n    pass"),
+        ("config.py", "from adalora_scale.adalora import schedule"),
+        ("config.py", "from adalora_scale import quantization"),
+        ("errors.py", "from adalora_scale.config import Config"),
+        ("quantization/linear.py", "from adalora_scale.adalora.layer import AdaLoraLayer"),
+        ("utils.py", "import os"),
+    ],
+)
+def test_the_checker_sees_a_forbidden_import(path, source):
+    """Else the rule is kept only by luck."""
+    assert import_violations(source, path)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("__init__.py", "from adalora_scale.training.run import train"),
+        ("cli.py", "from adalora_scale import cluster, report"),
+        ("training/run.py", "def f():\n    import deepspeed"),
+        ("training/run.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import deepspeed"),
+        ("training/run.py", "from adalora_scale.export import peft\nfrom adalora_scale import errors, __version__"),
+        ("sharding/zero.py", "async def f():\n    from deepspeed.utils import groups"),
+        ("sharding/zero.py", "import torch.distributed\nfrom ..adalora.layer import FACTORS\nfrom . import span"),
+        ("controller.py", "from adalora_scale import sharding\nfrom .adalora import layer"),
+        ("adalora/layer.py", "import torch\nfrom torch import nn\nfrom adalora_scale.errors import UserError"),
+        ("config.py", "from adalora_scale.errors import UserError"),
+        ("quantization/linear.py", "from adalora_scale.errors import UserError\nimport torch.distributed"),
+    ],
+)
+def test_the_checker_lets_an_allowed_import_pass(path, source):
+    """Else the rule would forbid what DESIGN.md allows."""
+    assert import_violations(source, path) == []
+
+
+def test_the_checker_sees_a_circle_and_an_assert():
+    """Else these two rules are kept only by luck."""
+    export, report = "from adalora_scale import report", "from adalora_scale.export import peft"
+    assert set(circle([("export/peft.py", export), ("report/html.py", report)])) == {"export", "report"}
+    assert circle([("export/peft.py", export)]) == []
+    assert bare_asserts("def f(x):\n    assert x", "launch/train.py") == ["launch/train.py:2: assert"]

@@ -1,0 +1,140 @@
+"""AdaLoraCallback gives AdaLoRA to trainers this package did not write."""
+
+import json
+
+import datasets
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer
+from transformers import TrainingArguments as Arguments
+from trl import SFTConfig, SFTTrainer
+
+from adalora_scale.adalora.injection import adapter_layers, inject_adalora
+from adalora_scale.config import AdaLoraConfig
+from adalora_scale.errors import UserError
+from adalora_scale.export.peft_adalora import load_adapter
+from adalora_scale.training.callback import AdaLoraCallback
+from tests.conftest import ROOT
+from tests.distributed.launcher import run_ranks
+
+CONFIG = AdaLoraConfig(init_r=6, target_r=4, lora_alpha=24, tinit=2, tfinal=4, deltaT=3)
+STEPS = 16
+OPTIONS = {
+    "max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": "none",
+    "logging_steps": 4, "use_cpu": True, "disable_tqdm": True, "bf16": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def tokenizer(stories260k):
+    tokenizer = AutoTokenizer.from_pretrained(stories260k)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@pytest.fixture
+def texts(data_dir):
+    lines = (data_dir / "sgd_chat" / "train.jsonl").read_text().splitlines()[:64]
+    return [" ".join(turn["content"] for turn in json.loads(line)["messages"])[:300] for line in lines]
+
+
+def stock_trainer(kind, model, tokenizer, texts, folder, callback, **options):
+    """A trainer as its own documentation builds it."""
+    if kind == "SFTTrainer":
+        return SFTTrainer(
+            model,
+            args=SFTConfig(str(folder), max_length=48, **OPTIONS, **options),
+            train_dataset=datasets.Dataset.from_dict({"text": texts}),
+            processing_class=tokenizer,
+            callbacks=[callback],
+        )
+    rows = [{"input_ids": tokenizer(text)["input_ids"][:48]} for text in texts]
+    return Trainer(
+        model,
+        Arguments(str(folder), **OPTIONS, **options),
+        train_dataset=rows,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        callbacks=[callback],
+    )
+
+
+@torch.no_grad()
+def loss_on(model, tokenizer, texts):
+    model.eval()
+    ids = [torch.tensor([tokenizer(text)["input_ids"][:64]]) for text in texts[:8]]
+    return sum(model(input_ids=row, labels=row).loss.item() for row in ids) / 8
+
+
+@pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
+def test_unmodified_trainer_prunes_and_saves_what_it_trained(stories260k, tokenizer, texts, tmp_path, kind):
+    """PEFT's AdaLoRA in a Trainer never prunes and says nothing; here the files and the live model must agree."""
+    model = inject_adalora(AutoModelForCausalLM.from_pretrained(stories260k), CONFIG)
+    before = loss_on(model, tokenizer, texts)
+    callback = AdaLoraCallback()
+    stock_trainer(kind, model, tokenizer, texts, tmp_path, callback, save_strategy="no").train()
+
+    allocator = callback.allocator
+    assert allocator.step == STEPS and allocator.frozen
+    live = {name: int((layer.lora_E != 0).sum()) for name, layer in adapter_layers(model)}
+    assert sum(live.values()) == CONFIG.target_r * 35
+    assert live == allocator.ranks()
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    logged = [record for record in records if "loss" in record]
+    assert [record["step"] for record in logged] == [4, 8, 12, 16]
+    assert logged[-1]["adalora/budget"] == logged[-1]["adalora/rank_total"] == CONFIG.target_r * 35
+    allocations = [json.loads(line) for line in (tmp_path / "ranks.jsonl").read_text().splitlines()]
+    assert [a["step"] for a in allocations] == [3, 6, 9, 12]
+    assert allocations[-1]["ranks"] == live
+
+    trained = loss_on(model, tokenizer, texts)
+    assert trained < before - 0.2
+    loaded = load_adapter(AutoModelForCausalLM.from_pretrained(stories260k), tmp_path)
+    assert abs(loss_on(loaded, tokenizer, texts) - trained) < 1e-5
+
+
+def test_checkpoints_of_a_stock_trainer_hold_the_adapter(stories260k, tokenizer, texts, tmp_path):
+    """Without it the only copy of a killed run's adapter would be inside a whole model of wrapped layers."""
+    model = inject_adalora(AutoModelForCausalLM.from_pretrained(stories260k), CONFIG)
+    stock_trainer("Trainer", model, tokenizer, texts, tmp_path, AdaLoraCallback(), save_steps=8).train()
+    early = load_adapter(AutoModelForCausalLM.from_pretrained(stories260k), tmp_path / "checkpoint-8")
+    assert {layer.r for _, layer in adapter_layers(early)} == {6}  # before the final allocation all are kept
+    last = load_adapter(AutoModelForCausalLM.from_pretrained(stories260k), tmp_path / "checkpoint-16")
+    assert sum(layer.r for _, layer in adapter_layers(last)) == CONFIG.target_r * 35
+    assert abs(loss_on(last, tokenizer, texts) - loss_on(model, tokenizer, texts)) < 1e-5
+
+
+def test_model_without_adapters_is_refused(stories260k, tokenizer, texts, tmp_path):
+    """The callback would do nothing, as PEFT's does, and the user would find out at the end."""
+    model = AutoModelForCausalLM.from_pretrained(stories260k)
+    trainer = stock_trainer("Trainer", model, tokenizer, texts, tmp_path, AdaLoraCallback(), save_strategy="no")
+    with pytest.raises(UserError, match="inject_adalora"):
+        trainer.train()
+    assert not list(tmp_path.iterdir())
+
+
+def test_schedule_without_room_is_refused_when_training_starts(stories260k, tokenizer, texts, tmp_path):
+    """total_step is the trainer's: only there can the schedule be checked, and it must be before the first step."""
+    model = inject_adalora(AutoModelForCausalLM.from_pretrained(stories260k), CONFIG.replace(tinit=10, tfinal=6))
+    trainer = stock_trainer("Trainer", model, tokenizer, texts, tmp_path, AdaLoraCallback(), save_strategy="no")
+    with pytest.raises(UserError, match=r"adalora\.tinit \(10 steps\)"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+WORKER = ROOT / "tests" / "distributed" / "workers" / "callback_alone.py"
+
+
+def test_ranks_that_would_train_alone_are_refused(stories260k, tmp_path):
+    """accelerate trains every rank alone on CPU unless told otherwise; rank 0's adapter would be saved as the job's."""
+    for rank in run_ranks(WORKER, 2, [stories260k, tmp_path, "forgotten"]):
+        assert "use_cpu=True" in rank["refused"]
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.full
+def test_unmodified_trainer_prunes_alike_on_two_ranks(stories260k, tmp_path):
+    """Ranks that disagree about the mask train two models."""
+    ranks = run_ranks(WORKER, 2, [stories260k, tmp_path, "use_cpu"])
+    assert [(rank["refused"], rank["world_size"]) for rank in ranks] == [("", 2)] * 2
+    assert ranks[0]["digest"] == ranks[1]["digest"]
+    assert ranks[0]["weights"] == ranks[1]["weights"]
