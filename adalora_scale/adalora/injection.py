@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import cast
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adalora_scale.adalora.fingerprint import fingerprint
+from adalora_scale.adalora.fingerprint import base_digests, fingerprint
 from adalora_scale.adalora.layer import AdaLoraLayer, linear_features
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import UserError, nearest
@@ -61,6 +62,7 @@ def inject_adalora(model: nn.Module, config: AdaLoraConfig) -> nn.Module:
         raise UserError("the model already has AdaLoRA layers; inject into a fresh base model.")
     targets = find_targets(model, config)
     base_weights = [(name, cast(Tensor, model.get_submodule(name).weight).detach()) for name in targets]
+    digests = digest_base(model, targets, modules_to_save(model, config))
     model.requires_grad_(False)
     wrappers: dict[nn.Module, AdaLoraLayer] = {}
     for name in targets:
@@ -76,6 +78,7 @@ def inject_adalora(model: nn.Module, config: AdaLoraConfig) -> nn.Module:
     for name in modules_to_save(model, config):
         model.get_submodule(name).requires_grad_(True)
     model.adalora_base_fingerprint = fingerprint(base_weights)  # type: ignore[assignment]  # ranks compare theirs
+    model.adalora_base_digests = digests  # type: ignore[assignment]  # save_adapter writes them
     model.adalora_config = config  # type: ignore[assignment]  # a plain attribute; nn.Module's stub knows only tensors
     return model
 
@@ -142,6 +145,33 @@ def modules_to_save(model: nn.Module, config: AdaLoraConfig) -> list[str]:
     names = [name for name, _ in model.named_modules() if name]
     matched = _matches(names, config.modules_to_save, "adalora.modules_to_save")
     return [name for name in names if name in matched]
+
+
+def digest_base(model: nn.Module, targets: Iterable[str], saved: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return digests of a base model's weights, for adapters to record and to compare.
+
+    Args:
+        model: the base model, before sharding.
+        targets: names of the adapted layers.
+        saved: names of the modules that are trained in full; they are no part of the base.
+    """
+    embedding = None
+    if callable(getter := getattr(model, "get_input_embeddings", None)):
+        with contextlib.suppress(NotImplementedError):  # models without token embeddings
+            embedding = getattr(getter(), "weight", None)
+    kept = list(saved)
+    rest = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if is_digested(name, parameter.dim(), kept) or (parameter is embedding and not _inside(name, kept))
+    ]
+    adapted = [(f"{name}.weight", cast(Tensor, model.get_submodule(name).weight)) for name in targets]
+    return base_digests(adapted, rest)
+
+
+def is_digested(name: str, dimensions: int, saved: Iterable[str]) -> bool:
+    """Return whether a parameter is one of the small ones that a base's digest covers beside the adapted weights."""
+    return dimensions == 1 and "lora_" not in name and not _inside(name, saved)
 
 
 def coverage(model: nn.Module) -> Coverage:
