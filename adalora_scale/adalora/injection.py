@@ -115,7 +115,7 @@ def find_targets(model: nn.Module, config: AdaLoraConfig) -> list[str]:
     if config.target_modules == ALL_LINEAR:
         head = _output_head(model)
         linear = {name for name in names if _is_linear(model.get_submodule(name))}
-        selected = {name for name in linear if model.get_submodule(name) is not head and not _inside(name, saved)}
+        selected = {name for name in linear if model.get_submodule(name) is not head and not is_inside(name, saved)}
         _refuse_unreachable_weights(model, excluded)
     else:
         selected = _matches(names, config.target_modules, "adalora.target_modules")
@@ -127,7 +127,7 @@ def find_targets(model: nn.Module, config: AdaLoraConfig) -> list[str]:
         raise UserError("adalora.target_modules selects no module after adalora.exclude_modules was applied.")
     for name in targets:
         linear_features(model.get_submodule(name))
-        if _inside(name, saved):
+        if is_inside(name, saved):
             raise UserError(
                 f"'{name}' is in both adalora.target_modules and adalora.modules_to_save; keep it in one of them."
             )
@@ -163,7 +163,7 @@ def digest_base(model: nn.Module, targets: Iterable[str], saved: Iterable[str]) 
     rest = [
         (name, parameter)
         for name, parameter in model.named_parameters()
-        if is_digested(name, parameter.dim(), kept) or (parameter is embedding and not _inside(name, kept))
+        if is_digested(name, parameter.dim(), kept) or (parameter is embedding and not is_inside(name, kept))
     ]
     adapted = [(f"{name}.weight", cast(Tensor, model.get_submodule(name).weight)) for name in targets]
     return base_digests(adapted, rest)
@@ -171,7 +171,7 @@ def digest_base(model: nn.Module, targets: Iterable[str], saved: Iterable[str]) 
 
 def is_digested(name: str, dimensions: int, saved: Iterable[str]) -> bool:
     """Return whether a parameter is one of the small ones that a base's digest covers beside the adapted weights."""
-    return dimensions == 1 and "lora_" not in name and not _inside(name, saved)
+    return dimensions == 1 and "lora_" not in name and not is_inside(name, saved)
 
 
 def coverage(model: nn.Module) -> Coverage:
@@ -209,7 +209,8 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return getter() if callable(getter) else None
 
 
-def _inside(name: str, parents: Iterable[str]) -> bool:
+def is_inside(name: str, parents: Iterable[str]) -> bool:
+    """Return whether a module or parameter is one of `parents` or below one."""
     return any(name == parent or name.startswith(parent + ".") for parent in parents)
 
 
@@ -250,7 +251,7 @@ def _keep_layers(names: set[str], layers: list[int] | int) -> set[str]:
 def _refuse_unreachable_weights(model: nn.Module, excluded: set[str]) -> None:
     """`all-linear` promises all linear weights; experts stored as one 3-D tensor would be left out silently."""
     for name, parameter_name, parameter in _expert_tensors(model):
-        if not _inside(name, excluded):
+        if not is_inside(name, excluded):
             raise UserError(
                 f"adalora.target_modules=all-linear cannot reach '{name}.{parameter_name}' "
                 f"(a {parameter.dim()}-D expert tensor). Add '{name.split('.')[-1]}' to adalora.exclude_modules to "

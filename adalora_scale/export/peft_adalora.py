@@ -88,10 +88,11 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
-    text = json.dumps(_peft_config(base, config, layers, pattern), indent=2) + "\n"
+    peft_config = _peft_config(base, config, layers, pattern)
+    text = json.dumps(peft_config, indent=2) + "\n"
     # Both files are complete before either takes its place: what can fail, fails while the old pair still stands.
     partial = {name: directory / f".{name}.partial" for name in (WEIGHTS_NAME, CONFIG_NAME)}
-    save_file(tensors, partial[WEIGHTS_NAME], metadata=_record(base))
+    save_file(tensors, partial[WEIGHTS_NAME], metadata=_record(base, peft_config["task_type"]))
     partial[CONFIG_NAME].write_text(text, encoding="utf-8")
     for name, temporary in partial.items():
         os.replace(temporary, directory / name)
@@ -161,6 +162,10 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
                 module.requires_grad_(trainable)
     model.adalora_config = config  # type: ignore[assignment]  # a plain attribute
     model.adalora_base_digests = record.get("base") or digests  # type: ignore[assignment]
+    labels = record.get("labels")
+    if isinstance(labels, list) and getattr(getattr(model, "config", None), "num_labels", None) == len(labels):
+        model.config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
+        model.config.label2id = {name: index for index, name in enumerate(labels)}  # type: ignore[union-attr]
     model.adalora_total_step = saved.get("total_step")  # type: ignore[assignment]
     return model
 
@@ -260,10 +265,13 @@ def _peft_config(
     }
 
 
-def _record(base: nn.Module) -> dict[str, str]:
-    """Return the metadata that says which base the adapter belongs to."""
-    digests = getattr(base, "adalora_base_digests", None)
-    return {RECORD_KEY: json.dumps({"base": digests}, sort_keys=True)} if digests else {}
+def _record(base: nn.Module, task_type: str | None) -> dict[str, str]:
+    """Return the metadata that says what PEFT's config has no key for: which base this is, and the classes' names."""
+    record: dict[str, Any] = {"base": getattr(base, "adalora_base_digests", None) or {}}
+    if task_type == "SEQ_CLS":
+        labels: dict[int, str] = base.config.id2label  # type: ignore[union-attr, assignment]
+        record["labels"] = [labels[index] for index in sorted(labels)]
+    return {RECORD_KEY: json.dumps(record, sort_keys=True)}
 
 
 def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -185,4 +185,5 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a CPU tensor without copying a contiguous one."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    flat: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
