@@ -23,6 +23,8 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 RECORD_KEY = "adalora_scale"
 """Entry of the weight file's metadata with what PEFT's config has no key for."""
+PEFT_SCALE = "peft_scale"
+"""Key of the record: λ was multiplied by `peft_scale(init_r)`, so that PEFT's function is exact."""
 _ADALORA = ("lora_A", "lora_E", "lora_B")
 _LORA = ("lora_A.weight", "lora_B.weight")
 _NOT_PLAIN = ("use_dora", "lora_bias", "use_qalora", "layer_replication", "megatron_config")
@@ -137,6 +139,10 @@ class AdapterFile:
         """Return s of ΔW = s · Σ λ P Qᵀ."""
         return self._scalings[module]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Read everything, under the names in the file."""
+        return {key: self._file.tensor(key) for key in self._file.entries}
+
     def other(self, name: str) -> Tensor:
         """Read a tensor of a module that was trained in full."""
         return self._file.tensor(PREFIX + name if PREFIX + name in self._file.entries else name)
@@ -157,7 +163,8 @@ class AdapterFile:
 
     def _scaling(self, module: str, rank: int) -> float:
         if self.method == "ADALORA":
-            return float(self.config["lora_alpha"] / self.config["init_r"])
+            s = self.config["lora_alpha"] / self.config["init_r"]
+            return float(s / peft_scale(self.config["init_r"]) if self.record.get(PEFT_SCALE) else s)
         r = _by_pattern(self.config.get("rank_pattern"), module, self.config["r"])
         if r != rank:
             raise UserError(f"{self._file.path}: '{module}' has rank {rank}, {CONFIG_NAME} says {r}.")
@@ -221,6 +228,11 @@ def parse_record(metadata: Mapping[str, str] | None) -> dict[str, Any]:
     except ValueError:
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def peft_scale(init_r: int) -> float:
+    """Return what PEFT's AdaLoRA divides an update by beyond init_r: it divides by (init_r + 1e-5)."""
+    return (init_r + 1e-5) / init_r
 
 
 def _by_pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:

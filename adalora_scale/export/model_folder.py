@@ -1,4 +1,4 @@
-"""A model folder that plain transformers loads: weights in shards, config, tokenizer and what else the base came with."""
+"""A model folder that plain transformers loads: weights in shards, config, tokenizer and the base's other files."""
 
 from __future__ import annotations
 

@@ -32,9 +32,11 @@ from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import (
     CONFIG_NAME,
+    PEFT_SCALE,
     RECORD_KEY,
     WEIGHTS_NAME,
     parse_record,
+    peft_scale,
     read_adapter_config,
     weights_path,
 )
@@ -143,11 +145,12 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
     pattern = saved.get("rank_pattern") or {}
     wrappers: dict[nn.Module, AdaLoraLayer] = {}
     scaling = saved["lora_alpha"] / saved["init_r"]
+    lowered = 1 / peft_scale(saved["init_r"]) if record.get(PEFT_SCALE) else 1.0
     for name, (a, e, b) in checked.items():
         layer = AdaLoraLayer(
             model.get_submodule(name), r=e.numel(), scaling=scaling, dropout=saved.get("lora_dropout", 0.0)
         )
-        for parameter, value in ((layer.lora_A, a.T), (layer.lora_E, e.flatten()), (layer.lora_B, b)):
+        for parameter, value in ((layer.lora_A, a.T), (layer.lora_E, e.flatten() * lowered), (layer.lora_B, b)):
             parameter.copy_(value)
             parameter.requires_grad_(trainable)
         layer.keep_mask = pattern.get(f"{name}.lora_E")

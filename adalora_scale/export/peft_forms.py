@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,32 @@ from torch import Tensor
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import (
     CONFIG_NAME,
+    PEFT_SCALE,
     PREFIX,
     RECORD_KEY,
     WEIGHTS_NAME,
     AdapterFile,
     Update,
-    weights_path,
+    peft_scale,
 )
 from adalora_scale.export.output import copy_tokenizer
 from adalora_scale.export.tensor_files import save_file
 
 
 def write_peft_adalora(adapter: AdapterFile, folder: Path, *, base: str | None) -> dict[str, Any]:
-    """Write the adapter as PEFT's AdaLoRA: the same weights, with the base's name replaced if one is given.
+    """Write the adapter as PEFT's AdaLoRA, with λ raised by the 1e-5 / init_r that PEFT lowers the scaling by.
 
     Raises:
         Unsupported: the adapter is plain LoRA.
     """
     if adapter.method != "ADALORA":
         raise Unsupported(f"{adapter.directory} holds plain LoRA, which has no λ; export it with --format peft-lora.")
-    shutil.copyfile(weights_path(adapter.directory), folder / WEIGHTS_NAME)
+    tensors, record = adapter.tensors(), dict(adapter.record)
+    if not record.get(PEFT_SCALE):
+        factor = peft_scale(adapter.config["init_r"])
+        tensors |= {key: value.float() * factor for key, value in tensors.items() if key.endswith(".lora_E")}
+        record[PEFT_SCALE] = True
+    save_file(tensors, folder / WEIGHTS_NAME, {RECORD_KEY: json.dumps(record, sort_keys=True)})
     _write_config(folder, adapter.config | {"base_model_name_or_path": base or adapter.base})
     copy_tokenizer(adapter.directory, folder)
     return {"ranks": {name: shape.rank for name, shape in adapter.modules.items()}}
