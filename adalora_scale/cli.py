@@ -15,6 +15,7 @@ from pathlib import Path
 
 from adalora_scale.config import RunConfig, load_config
 from adalora_scale.errors import Unsupported, UserError, run_reporting_errors
+from adalora_scale.export import command as export
 
 _OVERRIDES = """
 overrides: any key of the config file as section.key=value, for example
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--memory", action="store_true", help="also weigh adapters, gradients and moments, 100 M model")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
     verify.set_defaults(run=_verify_engines)
+    export.add_verbs(verbs, _quiet_start)
     return parser
 
 

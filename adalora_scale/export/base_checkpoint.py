@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from adalora_scale.adalora.fingerprint import WeightsDigest, sample_positions
+from adalora_scale.adalora.base_digest import WeightsDigest, sample_positions
 from adalora_scale.adalora.injection import is_digested, is_inside
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.tensor_files import FLOATING, TensorFile
+from adalora_scale.quantization.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 
 
@@ -62,7 +62,8 @@ class BaseCheckpoint:
         self.directory = directory
         self.config: dict[str, Any] = _read_json(directory / "config.json")
         self.quantization: dict[str, Any] | None = self.config.get("quantization_config")
-        files = {name: TensorFile(directory / name) for name in _file_names(directory)}
+        self.checkpoint = _open(directory)
+        files = {path: TensorFile(path) for path in dict.fromkeys(t.file for t in self.checkpoint.tensors.values())}
         self.model = _meta_model(directory, task_type, num_labels, trust_remote_code)
         self.parameters: dict[str, torch.Size] = {name: t.shape for name, t in self.model.state_dict().items()}
         self.aliases = _aliases(self.model)
@@ -162,26 +163,15 @@ def local_base(name: str, revision: str | None = None) -> Path:
         raise UserError(f"the base model {name} cannot be fetched ({reason}); say where it is with --base.") from None
 
 
-def _file_names(directory: Path) -> list[str]:
-    if (directory / _INDEX).is_file():
-        index = _read_json(directory / _INDEX).get("weight_map")
-        if not isinstance(index, dict) or not index:
-            raise UserError(f"{directory / _INDEX} has no weight_map; copy it again.")
-        names = list(dict.fromkeys(index.values()))
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
-                raise UserError(f"{directory / _INDEX} points outside its folder ({name!r}); it is not read.")
-            if not (directory / name).is_file():
-                raise UserError(f"{directory / name} is missing, {_INDEX} names it; copy it again.")
-        return names
-    if (directory / _SINGLE).is_file():
-        return [_SINGLE]
-    if any(directory.glob("pytorch_model*.bin")):
-        raise UserError(
-            f"{directory} holds pickled weights, which can run code when they are opened; only safetensors are read. "
-            f"Save the model with transformers' save_pretrained where you trust it."
-        )
-    raise UserError(f"no {_SINGLE} or {_INDEX} in {directory}; pass the base model's folder to --base.")
+def _open(directory: Path) -> Checkpoint:
+    if not (directory / INDEX_NAME).is_file() and not (directory / SINGLE_NAME).is_file():
+        if any(directory.glob("pytorch_model*.bin")):
+            raise UserError(
+                f"{directory} holds pickled weights, which can run code when they are opened; only safetensors are "
+                f"read. Save the model with transformers' save_pretrained where you trust it."
+            )
+        raise UserError(f"no {SINGLE_NAME} or {INDEX_NAME} in {directory}; pass the base model's folder to --base.")
+    return Checkpoint.open(str(directory))
 
 
 def _meta_model(directory: Path, task_type: str | None, num_labels: int | None, trust_remote_code: bool) -> nn.Module:
@@ -190,25 +180,31 @@ def _meta_model(directory: Path, task_type: str | None, num_labels: int | None, 
         config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # what the model is, not how its weights are stored
-        with torch.device("meta"):
-            if task_type == "SEQ_CLS":
-                return AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
-            if task_type == "CAUSAL_LM":
-                return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            name = (config.architectures or [""])[0]
-            cls = getattr(transformers, name, None)
-            if cls is None:
-                raise Unsupported(f"{directory}/config.json names the architecture '{name}', unknown to transformers.")
-            return cls(config)
+        config.dtype = torch.float32
+        with init_empty_weights(include_buffers=False):
+            model = _build(config, task_type, trust_remote_code)
+        model.tie_weights()  # type: ignore[operator]  # registering a parameter made a copy of it on the meta device
+        return model
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the base model in {directory} cannot be built: {reason}") from None
 
 
+def _build(config: PretrainedConfig, task_type: str | None, trust_remote_code: bool) -> nn.Module:
+    factory: Any = {"SEQ_CLS": AutoModelForSequenceClassification, "CAUSAL_LM": AutoModelForCausalLM}.get(
+        task_type or ""
+    )
+    if factory is not None:
+        built: nn.Module = factory.from_config(config, trust_remote_code=trust_remote_code)
+        return built
+    name = (config.architectures or [""])[0]
+    if not hasattr(transformers, name):
+        raise Unsupported(f"the base's config.json names the architecture '{name}', unknown to transformers.")
+    built = getattr(transformers, name)(config)
+    return built
+
+
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    tie = getattr(model, "tie_weights", None)
-    if callable(tie):
-        tie()
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
+import warnings
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.base_checkpoint import BaseCheckpoint, local_base
-from adalora_scale.export.dequantise import Dequantised, check_storage, dequantised_weights, trained_on
-from adalora_scale.export.fidelity import Fidelity, available_memory, compare, load_float32, sample_batches
+from adalora_scale.export.dequantise import Dequantised, dequantised_weights, refuse_quantised
+from adalora_scale.export.fidelity import (
+    Fidelity,
+    available_memory,
+    compare,
+    load_float32,
+    quiet_transformers,
+    sample_batches,
+)
 from adalora_scale.export.merge import check_same_base, plan_merge
 from adalora_scale.export.model_folder import shard_bytes, write_companions, write_model
-from adalora_scale.export.output import REPORT_NAME, output_folder
+from adalora_scale.export.output import output_folder, write_report
 from adalora_scale.export.peft_adalora import load_adapter
 from adalora_scale.export.peft_forms import write_peft_adalora, write_peft_lora
-from adalora_scale.export.tensor_files import DTYPES
 
 _TOLERANCE = 1e-4  # of the largest logit, for forms that only rearrange float32 numbers
+_HEADROOM = 1.5  # loading holds a tensor twice, computing needs activations
 _HEADS = ("classifier.weight", "score.weight", "out_proj.weight")
 
 
@@ -66,7 +71,6 @@ def export_adapter(request: Request) -> dict[str, Any]:
     """
     adapter = AdapterFile(request.adapter)
     base = _base(request, adapter)
-    inputs = [request.adapter, *([base.directory] if base else [])]
     report: dict[str, Any] = {
         "format": request.format + (" --uniform" if request.uniform else ""),
         "adapter": str(request.adapter),
@@ -81,25 +85,149 @@ def export_adapter(request: Request) -> dict[str, Any]:
         if base is None:
             raise UserError("--format merged needs the base model; name it with --base.")
         quantised = dequantised_weights(adapter, base) if request.dequantise else None
-        report |= _merge(request, adapter, base, quantised, report["notes"])
+        _merge(request, adapter, base, quantised, report)
     else:
-        with output_folder(request.output, overwrite=request.overwrite, inputs=inputs) as folder:
-            if request.format == "peft-adalora":
-                report |= write_peft_adalora(adapter, folder, base=request.base)
-            else:
-                report |= write_peft_lora(
-                    adapter, folder, base=request.base, uniform=request.uniform, rank=request.rank
-                )
-            report["what"] = _said_of_peft(request, report)
-            _write_report(folder, report)
-        if request.uniform and adapter.others:
-            report["notes"].append("servers such as vLLM take no modules_to_save; this adapter has some")
-    reason = _fidelity_reason(request, base)
+        _rearrange(request, adapter, base, report)
+    reason = _why_not_measured(request, adapter, base)
     fidelity = None if reason or base is None else _measure(request, adapter, base, quantised)
     report["fidelity"] = fidelity.as_dict() if fidelity else None
     report["fidelity_text"] = str(fidelity) if fidelity else f"fidelity: not measured ({reason})"
-    report["failed"] = fidelity is not None and request.format != "merged" and fidelity.relative > _TOLERANCE
+    report["failed"] = fidelity is not None and request.format != "merged" and not fidelity.relative <= _TOLERANCE
     if report["failed"]:
-        report["notes"].append(f"the exported form differs by more than {_TOLERANCE:g} of the largest logit: do not use")
-    _write_report(request.output, report)
+        report["notes"].append(f"it differs by more than {_TOLERANCE:g} of the largest logit: do not use this export")
+    write_report(request.output, report)
     return report
+
+
+def _base(request: Request, adapter: AdapterFile) -> BaseCheckpoint | None:
+    """Open the base model, and see that the adapter belongs to it; PEFT's forms can do without one."""
+    name = request.base or adapter.base
+    needed = request.format == "merged" or request.base is not None or request.fidelity
+    if name is None:
+        if needed:
+            raise UserError("the adapter does not name its base model; say where it is with --base.")
+        return None
+    try:
+        base = BaseCheckpoint(
+            local_base(name),
+            task_type=adapter.task_type,
+            num_labels=_num_labels(adapter),
+            trust_remote_code=request.trust_remote_code,
+        )
+    except (UserError, Unsupported):
+        if needed:
+            raise
+        return None
+    check_same_base(adapter, base)
+    return base
+
+
+def _num_labels(adapter: AdapterFile) -> int | None:
+    """Read the number of classes off the head."""
+    if adapter.task_type != "SEQ_CLS":
+        return None
+    return next((shape[0] for name, shape in adapter.others.items() if name.endswith(_HEADS)), None)
+
+
+def _rearrange(request: Request, adapter: AdapterFile, base: BaseCheckpoint | None, report: dict[str, Any]) -> None:
+    inputs = [request.adapter, *([base.directory] if base else [])]
+    with output_folder(request.output, overwrite=request.overwrite, inputs=inputs) as folder:
+        if request.format == "peft-adalora":
+            report |= write_peft_adalora(adapter, folder, base=request.base)
+            what = "PEFT AdaLoRA"
+        else:
+            report |= write_peft_lora(adapter, folder, base=request.base, uniform=request.uniform, rank=request.rank)
+            what = "plain LoRA, zero-padded to one rank" if request.uniform else "plain LoRA, a rank for every matrix"
+        ranks = report["ranks"].values()
+        report["what"] = f"{request.output}: {what}; {len(ranks)} matrices, ranks {min(ranks)} to {max(ranks)}"
+        write_report(folder, report)
+    if report.get("left_out"):
+        report["notes"].append(f"{len(report['left_out'])} matrices have rank 0 and are left out, PEFT's LoRA has none")
+    if request.uniform and adapter.others:
+        report["notes"].append("servers such as vLLM take no modules_to_save; this adapter has some")
+
+
+def _merge(
+    request: Request,
+    adapter: AdapterFile,
+    base: BaseCheckpoint,
+    quantised: Dequantised | None,
+    report: dict[str, Any],
+) -> None:
+    if quantised is None:
+        refuse_quantised(base)
+    plan = plan_merge(adapter, base, quantised)
+    needed = sum(tensor.size for tensor in plan.tensors)
+    inputs = [request.adapter, base.directory]
+    with output_folder(request.output, overwrite=request.overwrite, inputs=inputs, needed_bytes=needed) as folder:
+        report |= write_model(plan, folder, max_shard_bytes=shard_bytes(request.max_shard_size))
+        dtype = next(iter(quantised.weights.values())).dtype if quantised and base.quantization else None
+        write_companions(adapter, base, plan, folder, dtype)
+        into = quantised.said if quantised else f"the weights of {base.directory}, in their own dtype"
+        heads = f", {len(plan.replaced)} tensors trained in full replaced" if plan.replaced else ""
+        report["merged"], report["replaced"] = plan.merged, plan.replaced
+        report["what"] = f"{request.output}: {len(plan.merged)} matrices merged into {into}{heads}"
+        write_report(folder, report)
+    if plan.untied:
+        report["notes"].append("the output head is adapted, so it is no longer tied to the embedding")
+    if quantised is None and (trained := adapter.record.get("quantisation")):
+        report["notes"].append(
+            f"the adapter was trained on the {trained.get('quant_type')} values of its base; these are the original "
+            f"ones, so the result differs from training by the quantisation error (--dequantise keeps it)"
+        )
+
+
+def _why_not_measured(request: Request, adapter: AdapterFile, base: BaseCheckpoint | None) -> str | None:
+    if request.fidelity is False:
+        return "--no-fidelity"
+    if base is None:
+        return "the base model is not at hand; name it with --base"
+    if (request.format != "merged" or adapter.method == "LORA") and importlib.util.find_spec("peft") is None:
+        return "PEFT is not installed"
+    needed = 4 * sum(parameter.numel() for parameter in base.model.parameters())
+    available = available_memory()
+    if request.fidelity is None and available is not None and needed * _HEADROOM > available:
+        sizes = f"the model in float32 takes {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
+        return f"{sizes}; --fidelity does it anyway"
+    return None
+
+
+def _measure(request: Request, adapter: AdapterFile, base: BaseCheckpoint, quantised: Dequantised | None) -> Fidelity:
+    options: dict[str, Any] = {"trust_remote_code": True} if request.trust_remote_code else {}
+    labels = _num_labels(adapter)
+    head = options | ({"num_labels": labels, "ignore_mismatched_sizes": True} if labels is not None else {})
+
+    def load_base() -> nn.Module:
+        return quantised.load_model() if quantised else load_float32(base.directory, base.model, **head)
+
+    def load_exported() -> nn.Module:
+        if request.format == "merged":
+            return load_float32(request.output, base.model, **options)
+        return _with_peft(load_float32(base.directory, base.model, **head), request.output)
+
+    def with_adapter(model: nn.Module) -> nn.Module:
+        if adapter.method == "LORA":
+            return _with_peft(model, request.adapter)
+        return load_adapter(model, request.adapter)
+
+    folders = [request.adapter, base.directory]
+    vocabulary = next((size for size in (getattr(base.model.config, "vocab_size", None),) if size), 2)
+    batches = sample_batches(folders, request.text, vocabulary)
+    live = "the 4-bit base" if quantised else f"{base.directory}"
+    with quiet_transformers():
+        return compare(
+            load_base,
+            with_adapter,
+            load_exported,
+            batches,
+            compared_with=f"the adapter on {live}",
+        )
+
+
+def _with_peft(model: nn.Module, folder: Path) -> nn.Module:
+    import peft
+
+    with warnings.catch_warnings():  # about rank_pattern, which AdaLoRA and LoRA mean differently
+        warnings.simplefilter("ignore")
+        adapted: nn.Module = peft.PeftModel.from_pretrained(model, folder)
+    return adapted

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adalora_scale.adalora.fingerprint import same_base
+from adalora_scale.adalora.base_digest import same_base
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.base_checkpoint import BaseCheckpoint, Source
+from adalora_scale.export.dequantise import Dequantised, Stored
 from adalora_scale.export.tensor_files import DTYPES, FLOATING
 
 _BLOCK = 4 * 2**20  # elements that are summed at a time: 16 MiB in float32
@@ -45,8 +46,13 @@ class Plan:
     untied: bool = False
 
 
-def plan_merge(adapter: AdapterFile, base: BaseCheckpoint) -> Plan:
-    """Decide for every tensor of the checkpoint whether it is copied, summed or replaced.
+def plan_merge(adapter: AdapterFile, base: BaseCheckpoint, quantised: Dequantised | None = None) -> Plan:
+    """Decide for every tensor of the checkpoint whether it is copied, summed, replaced or dequantised.
+
+    Args:
+        adapter: what to merge.
+        base: into what.
+        quantised: merge into these dequantised values instead of the stored weights.
 
     Raises:
         UserError: the adapter belongs to another base, or the base has no such weights.
@@ -56,7 +62,10 @@ def plan_merge(adapter: AdapterFile, base: BaseCheckpoint) -> Plan:
     targets = {f"{module}.weight": module for module in adapter.modules}
     plan = Plan([], [], [])
     done: set[str] = set()
+    stored = quantised.weights if quantised else {}
     for source in base.sources:
+        if quantised and source.key in quantised.companions:
+            continue
         module, other = _touched(source, base, targets, adapter)
         name = source.parameter or ""
         if (module or other) and source.converted:
@@ -64,7 +73,11 @@ def plan_merge(adapter: AdapterFile, base: BaseCheckpoint) -> Plan:
                 f"'{module or other}' is adapted, but transformers makes it from the checkpoint's '{source.key}' while "
                 f"loading; merge it in memory: load the adapter with PEFT and call merge_and_unload()."
             )
-        if module is not None:
+        if source.key in stored and other is None:
+            plan.tensors.append(dequantised(source.key, stored[source.key], adapter, module, base))
+            done |= {f"{module}.weight"} if module else set()
+            plan.merged += [module] if module else []
+        elif module is not None:
             plan.tensors.append(merged(source, source.key, adapter, module, base.transposed(module)))
             done.add(f"{module}.weight")
             plan.merged.append(module)
@@ -135,6 +148,24 @@ def merged(source: Source, key: str, adapter: AdapterFile, module: str, transpos
             yield added(weight, update.delta(start, stop, transposed=transposed), entry.dtype, module)
 
     return Planned(key, entry.dtype, entry.shape, entry.size, pieces)
+
+
+def dequantised(key: str, stored: Stored, adapter: AdapterFile, module: str | None, base: BaseCheckpoint) -> Planned:
+    """Plan the dequantised W, plus ΔW where it is adapted; one whole matrix is in memory at a time."""
+
+    def pieces() -> Iterator[Tensor]:
+        weight = stored.load()
+        update = adapter.update(module) if module else None
+        rows, columns = stored.shape
+        step = max(1, _BLOCK // columns)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            part = weight[start:stop]
+            delta = update.delta(start, stop, transposed=base.transposed(module)) if update and module else 0 * part
+            yield added(part, delta, stored.dtype, module or key)
+
+    size = math.prod(stored.shape) * DTYPES[stored.dtype].itemsize
+    return Planned(key, stored.dtype, stored.shape, size, pieces)
 
 
 def added(weight: Tensor, delta: Tensor, dtype: str, module: str) -> Tensor:

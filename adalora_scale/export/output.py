@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from adalora_scale.errors import UserError
 
@@ -62,6 +64,13 @@ def output_folder(target: Path, *, overwrite: bool, inputs: Sequence[Path], need
         shutil.rmtree(temporary, ignore_errors=True)
         if target.exists():
             shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write `export.json`; it appears complete or not at all."""
+    temporary = folder / f".{REPORT_NAME}.partial"
+    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / REPORT_NAME)
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from adalora_scale.adalora.fingerprint import same_base
+from adalora_scale.adalora.base_digest import same_base
 from adalora_scale.adalora.injection import (
     adapter_layers,
     digest_base,
@@ -41,6 +41,7 @@ from adalora_scale.export.adapter_file import (
     weights_path,
 )
 from adalora_scale.export.adapter_file import PREFIX as _PREFIX
+from adalora_scale.export.dequantise import quantised_base
 from adalora_scale.export.tensor_files import save_file
 from adalora_scale.sharding.full import full_parameter
 
@@ -252,7 +253,7 @@ def _peft_config(
         "bias": "none",
         "target_modules": list(layers),
         "modules_to_save": config.modules_to_save,
-        "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
+        "fan_in_fan_out": any(_is_transposed(layer.base_layer) for layer in layers.values()),
         "init_r": config.init_r,
         "target_r": config.target_r,
         "lora_alpha": int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha,
@@ -268,12 +269,18 @@ def _peft_config(
     }
 
 
+def _is_transposed(base: nn.Module) -> bool:
+    return isinstance(base, Conv1D) or bool(getattr(base, "transposed", False))  # Linear4bit
+
+
 def _record(base: nn.Module, task_type: str | None) -> dict[str, str]:
     """Return the metadata that says what PEFT's config has no key for: which base this is, and the classes' names."""
     record: dict[str, Any] = {"base": getattr(base, "adalora_base_digests", None) or {}}
     if task_type == "SEQ_CLS":
         labels: dict[int, str] = base.config.id2label  # type: ignore[union-attr, assignment]
         record["labels"] = [labels[index] for index in sorted(labels)]
+    if quantisation := quantised_base(base):
+        record["quantisation"] = quantisation
     return {RECORD_KEY: json.dumps(record, sort_keys=True)}
 
 
