@@ -6,7 +6,7 @@ Unlike `fingerprint`, which compares ranks of one run, they do not depend on the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -83,22 +83,3 @@ def same_base(recorded: dict[str, dict[str, str]], own: dict[str, dict[str, str]
         for part, digests in recorded.items()
         for cast in digests.keys() & own.get(part, {}).keys()
     )
-
-
-def base_digests(
-    adapted: Iterable[tuple[str, Tensor]], rest: Iterable[tuple[str, Tensor]]
-) -> dict[str, dict[str, str]]:
-    """Return the digests an adapter file records of the base it was trained on.
-
-    Args:
-        adapted: name and weight of every adapted layer; not comparable where the base is quantised.
-        rest: name and value of the one-dimensional parameters and the input embedding, which quantising leaves alone.
-    """
-    result = {}
-    for part, tensors in (("adapted", adapted), ("rest", rest)):
-        digest = WeightsDigest()
-        for name, tensor in tensors:
-            digest.add(name, tensor.shape, tensor_samples(tensor))
-        if found := digest.result():
-            result[part] = found
-    return result

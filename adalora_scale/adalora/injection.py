@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adalora_scale.adalora.base_digest import base_digests
+from adalora_scale.adalora.base_digest import WeightsDigest, tensor_samples
 from adalora_scale.adalora.fingerprint import fingerprint, sample
 from adalora_scale.adalora.layer import AdaLoraLayer, linear_features
 from adalora_scale.config import AdaLoraConfig
@@ -163,18 +163,36 @@ def digest_base(model: nn.Module, targets: Iterable[str], saved: Iterable[str]) 
         targets: names of the adapted layers.
         saved: names of the modules that are trained in full; they are no part of the base.
     """
+
+    def look(module: nn.Module, leaf: str) -> tuple[tuple[int, ...], Tensor | None]:
+        tensor = cast(Tensor, getattr(module, leaf))
+        return tuple(tensor.shape), tensor_samples(tensor)
+
+    return digest_places(model, targets, saved, look)
+
+
+def digest_places(
+    model: nn.Module,
+    targets: Iterable[str],
+    saved: Iterable[str],
+    look: Callable[[nn.Module, str], tuple[tuple[int, ...], Tensor | None]],
+) -> dict[str, dict[str, str]]:
+    """Do what `digest_base` does with whatever `look` sees of (module, parameter's leaf): shape and samples."""
     embedding = None
     if callable(getter := getattr(model, "get_input_embeddings", None)):
         with contextlib.suppress(NotImplementedError):  # models without token embeddings
             embedding = getattr(getter(), "weight", None)
     kept = list(saved)
-    rest = [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if is_digested(name, parameter.dim(), kept) or (parameter is embedding and not is_inside(name, kept))
-    ]
-    adapted = [(f"{name}.weight", cast(Tensor, model.get_submodule(name).weight)) for name in targets]
-    return base_digests(adapted, rest)
+    digests = {"adapted": WeightsDigest(), "rest": WeightsDigest()}
+    for name in targets:
+        digests["adapted"].add(f"{name}.weight", *look(model.get_submodule(name), "weight"))
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():  # a 4-bit layer's scales are none
+            continue
+        if is_digested(name, parameter.dim(), kept) or (parameter is embedding and not is_inside(name, kept)):
+            parent, _, leaf = name.rpartition(".")
+            digests["rest"].add(name, *look(model.get_submodule(parent), leaf))
+    return {part: result for part, digest in digests.items() if (result := digest.result())}
 
 
 def is_digested(name: str, dimensions: int, saved: Iterable[str]) -> bool:

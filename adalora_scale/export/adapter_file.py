@@ -49,7 +49,7 @@ class Update:
     """ΔW = B diag(e) A of one matrix, float32."""
 
     a: Tensor  # (r, in_features)
-    e: Tensor  # (r,), the scaling included
+    e: Tensor  # (r,)
     b: Tensor  # (out_features, r)
 
     def delta(self, start: int, stop: int, *, transposed: bool) -> Tensor:
@@ -123,7 +123,20 @@ class AdapterFile:
         return parse_record(self._file.metadata)
 
     def update(self, module: str) -> Update:
-        """Read one matrix's update."""
+        """Read one matrix's update.
+
+        Raises:
+            UserError: it is not finite.
+        """
+        raw = self.triplets(module)
+        return Update(raw.a, raw.e * self._scalings[module], raw.b)
+
+    def triplets(self, module: str) -> Update:
+        """Read one matrix's update without the scaling.
+
+        Raises:
+            UserError: it is not finite.
+        """
         if self.method == "ADALORA":
             a, e, b = (self._file.tensor(f"{PREFIX}{module}.{factor}").float() for factor in _ADALORA)
             e = e.flatten()
@@ -133,7 +146,7 @@ class AdapterFile:
         for factor in (a, e, b):
             if not bool(torch.isfinite(factor).all()):
                 raise UserError(f"{self._file.path}: the update of '{module}' is not finite; export another step.")
-        return Update(a, e * self._scalings[module], b)
+        return Update(a, e, b)
 
     def scaling(self, module: str) -> float:
         """Return s of ΔW = s · Σ λ P Qᵀ."""

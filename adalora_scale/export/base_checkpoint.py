@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from adalora_scale.adalora.base_digest import WeightsDigest, sample_positions
+from adalora_scale.adalora.base_digest import WeightsDigest
 from adalora_scale.adalora.injection import is_digested, is_inside
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.tensor_files import FLOATING, TensorFile
@@ -107,10 +107,8 @@ class BaseCheckpoint:
             else:
                 continue
             source = next((found[alias] for alias in self.aliases.get(name, [name]) if alias in found), None)
-            samples = None  # of a quantised weight, or one that is newly initialised at loading
-            if source is not None and source.file.entries[source.key].dtype in FLOATING:
-                samples = source.file.elements(source.key, sample_positions(parameter.numel()))
-            part.add(name, parameter.shape, samples)
+            # A source may lack: what the checkpoint does not hold is newly initialised at loading.
+            part.add(name, parameter.shape, source.file.samples(source.key) if source else None)
         return {name: result for name, digest in parts.items() if (result := digest.result())}
 
     def _embedding(self) -> str | None:

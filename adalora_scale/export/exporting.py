@@ -211,8 +211,7 @@ def _measure(request: Request, adapter: AdapterFile, base: BaseCheckpoint, quant
         return load_adapter(model, request.adapter)
 
     folders = [request.adapter, base.directory]
-    vocabulary = next((size for size in (getattr(base.model.config, "vocab_size", None),) if size), 2)
-    batches = sample_batches(folders, request.text, vocabulary)
+    batches = sample_batches(folders, request.text, base.model.config)
     live = "the 4-bit base" if quantised else f"{base.directory}"
     with quiet_transformers():
         return compare(

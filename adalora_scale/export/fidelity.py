@@ -91,17 +91,19 @@ def compare(
     )
 
 
-def sample_batches(folders: list[Path], text: Path | None, vocab_size: int) -> list[dict[str, Tensor]]:
+def sample_batches(folders: list[Path], text: Path | None, config: Any) -> list[dict[str, Tensor]]:
     """Return the sample text as model inputs; without a tokenizer, token ids spread over the vocabulary.
 
     Args:
         folders: where a tokenizer may be, the best first.
         text: a file with one sample a line; None takes a few built-in sentences.
-        vocab_size: tokens of the model.
+        config: the model's.
 
     Raises:
         UserError: the file cannot be read or is empty.
     """
+    positions = getattr(config, "max_position_embeddings", None) or _MAX_TOKENS
+    length = min(_MAX_TOKENS, max(1, positions - 2))  # RoBERTa's first two positions are taken
     lines = list(SAMPLE_TEXT)
     if text is not None:
         try:
@@ -113,11 +115,12 @@ def sample_batches(folders: list[Path], text: Path | None, vocab_size: int) -> l
     for folder in folders:
         if (folder / "tokenizer_config.json").is_file() or (folder / "tokenizer.json").is_file():
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            batches = [tokenizer(line, return_tensors="pt", truncation=True, max_length=_MAX_TOKENS) for line in lines]
+            batches = [tokenizer(line, return_tensors="pt", truncation=True, max_length=length) for line in lines]
             return [{key: batch[key] for key in ("input_ids", "attention_mask")} for batch in batches]
     if text is not None:
         raise UserError("--text needs a tokenizer, and there is none beside the adapter or the base.")
-    ids = torch.arange(_MAX_TOKENS) * max(1, vocab_size // _MAX_TOKENS) % vocab_size
+    vocabulary = getattr(config, "vocab_size", None) or 2
+    ids = torch.arange(length) * max(1, vocabulary // length) % vocabulary
     return [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])}]
 
 

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from adalora_scale.adalora.base_digest import sample_positions
 from adalora_scale.errors import UserError
 
 DTYPES = {
@@ -94,12 +95,18 @@ class TensorFile:
         whole = self._elements(entry, entry.begin + start * row, entry.begin + stop * row)
         return whole.reshape(-1, *entry.shape[1:])
 
+    def samples(self, name: str) -> Tensor | None:
+        """Read the elements that digests look at; None of tensors that are not floating point."""
+        entry = self.entries[name]
+        return self.elements(name, sample_positions(prod(entry.shape))) if entry.dtype in FLOATING else None
+
     def elements(self, name: str, positions: Sequence[int]) -> Tensor:
         """Read single elements of a tensor as if it were flat."""
         entry = self.entries[name]
         width = torch.empty(0, dtype=DTYPES[entry.dtype]).element_size()
         starts = [entry.begin + position * width for position in positions]
-        return torch.cat([self._elements(entry, start, start + width) for start in starts])
+        parts = [self._elements(entry, start, start + width) for start in starts]
+        return torch.cat(parts) if parts else torch.empty(0, dtype=DTYPES[entry.dtype])
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """Yield a tensor's bytes piece by piece."""
@@ -137,7 +144,7 @@ class TensorFileWriter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         # Wider dtypes first, as the library does it, so that every tensor starts at a multiple of its element's size.
-        ordered = sorted(tensors, key=lambda tensor: -tensor[3] // max(prod(tensor[2]), 1))
+        ordered = sorted(tensors, key=lambda tensor: -_width(tensor[1], prod(tensor[2]), tensor[3]))
         self.order = [name for name, *_ in ordered]
         """The names in the order in which they must be written."""
         self._sizes = [size for *_, size in ordered]
@@ -187,3 +194,8 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a CPU tensor without copying a contiguous one."""
     flat: Any = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     return memoryview(flat)
+
+
+def _width(dtype: str, numel: int, size: int) -> int:
+    """Return the bytes of an element, also of dtypes that torch does not know under the format's name."""
+    return DTYPES[dtype].itemsize if dtype in DTYPES else size // max(numel, 1)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,10 +22,11 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from adalora_scale.adalora.fingerprint import LEADING, WeightSample, fingerprint, sample
-from adalora_scale.adalora.injection import find_targets, inject_adalora
+from adalora_scale.adalora.injection import digest_places, find_targets, inject_adalora, modules_to_save
 from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.config import AdaLoraConfig, ModelConfig, RunConfig
 from adalora_scale.errors import UserError
+from adalora_scale.export.tensor_files import TensorFile
 from adalora_scale.quantization.checkpoint import FLOATS, Checkpoint
 from adalora_scale.quantization.fill import copy_rows, draw_fresh, fill
 from adalora_scale.quantization.functional import check_kernels
@@ -141,6 +143,7 @@ def load_whole(loading: Loading) -> nn.Module:
 def inject(loading: Loading, adalora: AdaLoraConfig) -> nn.Module:
     """Put adapters on the meta device around the base, whose fingerprint comes from its files."""
     loading.model.adalora_base_fingerprint = fingerprint(list(_samples(loading, adalora)))  # type: ignore[assignment]
+    loading.model.adalora_base_digests = _digests(loading, adalora)  # type: ignore[assignment]
     return inject_adalora(loading.model, adalora)
 
 
@@ -263,6 +266,25 @@ def _samples(loading: Loading, adalora: AdaLoraConfig) -> Iterator[WeightSample]
         kind = f"{seen.dtype}" if not isinstance(module, Linear4bit) else f"{dtype} {module.spec}"
         shape = seen.shape if not isinstance(module, Linear4bit) else stored.shape
         yield WeightSample(name, shape, kind, kept.flatten()[:LEADING].tolist())
+
+
+def _digests(loading: Loading, adalora: AdaLoraConfig) -> dict[str, dict[str, str]]:
+    """Return the digests that the adapter will record, from the files: those of the weights before quantisation."""
+    model, plan = loading.model, loading.plan
+    sources = {(id(slot.module), slot.leaf): slot for slot in plan.slots}
+    files: dict[Path, TensorFile] = {}
+
+    def look(module: nn.Module, leaf: str) -> tuple[tuple[int, ...], Tensor | None]:
+        slot = sources.get((id(module), leaf))
+        if slot is None or slot.parts:  # tied to another's, or stored in 4 bits
+            return (), None
+        stored = plan.checkpoint.tensors[slot.source]
+        if stored.file not in files:
+            files[stored.file] = TensorFile(stored.file)
+        seen = files[stored.file].samples(slot.source)
+        return stored.shape, None if seen is None else seen.to(plan.dtype)
+
+    return digest_places(model, find_targets(model, adalora), modules_to_save(model, adalora), look)
 
 
 def _model_config(config: ModelConfig) -> PretrainedConfig:

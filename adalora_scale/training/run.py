@@ -30,6 +30,7 @@ from transformers.utils import logging as hf_logging
 from adalora_scale.adalora.injection import coverage, inject_adalora, modules_to_save
 from adalora_scale.config import AdaLoraConfig, RunConfig
 from adalora_scale.errors import UserError
+from adalora_scale.export.continual import check_start, start_from_adapter
 from adalora_scale.training import loading
 from adalora_scale.training.arguments import (
     check_training_section,
@@ -96,6 +97,8 @@ def prepare(config: RunConfig) -> Inputs:
     training = check_training_section(config)
     _check_output_dir(training)
     check_model_path(config)
+    if config.model.adapter_path:
+        check_start(config.model.adapter_path, config.adalora)
     seed = training.get("seed", 42)
     raw = load_raw(config.data, task=config.task, seed=seed)
     arguments = training_arguments(config, engine)
@@ -207,7 +210,10 @@ def place_model(config: RunConfig, inputs: Inputs, zero3: dict[str, Any] | None)
     fsdp2 = inputs.engine.name == "fsdp2"
     if not (fsdp2 or zero3 or loading.is_streamed(config.model)):
         model = load_model(config, labels)
-        return inject_adalora(model, adalora_config_for(config, model))
+        inject_adalora(model, adalora_config_for(config, model))
+        if config.model.adapter_path:
+            start_from_adapter(model, config.model.adapter_path)
+        return model
 
     def new_heads(model: nn.Module) -> list[str]:
         if config.task != "sequence_classification":
@@ -216,6 +222,8 @@ def place_model(config: RunConfig, inputs: Inputs, zero3: dict[str, Any] | None)
 
     started = loading.begin(config, device=device, label_names=labels, new_heads=new_heads)
     loading.inject(started, adalora_config_for(config, started.model))
+    if config.model.adapter_path:
+        started.fresh += start_from_adapter(started.model, config.model.adapter_path)
     if fsdp2:
         options, bf16 = inputs.engine.fsdp2, computes_in_bf16(check_training_section(config))
         storage = torch.device("cpu") if options.cpu_offload else device
