@@ -96,19 +96,16 @@ class BaseCheckpoint:
     def digests(self, targets: list[str], saved: list[str]) -> dict[str, dict[str, str]]:
         """Return what `digest_base` returns for the loaded model, from single elements of the files."""
         embedding = self._embedding()
-        parts = {"adapted": WeightsDigest(), "rest": WeightsDigest()}
-        adapted = {f"{module}.weight" for module in targets}
         found: dict[str, Source] = {s.parameter: s for s in self.sources if s.parameter and not s.converted}
+        parts = {"adapted": WeightsDigest(), "rest": WeightsDigest()}
+        looked_at = [("adapted", f"{module}.weight") for module in targets]
         for name, parameter in self.model.named_parameters():
-            if name in adapted:
-                part = parts["adapted"]
-            elif is_digested(name, parameter.dim(), saved) or (name == embedding and not is_inside(name, saved)):
-                part = parts["rest"]
-            else:
-                continue
-            source = next((found[alias] for alias in self.aliases.get(name, [name]) if alias in found), None)
+            if is_digested(name, parameter.dim(), saved) or (name == embedding and not is_inside(name, saved)):
+                looked_at.append(("rest", name))
+        for part, name in looked_at:
             # A source may lack: what the checkpoint does not hold is newly initialised at loading.
-            part.add(name, parameter.shape, source.file.samples(source.key) if source else None)
+            source = next((found[alias] for alias in (name, *self.aliases.get(name, [])) if alias in found), None)
+            parts[part].add(name, self.parameters[name], source.file.samples(source.key) if source else None)
         return {name: result for name, digest in parts.items() if (result := digest.result())}
 
     def _embedding(self) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -69,10 +70,7 @@ def plan_merge(adapter: AdapterFile, base: BaseCheckpoint, quantised: Dequantise
         module, other = _touched(source, base, targets, adapter)
         name = source.parameter or ""
         if (module or other) and source.converted:
-            raise Unsupported(
-                f"'{module or other}' is adapted, but transformers makes it from the checkpoint's '{source.key}' while "
-                f"loading; merge it in memory: load the adapter with PEFT and call merge_and_unload()."
-            )
+            _refuse_converted(module or other or "", source)
         if source.key in stored and other is None:
             plan.tensors.append(dequantised(source.key, stored[source.key], adapter, module, base))
             done |= {f"{module}.weight"} if module else set()
@@ -214,7 +212,7 @@ def _plan_the_rest(
             continue
         source = next((sources[alias] for alias in base.aliases.get(name, []) if alias in sources), None)
         if source is None:
-            raise UserError(f"the checkpoint in {base.directory} has no weight for the adapted '{module}'.")
+            _refuse_unsaved(name, base)
         # The adapter changes the head alone, so head and embedding part here.
         plan.tensors.append(merged(source, name, adapter, module, base.transposed(module)))
         plan.merged.append(module)
@@ -230,6 +228,24 @@ def _plan_the_rest(
             raise Unsupported(f"'{key}' cannot be written: transformers renames it while loading this architecture.")
 
 
+def _refuse_converted(name: str, source: Source) -> NoReturn:
+    raise Unsupported(
+        f"'{name}' is trained, but transformers makes it from the checkpoint's '{source.key}' while loading; merge it "
+        f"in memory: load the adapter with PEFT and call merge_and_unload()."
+    )
+
+
+def _refuse_unsaved(name: str, base: BaseCheckpoint) -> NoReturn:
+    converted = [source for source in base.sources if source.converted]
+    if converted:  # one tensor may make several parameters, named after the first
+        parts = set(name.split("."))
+        _refuse_converted(name, max(converted, key=lambda source: len(parts & set(source.key.split(".")))))
+    raise UserError(
+        f"the checkpoint in {base.directory} has no '{name}': it was new when training started and was not saved. "
+        f"Train with its module in adalora.modules_to_save."
+    )
+
+
 def _refuse_missing(plan: Plan, base: BaseCheckpoint) -> None:
     """Weights that are in neither file were drawn at random for training and are lost."""
     if any(source.converted for source in base.sources):
@@ -237,10 +253,7 @@ def _refuse_missing(plan: Plan, base: BaseCheckpoint) -> None:
     known = {source.parameter for source in base.sources} | {tensor.key for tensor in plan.tensors}
     for name, _ in base.model.named_parameters():
         if not known & {name, *base.aliases.get(name, [])}:
-            raise UserError(
-                f"'{name}' is neither in the base nor in the adapter: it was new when training started and was not "
-                f"saved. Train with its module in adalora.modules_to_save."
-            )
+            _refuse_unsaved(name, base)
 
 
 def _other_head(adapter: AdapterFile, base: BaseCheckpoint) -> bool:

@@ -1,4 +1,4 @@
-"""`adalora-scale export` to PEFT's forms: PEFT computes what the live adapter computes, and other tools can read them."""
+"""`adalora-scale export` to PEFT's forms: PEFT computes what the live adapter computes."""
 
 import json
 
