@@ -99,6 +99,8 @@ def prepare(config: RunConfig) -> Inputs:
     check_model_path(config)
     if config.model.adapter_path:
         check_start(config.model.adapter_path, config.adalora)
+    if config.model.load_in_4bit:
+        loading.quant_spec(config.model)
     seed = training.get("seed", 42)
     raw = load_raw(config.data, task=config.task, seed=seed)
     arguments = training_arguments(config, engine)
