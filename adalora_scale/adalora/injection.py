@@ -159,7 +159,7 @@ def digest_base(model: nn.Module, targets: Iterable[str], saved: Iterable[str]) 
     """Return digests of a base model's weights, for adapters to record and to compare.
 
     Args:
-        model: the base model, before sharding.
+        model: the base model, with or without adapters, before sharding.
         targets: names of the adapted layers.
         saved: names of the modules that are trained in full; they are no part of the base.
     """
@@ -186,11 +186,12 @@ def digest_places(
     digests = {"adapted": WeightsDigest(), "rest": WeightsDigest()}
     for name in targets:
         digests["adapted"].add(f"{name}.weight", *look(model.get_submodule(name), "weight"))
-    for name, parameter in model.named_parameters():
+    for full, parameter in model.named_parameters():
         if not parameter.is_floating_point():  # a 4-bit layer's scales are none
             continue
+        name = full.replace(".base_layer.", ".")
         if is_digested(name, parameter.dim(), kept) or (parameter is embedding and not is_inside(name, kept)):
-            parent, _, leaf = name.rpartition(".")
+            parent, _, leaf = full.rpartition(".")
             digests["rest"].add(name, *look(model.get_submodule(parent), leaf))
     return {part: result for part, digest in digests.items() if (result := digest.result())}
 

@@ -118,6 +118,11 @@ class AdapterFile:
         return bool(self.config.get("fan_in_fan_out"))
 
     @property
+    def saved(self) -> list[str]:
+        """Names of the modules that were trained in full."""
+        return sorted({name.rpartition(".")[0] for name in self.others})
+
+    @property
     def record(self) -> dict[str, Any]:
         """What this project wrote beside PEFT's keys; empty for adapters of others."""
         return parse_record(self._file.metadata)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adalora_scale.adalora.base_digest import same_base
-from adalora_scale.adalora.injection import adapter_layers
+from adalora_scale.adalora.injection import adapter_layers, digest_base
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import AdapterFile
@@ -38,7 +38,9 @@ def check_start(directory: str | Path, config: AdaLoraConfig) -> AdapterFile:
 
 
 @torch.no_grad()
-def start_from_adapter(model: nn.Module, directory: str | Path) -> list[tuple[nn.Module, dict[str, nn.Parameter]]]:
+def start_from_adapter(
+    model: nn.Module, directory: str | Path, *, base: dict[str, dict[str, str]] | None = None
+) -> list[tuple[nn.Module, dict[str, nn.Parameter]]]:
     """Let an injected model start from an earlier adapter's function; call it on every rank, before sharding.
 
     The earlier triplets take the first places of every layer, with λ rescaled from the old s = lora_alpha / init_r to
@@ -48,6 +50,7 @@ def start_from_adapter(model: nn.Module, directory: str | Path) -> list[tuple[nn
     Args:
         model: what `inject_adalora` returned, in memory or on the meta device (then the factors are filled in later).
         directory: the earlier adapter: AdaLoRA or plain LoRA.
+        base: digests of the model's base over the adapter's modules, where they cannot be seen in the model.
 
     Returns:
         (module, its parameters' values) of modules that were trained in full, for loaders that fill a model later.
@@ -72,7 +75,8 @@ def start_from_adapter(model: nn.Module, directory: str | Path) -> list[tuple[nn
                 f"model.adapter_path={directory} has ({shape.in_features}, {shape.out_features}) features for "
                 f"'{name}', the model ({layer.in_features}, {layer.out_features}); it belongs to another base."
             )
-    if not same_base(adapter.record.get("base") or {}, getattr(model, "adalora_base_digests", None) or {}):
+    own = digest_base(model, adapter.modules, adapter.saved) if base is None else base
+    if not same_base(adapter.record.get("base") or {}, own):
         raise UserError(
             f"model.adapter_path={directory} was trained on another base model (shapes agree, weights differ); set "
             f"model.model_name_or_path to its own{f', {adapter.base}' if adapter.base else ''}."

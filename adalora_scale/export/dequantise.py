@@ -75,16 +75,15 @@ def dequantised_weights(adapter: AdapterFile, base: BaseCheckpoint) -> Dequantis
     Raises:
         UserError: neither is the checkpoint in 4 bits, nor does the adapter say how its base was quantised.
     """
-    heads = sorted({name.rpartition(".")[0] for name in adapter.others})
     if base.quantization is not None:
-        return _prequantised(base, heads)
+        return _prequantised(base, adapter.saved)
     record = adapter.record.get("quantisation")
     if not isinstance(record, dict):
         raise UserError(
             f"--dequantise: {base.directory} is not in 4 bits, and the adapter in {adapter.directory} does not say "
             f"that it was trained on a 4-bit base; leave it out."
         )
-    return _requantised(record, base, heads)
+    return _requantised(record, base, adapter.saved)
 
 
 def refuse_quantised(base: BaseCheckpoint) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -143,8 +143,29 @@ def load_whole(loading: Loading) -> nn.Module:
 def inject(loading: Loading, adalora: AdaLoraConfig) -> nn.Module:
     """Put adapters on the meta device around the base, whose fingerprint comes from its files."""
     loading.model.adalora_base_fingerprint = fingerprint(list(_samples(loading, adalora)))  # type: ignore[assignment]
-    loading.model.adalora_base_digests = _digests(loading, adalora)  # type: ignore[assignment]
+    targets, saved = find_targets(loading.model, adalora), modules_to_save(loading.model, adalora)
+    loading.model.adalora_base_digests = digests(loading, targets, saved)  # type: ignore[assignment]
     return inject_adalora(loading.model, adalora)
+
+
+def digests(loading: Loading, targets: Iterable[str], saved: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Do what `digest_base` does, from the files, before injection: weights count as they are before quantisation."""
+    model, plan = loading.model, loading.plan
+    sources = {(id(slot.module), slot.leaf): slot for slot in plan.slots}
+    files: dict[Path, TensorFile] = {}
+
+    def look(module: nn.Module, leaf: str) -> tuple[tuple[int, ...], Tensor | None]:
+        slot = sources.get((id(module), leaf))
+        if slot is None or slot.parts:  # tied to another's, or stored in 4 bits
+            return (), None
+        stored = plan.checkpoint.tensors[slot.source]
+        if stored.file not in files:
+            files[stored.file] = TensorFile(stored.file)
+        seen = files[stored.file].samples(slot.source)
+        return stored.shape, None if seen is None else seen.to(plan.dtype)
+
+    names = {name for name, _ in model.named_modules()}
+    return digest_places(model, [target for target in targets if target in names], saved, look)
 
 
 def load_sharded(loading: Loading, shard: Callable[[nn.Module], None], storage: torch.device) -> nn.Module:
@@ -266,25 +287,6 @@ def _samples(loading: Loading, adalora: AdaLoraConfig) -> Iterator[WeightSample]
         kind = f"{seen.dtype}" if not isinstance(module, Linear4bit) else f"{dtype} {module.spec}"
         shape = seen.shape if not isinstance(module, Linear4bit) else stored.shape
         yield WeightSample(name, shape, kind, kept.flatten()[:LEADING].tolist())
-
-
-def _digests(loading: Loading, adalora: AdaLoraConfig) -> dict[str, dict[str, str]]:
-    """Return the digests that the adapter will record, from the files: those of the weights before quantisation."""
-    model, plan = loading.model, loading.plan
-    sources = {(id(slot.module), slot.leaf): slot for slot in plan.slots}
-    files: dict[Path, TensorFile] = {}
-
-    def look(module: nn.Module, leaf: str) -> tuple[tuple[int, ...], Tensor | None]:
-        slot = sources.get((id(module), leaf))
-        if slot is None or slot.parts:  # tied to another's, or stored in 4 bits
-            return (), None
-        stored = plan.checkpoint.tensors[slot.source]
-        if stored.file not in files:
-            files[stored.file] = TensorFile(stored.file)
-        seen = files[stored.file].samples(slot.source)
-        return stored.shape, None if seen is None else seen.to(plan.dtype)
-
-    return digest_places(model, find_targets(model, adalora), modules_to_save(model, adalora), look)
 
 
 def _model_config(config: ModelConfig) -> PretrainedConfig:

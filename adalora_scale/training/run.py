@@ -223,9 +223,14 @@ def place_model(config: RunConfig, inputs: Inputs, zero3: dict[str, Any] | None)
         return modules_to_save(model, adalora_config_for(config, model))
 
     started = loading.begin(config, device=device, label_names=labels, new_heads=new_heads)
-    loading.inject(started, adalora_config_for(config, started.model))
-    if config.model.adapter_path:
-        started.fresh += start_from_adapter(started.model, config.model.adapter_path)
+    adalora = adalora_config_for(config, started.model)
+    if path := config.model.adapter_path:
+        earlier = check_start(path, adalora)
+        base = loading.digests(started, earlier.modules, earlier.saved)
+        loading.inject(started, adalora)
+        started.fresh += start_from_adapter(started.model, path, base=base)
+    else:
+        loading.inject(started, adalora)
     if fsdp2:
         options, bf16 = inputs.engine.fsdp2, computes_in_bf16(check_training_section(config))
         storage = torch.device("cpu") if options.cpu_offload else device
