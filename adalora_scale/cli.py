@@ -16,6 +16,7 @@ from pathlib import Path
 
 from adalora_scale.config import RunConfig, load_config
 from adalora_scale.errors import Unsupported, UserError, run_reporting_errors
+from adalora_scale.training.quantize import add_verb as add_quantize_verb
 
 _OVERRIDES = """
 overrides: any key of the config file as section.key=value, for example
@@ -99,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--load-in-4bit", action="store_true", help="over a 4-bit base (nf4, double quantisation)")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
     verify.set_defaults(run=_verify_engines)
+    add_quantize_verb(verbs, _quiet_start)
     return parser
 
 
