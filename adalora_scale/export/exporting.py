@@ -22,6 +22,7 @@ from adalora_scale.export.fidelity import (
     quiet_transformers,
     sample_batches,
 )
+from adalora_scale.export.from_checkpoint import adapter_folder
 from adalora_scale.export.merge import check_same_base, plan_merge
 from adalora_scale.export.model_folder import shard_bytes, write_companions, write_model
 from adalora_scale.export.output import output_folder, write_report
@@ -63,13 +64,17 @@ class Request:
 
 
 def export_adapter(request: Request) -> dict[str, Any]:
-    """Write the adapter in the asked form and return the report, which `export.json` holds too.
+    """Write the adapter (or a checkpoint's) in the asked form and return the report, which `export.json` holds too.
 
     Raises:
         UserError: the adapter or the base cannot be read, do not belong together, or the output folder is taken.
         Unsupported: the adapter, the base's architecture or its storage is not supported in this form.
     """
-    adapter = AdapterFile(request.adapter)
+    with adapter_folder(request.adapter) as folder:
+        return _export(request, AdapterFile(folder))
+
+
+def _export(request: Request, adapter: AdapterFile) -> dict[str, Any]:
     base = _base(request, adapter)
     report: dict[str, Any] = {
         "format": request.format + (" --uniform" if request.uniform else ""),
@@ -207,10 +212,10 @@ def _measure(request: Request, adapter: AdapterFile, base: BaseCheckpoint, quant
 
     def with_adapter(model: nn.Module) -> nn.Module:
         if adapter.method == "LORA":
-            return _with_peft(model, request.adapter)
-        return load_adapter(model, request.adapter)
+            return _with_peft(model, adapter.directory)
+        return load_adapter(model, adapter.directory)
 
-    folders = [request.adapter, base.directory]
+    folders = [adapter.directory, base.directory]
     batches = sample_batches(folders, request.text, base.model.config)
     live = "the 4-bit base" if quantised else f"{base.directory}"
     with quiet_transformers():

@@ -1,4 +1,4 @@
-"""What an adapter folder holds: ranks by layer and type, parameters, the place in the schedule, the base."""
+"""What an adapter or a checkpoint holds: ranks by layer and type, parameters, the place in the schedule, the base."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from adalora_scale.checkpoint.format import MANIFEST_NAME, Checkpoint, checkpoints
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import CONFIG_NAME, AdapterFile
+from adalora_scale.export.from_checkpoint import adalora_options, masks
 
 _LAYER = re.compile(r"^(?P<before>.*?)\.(?P<index>\d+)\.(?P<type>.+)$")
 _NO_LAYER = "–"
@@ -24,9 +26,57 @@ def inspect_folder(directory: Path) -> dict[str, Any]:
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a folder; pass an adapter's or a checkpoint's.")
-    if not (directory / CONFIG_NAME).is_file():
-        raise UserError(f"{directory} holds no {CONFIG_NAME}; pass an adapter's or a checkpoint's folder.")
-    return inspect_adapter(AdapterFile(directory))
+    if (directory / CONFIG_NAME).is_file():
+        return inspect_adapter(AdapterFile(directory))
+    if (directory / MANIFEST_NAME).is_file():
+        return inspect_checkpoint(Checkpoint(directory))
+    inside = ", ".join(path.name for path in checkpoints(directory)[:3])
+    hint = f" (it holds {inside})" if inside else ""
+    raise UserError(f"{directory} holds no {CONFIG_NAME}; pass an adapter's or a checkpoint's folder{hint}.")
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Describe a checkpoint-N folder after comparing all its checksums.
+
+    Raises:
+        UserError: it is damaged; the message names the file.
+    """
+    checkpoint.verify()
+    manifest, options = checkpoint.manifest, adalora_options(checkpoint)
+    position = manifest["allocator"]
+    ranks = {module: sum(mask) for module, mask in masks(checkpoint).items()}
+    shapes, others = checkpoint.shapes("adapter"), checkpoint.shapes("other")
+    sides = {name: shapes[f"{name}.lora_A"][0] + shapes[f"{name}.lora_B"][0] + 1 for name in ranks}
+    total = position["total_step"]
+    tinit, tfinal = options.phase_steps(total)
+    return {
+        "kind": "checkpoint",
+        "directory": str(checkpoint.directory),
+        "base": manifest.get("base_model"),
+        "task_type": manifest["identity"].get("task"),
+        "final": position["frozen"],
+        "ranks": ranks,
+        "triplets": sum(ranks.values()),
+        "parameters": sum(rank * sides[name] for name, rank in ranks.items()),
+        "stored_parameters": sum(prod(shape) for shape in shapes.values()),
+        "trained_in_full": {name: list(shape) for name, shape in others.items()},
+        "trained_in_full_parameters": sum(prod(shape) for shape in others.values()),
+        "lora_alpha": options.lora_alpha,
+        "init_r": options.init_r,
+        "target_r": options.target_r,
+        "budget": position["budget"],
+        "schedule": {
+            "total_step": total,
+            "tinit": tinit,
+            "tfinal": tfinal,
+            "deltaT": options.deltaT,
+            "final_allocation": total - tfinal,
+            "step": position["step"],
+        },
+        "engine": manifest.get("engine"),
+        "world_size": checkpoint.world_size,
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+    }
 
 
 def inspect_adapter(adapter: AdapterFile) -> dict[str, Any]:
@@ -75,6 +125,8 @@ def describe(found: dict[str, Any]) -> str:
             f"  budget      init_r {found['init_r']}, target_r {found['target_r']}, alpha {found['lora_alpha']}"
         )
         lines.append(f"  schedule    {_said(found['schedule'], found['final'])}")
+    if "world_size" in found:
+        lines.append(f"  written by  {found['engine']} on {found['world_size']} ranks, {found['bytes']:,} bytes")
     spread = f"ranks {min(ranks.values())} to {max(ranks.values())}, {list(ranks.values()).count(0)} of rank 0"
     lines.append(f"  triplets    {found['triplets']:,} over {len(ranks)} matrices ({spread})")
     extra = found["trained_in_full_parameters"]
