@@ -209,7 +209,10 @@ def read_adapter_config(directory: Path, *, methods: tuple[str, ...] = ("ADALORA
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise UserError(f"no {CONFIG_NAME} in {directory}; pass the folder that training wrote.") from None
+        way = "pass the folder that training wrote"
+        if any(directory.glob("manifest.json")):
+            way = f"it is a checkpoint, make an adapter of it first: adalora-scale export {directory} OUT"
+        raise UserError(f"no {CONFIG_NAME} in {directory}; {way}.") from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}).") from None
     method = saved.get("peft_type") if isinstance(saved, dict) else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import AdapterFile
@@ -85,6 +85,8 @@ def _export(request: Request, adapter: AdapterFile) -> dict[str, Any]:
     }
     if not adapter.final:
         report["notes"].append("the adapter is from before its final allocation: it holds more than the target budget")
+    reason = _why_not_measured(request, adapter, base)
+    batches = [] if reason or base is None else _samples(request, adapter, base)
     quantised: Dequantised | None = None
     if request.format == "merged":
         if base is None:
@@ -93,8 +95,7 @@ def _export(request: Request, adapter: AdapterFile) -> dict[str, Any]:
         _merge(request, adapter, base, quantised, report)
     else:
         _rearrange(request, adapter, base, report)
-    reason = _why_not_measured(request, adapter, base)
-    fidelity = None if reason or base is None else _measure(request, adapter, base, quantised)
+    fidelity = _measure(request, adapter, base, quantised, batches) if batches and base is not None else None
     report["fidelity"] = fidelity.as_dict() if fidelity else None
     report["fidelity_text"] = str(fidelity) if fidelity else f"fidelity: not measured ({reason})"
     report["failed"] = fidelity is not None and request.format != "merged" and not fidelity.relative <= _TOLERANCE
@@ -215,8 +216,6 @@ def _measure(request: Request, adapter: AdapterFile, base: BaseCheckpoint, quant
             return _with_peft(model, adapter.directory)
         return load_adapter(model, adapter.directory)
 
-    folders = [adapter.directory, base.directory]
-    batches = sample_batches(folders, request.text, base.model.config)
     live = "the 4-bit base" if quantised else f"{base.directory}"
     with quiet_transformers():
         return compare(

@@ -1,4 +1,4 @@
-"""A checkpoint-N folder as an adapter: what `export` and `model.adapter_path` read when a run has not ended yet."""
+"""A checkpoint-N folder as an adapter: what `export` reads of a run that has not ended, or ended badly."""
 
 from __future__ import annotations
 
