@@ -198,7 +198,17 @@ def _why_not_measured(request: Request, adapter: AdapterFile, base: BaseCheckpoi
     return None
 
 
-def _measure(request: Request, adapter: AdapterFile, base: BaseCheckpoint, quantised: Dequantised | None) -> Fidelity:
+def _samples(request: Request, adapter: AdapterFile, base: BaseCheckpoint) -> list[dict[str, Tensor]]:
+    return sample_batches([adapter.directory, base.directory], request.text, base.model.config)
+
+
+def _measure(
+    request: Request,
+    adapter: AdapterFile,
+    base: BaseCheckpoint,
+    quantised: Dequantised | None,
+    batches: list[dict[str, Tensor]],
+) -> Fidelity:
     options: dict[str, Any] = {"trust_remote_code": True} if request.trust_remote_code else {}
     labels = _num_labels(adapter)
     head = options | ({"num_labels": labels, "ignore_mismatched_sizes": True} if labels is not None else {})
