@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from bitsandbytes.utils import unpack_tensor_to_dict
 from torch import Tensor, nn
 
 from adalora_scale.errors import Unsupported, UserError
@@ -115,7 +115,7 @@ def _prequantised(base: BaseCheckpoint, heads: list[str]) -> Dequantised:
         key = names.tensors[parameter]
         spec, shape = stored_spec(checkpoint, parameter, parts, torch.float32)
         state = next(name for part, name in parts.items() if part.startswith("quant_state."))
-        dtype = str(unpack_tensor_to_dict(checkpoint.whole(state))["dtype"])
+        dtype = str(json.loads(bytes(checkpoint.whole(state).tolist()))["dtype"])  # readable, stored_spec has seen it
         transposed = base.transposed(parameter.removesuffix(".weight"))
 
         def load(
@@ -188,7 +188,15 @@ def _load_4bit(
     model.tie_weights()  # type: ignore[operator]
     requantises = base.quantization is None
     skipped = kept if requantises else None
-    plan = make_plan(model, base.checkpoint, dtype=dtype, spec=spec, skip_modules=skipped, new_heads=heads)
+    plan = make_plan(
+        model,
+        base.checkpoint,
+        dtype=dtype,
+        spec=spec,
+        compute_dtype=spec.compute_dtype,
+        skip_modules=skipped,
+        new_heads=heads,
+    )
     materialize(model.modules(), torch.device("cpu"), plan.ties)
     fill(plan, plan.slots, device=torch.device("cpu"))
     for head, _ in plan.fresh:  # the adapter brings their values

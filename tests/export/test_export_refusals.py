@@ -238,13 +238,13 @@ def test_taken_folders_are_left_alone(own, tmp_path, capsys):
     """--overwrite replaces exports, never a home directory and never what is read."""
     base, run = own
     out = tmp_path / "out"
-    form = ["--base", base, "--format", "merged"]
+    form = ["--base", base, "--format", "merged", "--no-fidelity"]
     out.mkdir()
     export(run, out, *form)  # an empty folder is no reason to refuse
     first = (out / "model.safetensors").read_bytes()
     assert "pass --overwrite" in refused(capsys, run, out, *form)
     (out / "stale.bin").touch()
-    export(run, out, "--base", base, "--format", "peft-lora", "--overwrite")
+    export(run, out, "--base", base, "--format", "peft-lora", "--overwrite", "--no-fidelity")
     assert sorted(p.name for p in out.iterdir()) == [CONFIG, WEIGHTS, "export.json"]
     export(run, out, *form, "--overwrite")
     assert (out / "model.safetensors").read_bytes() == first
@@ -290,7 +290,7 @@ def test_interrupted_overwrite_keeps_the_old_export(own, tmp_path, monkeypatch):
     from adalora_scale.export import exporting
 
     base, run = own
-    form = ["--base", base, "--format", "merged"]
+    form = ["--base", base, "--format", "merged", "--no-fidelity"]
     export(run, tmp_path / "out", *form)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     real = exporting.write_model
