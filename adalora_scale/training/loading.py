@@ -285,9 +285,14 @@ class progress:
         if self._main and kind is None:
             read = self._loading.plan.checkpoint.bytes_read
             seconds = time.perf_counter() - self._started
-            print(f"base read: {read / 2**20:,.1f} MiB by this rank in {seconds:.1f} s", flush=True)
+            _note(f"base read: {read / 2**20:,.1f} MiB by this rank in {seconds:.1f} s")
             if ignored := self._loading.plan.ignored:
-                print(f"not used of the checkpoint: {', '.join(ignored[:3])}{' …' * (len(ignored) > 3)}", flush=True)
+                _note(f"not used of the checkpoint: {', '.join(ignored[:3])}{' …' * (len(ignored) > 3)}")
+
+
+def _note(line: str) -> None:
+    """Say something that is no result: standard output may be somebody's JSON."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _samples(loading: Loading, adalora: AdaLoraConfig) -> Iterator[WeightSample]:
