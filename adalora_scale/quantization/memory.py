@@ -9,22 +9,24 @@ from collections.abc import Callable, Iterator
 
 PIECE = 2 * 2**20
 """Weights that are read, and quantised, at a time: a matrix of a large model would need several times its own size."""
+CPU_PIECE = 2**18
+"""The same where the CPU quantises: bitsandbytes' kernel there takes some 20 bytes a weight besides."""
 
 
-def row_pieces(start: int, stop: int, row: int) -> Iterator[tuple[int, int]]:
-    """Cut rows start to stop, of `row` elements each, into ranges of about `PIECE` elements."""
-    step = max(1, PIECE // max(1, row))
+def row_pieces(start: int, stop: int, row: int, piece: int) -> Iterator[tuple[int, int]]:
+    """Cut rows start to stop, of `row` elements each, into ranges of about `piece` elements."""
+    step = max(1, piece // max(1, row))
     for first in range(start, stop, step):
         yield first, min(stop, first + step)
 
 
-def block_pieces(start: int, stop: int, blocksize: int, row: int) -> Iterator[tuple[int, int]]:
-    """Cut blocks start to stop of a row-major matrix into ranges of about `PIECE` weights.
+def block_pieces(start: int, stop: int, blocksize: int, row: int, piece: int) -> Iterator[tuple[int, int]]:
+    """Cut blocks start to stop of a row-major matrix into ranges of about `piece` weights.
 
     Cuts are at the beginning of rows of `row` weights, so that no row is read twice.
     """
     unit = math.lcm(blocksize, row) // blocksize
-    step = max(1, PIECE // (unit * blocksize)) * unit
+    step = max(1, piece // (unit * blocksize)) * unit
     while start < stop:
         last = min(stop, (start // step + 1) * step)
         yield start, last
