@@ -36,7 +36,7 @@ def add_verbs(verbs: Any, prepare: Callable[[], None]) -> None:
         epilog=_EXPORT_FORMATS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    export.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder with the adapter (a run's output_dir)")
+    export.add_argument("adapter", type=Path, metavar="ADAPTER", help="adapter: output_dir or checkpoint-N")
     export.add_argument("output", type=Path, metavar="OUT", help="folder to write")
     export.add_argument("--format", required=True, choices=FORMATS, help="what to write, see below")
     export.add_argument("--uniform", action="store_true", help="peft-lora: pad every matrix to one rank")
