@@ -124,6 +124,8 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         """Train an epoch, unless the checkpoint was the run's last: transformers would train one step too many."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
+            if self.model is not None:
+                self.model.train()  # SFTTrainer logs training's figures then
             return
         super()._run_epoch(*args, **kwargs)
 
@@ -165,6 +167,9 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         """Put AdaLoRA's figures beside the loss, for every tracker the trainer reports to."""
         if self.allocator is not None and "loss" in logs:
             logs.update({k: v for k, v in self.allocator.metrics().items() if not isinstance(v, str)})
+        if "train_loss" in logs:
+            # transformers divides by the steps since the resume; the sum goes back to the run's first step.
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
