@@ -15,7 +15,7 @@ from adalora_scale.config import AdaLoraConfig, RunConfig, check_value
 from adalora_scale.errors import Unsupported, UserError, nearest
 from adalora_scale.training.engines import Engine, join_deepspeed_on_cpu, refuse_mismatches
 
-OWN_KEYS = {"overwrite_output_dir": bool, "resume_allow_changed": list[str] | None}
+OWN_KEYS = {"overwrite_output_dir": bool, "resume_allow_changed": list[str] | None, "resume_compact": bool | None}
 """Keys of the section that are not transformers'."""
 
 # Set through the `data:` section, once tokenisation is done; two places for one thing would disagree some day.

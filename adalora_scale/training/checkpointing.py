@@ -10,15 +10,16 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from adalora_scale.adalora.injection import injected_module
+from adalora_scale.adalora.compaction import compact
+from adalora_scale.adalora.injection import adapter_layers, injected_module
 from adalora_scale.checkpoint.finding import find_checkpoint, set_aside
 from adalora_scale.checkpoint.format import Checkpoint
 from adalora_scale.checkpoint.identity import plain, require_same_run
 from adalora_scale.checkpoint.rng import rng_state, set_rng_state
-from adalora_scale.checkpoint.state import allocator_position, gather, read_weights, scatter
+from adalora_scale.checkpoint.state import allocator_position, gather, masks_of, read_weights, scatter
 from adalora_scale.checkpoint.writing import agree, probe_shared, rank_and_size, rotate, write_checkpoint
 from adalora_scale.controller import RankAllocator
-from adalora_scale.errors import Interrupted
+from adalora_scale.errors import Interrupted, UserError
 from adalora_scale.sharding import sharding_for
 from adalora_scale.training.fingerprint import data_fingerprint
 from adalora_scale.training.loop_state import loop_state, restore_optimizer, restore_sums
@@ -37,6 +38,47 @@ _ARGUMENTS = (
 )  # fmt: skip
 
 
+def choose_checkpoint(asked: str | bool | None, output_dir: Path) -> Checkpoint | None:
+    """Decide what a run goes on from; a collective call.
+
+    Raises:
+        UserError: as `find_checkpoint`; or output_dir is not the same folder on all ranks.
+    """
+    probe_shared(output_dir)
+    return find_checkpoint(asked, output_dir)
+
+
+def compact_for(checkpoint: Checkpoint, model: nn.Module, *, asked: bool | None, exact: bool) -> bool:
+    """Build the adapters of a freshly injected model at the checkpoint's pruned ranks, where that is wanted.
+
+    Args:
+        checkpoint: what the run goes on from.
+        model: the model with adapters at init_r, not yet wrapped or sharded.
+        asked: `training.resume_compact`; None leaves it to `exact`.
+        exact: whether the run could continue bit for bit (same ranks, engine and micro-batch); fewer columns are the
+            same sums in another order of rounding.
+
+    Returns:
+        Whether the model was compacted.
+    """
+    position = checkpoint.manifest["allocator"]
+    masks = masks_of(position)
+    ranks = {name: layer.r for name, layer in adapter_layers(model)}
+    # Otherwise `load` refuses the checkpoint, and says which key differs.
+    fits = ranks == {name: len(mask) for name, mask in masks.items()}
+    # PEFT keeps the columns of pruned triplets, so its preset cannot leave them out.
+    possible = position["frozen"] and position["preset"] != "peft" and fits
+    if asked is True and not position["frozen"]:
+        raise UserError(
+            f"training.resume_compact=true, but {checkpoint.directory} is from before the final allocation: ranks may "
+            f"still return. Remove the key."
+        )
+    wanted = asked if asked is not None else checkpoint.manifest["compact"] or not exact
+    if possible and wanted:
+        compact(model, masks)
+    return possible and wanted
+
+
 class RunCheckpoints:
     """Checkpoints of one trainer.
 
@@ -53,7 +95,6 @@ class RunCheckpoints:
         """Further keys of the run's config that must not change (`make_trainer` sets them)."""
         self.allowed_changes: list[str] = []
         """`training.resume_allow_changed`."""
-        self._chosen = False
         self._saved_step = -1
         self._fingerprint: str | None = None
 
@@ -63,18 +104,6 @@ class RunCheckpoints:
         return Path(self.trainer.args.output_dir or ".")
 
     # ---- going on -----------------------------------------------------------------------------------------------
-
-    def choose(self, asked: str | bool | None) -> Checkpoint | None:
-        """Decide what to go on from; a collective call, made once (the model is built to fit the answer).
-
-        Raises:
-            UserError: as `find_checkpoint`; or output_dir is not the same folder on all ranks.
-        """
-        if not self._chosen:
-            probe_shared(self.output_dir)
-            self.resumed = find_checkpoint(asked, self.output_dir)
-            self._chosen = True
-        return self.resumed
 
     def start(self) -> None:
         """Clear the way for this run's own checkpoints; rank 0 writes."""
@@ -104,10 +133,11 @@ class RunCheckpoints:
         restore_optimizer(trainer, base, checkpoint.manifest["loop"], changed)
         if rank_and_size()[0] == 0:
             position = checkpoint.manifest["allocator"]
+            built = "; adapters built at their pruned ranks" if allocator.compact else ""
             note = f", although these changed: {', '.join(changed)}" if changed else ""
             print(
                 f"resumed from {checkpoint.directory} (step {position['step']} of {position['total_step']}, written by "
-                f"{checkpoint.manifest['engine']} on {checkpoint.world_size} ranks){note}",
+                f"{checkpoint.manifest['engine']} on {checkpoint.world_size} ranks){built}{note}",
                 flush=True,
             )
 
@@ -151,9 +181,11 @@ class RunCheckpoints:
         records = trainer.adalora_callback.records
         content = {
             "engine": trainer.engine,
+            "micro_batch": [trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps],
             "allocator": allocator_position(allocator),
             "identity": plain(self._identity(allocator)),
             "optimizer": {"class": type(base).__name__},
+            "compact": allocator.compact,
             "loop": loop,
             "records": {name: lines.lines for name, lines in records.items()},
             "base_model": getattr(injected_module(trainer.model), "name_or_path", None),

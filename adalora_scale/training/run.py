@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from adalora_scale.adalora.injection import coverage, inject_adalora
+from adalora_scale.checkpoint.format import Checkpoint
 from adalora_scale.config import AdaLoraConfig, RunConfig
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.training.arguments import (
@@ -38,6 +39,7 @@ from adalora_scale.training.arguments import (
     training_arguments,
 )
 from adalora_scale.training.chat_templates import resolve_chat_template
+from adalora_scale.training.checkpointing import choose_checkpoint, compact_for
 from adalora_scale.training.console import use_console
 from adalora_scale.training.data import RawData, load_raw
 from adalora_scale.training.engines import Engine, resolve_engine, shard_fsdp2, whole_weights
@@ -162,13 +164,18 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
     with whole_weights():
         model = load_model(config, inputs.raw.label_names)
     inject_adalora(model, adalora_config_for(config, model))
+    training = check_training_section(config)
+    checkpoint = choose_checkpoint(training.get("resume_from_checkpoint"), Path(training["output_dir"]))
+    if checkpoint is not None:
+        exact = continues_exactly(checkpoint, inputs)
+        compact_for(checkpoint, model, asked=training.get("resume_compact"), exact=exact)
     main = arguments.process_index == 0
     if main:
         print(coverage(model), flush=True)
     if config.task == "causal_lm" and config.data.packing:
         check_packing_isolated(model)
     if inputs.engine.name == "fsdp2":
-        bf16 = computes_in_bf16(check_training_section(config))
+        bf16 = computes_in_bf16(training)
         shard_fsdp2(model, inputs.engine.fsdp2, device_type=arguments.device.type, bf16=bf16)
     if config.task == "causal_lm":
         trainer: AdaLoraSFTTrainer | AdaLoraTrainer = AdaLoraSFTTrainer(
@@ -190,9 +197,20 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
         )
     trainer.asked_engine = inputs.engine.name
     trainer.checkpoints.run_identity = run_identity(config)
-    trainer.checkpoints.allowed_changes = check_training_section(config).get("resume_allow_changed") or []
+    trainer.checkpoints.allowed_changes = training.get("resume_allow_changed") or []
+    trainer.checkpoints.resumed = checkpoint
+    trainer.args.resume_from_checkpoint = None  # chosen above, for good
     use_console(trainer)
     return trainer
+
+
+def continues_exactly(checkpoint: Checkpoint, inputs: Inputs) -> bool:
+    """Return whether ranks, engine and micro-batch are those of the checkpoint, so that sums come in the same order."""
+    arguments, saved = inputs.arguments, checkpoint.manifest
+    names = {"ddp": ("one process", "ddp"), "fsdp2": ("fsdp2", "hsdp"), "deepspeed": ("zero1", "zero2", "zero3")}
+    batch = [arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps]
+    same_engine = saved["engine"] in names[inputs.engine.name]
+    return same_engine and saved["world_size"] == arguments.world_size and saved["micro_batch"] == batch
 
 
 def run_identity(config: RunConfig) -> dict[str, Any]:

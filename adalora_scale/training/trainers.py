@@ -24,7 +24,7 @@ from adalora_scale.export.peft_adalora import save_adapter, saved_values, unwrap
 from adalora_scale.sharding import sharding_for
 from adalora_scale.training.arguments import require_evaluation_at_budget
 from adalora_scale.training.callback import AdaLoraCallback
-from adalora_scale.training.checkpointing import RunCheckpoints
+from adalora_scale.training.checkpointing import RunCheckpoints, choose_checkpoint
 from adalora_scale.training.engines import check_engine, is_sharded, real_engine, refuse_mismatches
 
 # The mixin stands in front of a Trainer; telling the type checker so keeps the seams below checked.
@@ -159,7 +159,9 @@ class AdaLoraTrainerMixin(_TrainerSeams):
             Interrupted: SIGTERM or SIGUSR1 arrived; a checkpoint was written.
         """
         asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        resumed = self.checkpoints.choose(asked)
+        if asked is not None and asked is not False and self.checkpoints.resumed is None:
+            self.checkpoints.resumed = choose_checkpoint(asked, self.checkpoints.output_dir)
+        resumed = self.checkpoints.resumed
         with self.checkpoints.stop.listening():
             return super().train(str(resumed.directory) if resumed else None, *args, **kwargs)
 
