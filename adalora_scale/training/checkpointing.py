@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from adalora_scale.adalora.compaction import compact
 from adalora_scale.adalora.injection import adapter_layers, injected_module
-from adalora_scale.checkpoint.finding import find_checkpoint, set_aside
-from adalora_scale.checkpoint.format import Checkpoint
+from adalora_scale.checkpoint.finding import NOTHING_TO_RESUME, find_checkpoint, set_aside
+from adalora_scale.checkpoint.format import Checkpoint, checkpoints, read_manifest
 from adalora_scale.checkpoint.identity import plain, require_same_run
 from adalora_scale.checkpoint.rng import rng_state, set_rng_state
 from adalora_scale.checkpoint.state import allocator_position, gather, masks_of, read_weights, scatter
@@ -36,6 +36,20 @@ _ARGUMENTS = (
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "seed", "data_seed", "label_smoothing_factor",
     "neftune_noise_alpha", "dataloader_drop_last", "train_sampling_strategy", "average_tokens_across_devices",
 )  # fmt: skip
+
+
+def check_asked_checkpoint(asked: str | bool | None, output_dir: Path) -> None:
+    """See before the model is loaded that there is something to resume from; no collective.
+
+    Raises:
+        UserError: there is no such checkpoint, or its manifest is damaged or of a newer version.
+    """
+    if asked is True and not (found := checkpoints(output_dir)):
+        raise UserError(NOTHING_TO_RESUME.format(output_dir))
+    if asked is True:
+        read_manifest(found[0])
+    elif asked and asked != "auto":
+        read_manifest(str(asked))
 
 
 def choose_checkpoint(asked: str | bool | None, output_dir: Path) -> Checkpoint | None:
@@ -210,7 +224,7 @@ class RunCheckpoints:
         step = self.trainer.state.global_step
         if not self.stop.agreed(step):
             return
-        self.save(allocator)
+        self.trainer.write_checkpoint(allocator)
         said = self.stop.received or "a signal to another rank"
         if rank_and_size()[0] == 0:
             write_json(self.output_dir / REQUEUE_NAME, {"step": step, "signal": said})

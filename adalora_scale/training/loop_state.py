@@ -7,6 +7,7 @@ accuracy) restart at a resume, so a line whose steps lie on both sides of a chec
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import torch
@@ -73,8 +74,10 @@ def restore_optimizer(trainer: Any, base: Optimizer, state: dict[str, Any], chan
                         group[key] = int(value) if key == "step" else value
     else:
         inner = getattr(scheduler, "scheduler", scheduler)
-        for _ in range(state["scheduler"]["last_epoch"]):
-            inner.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch misses the optimizer's own steps, which the checkpoint has seen
+            for _ in range(state["scheduler"]["last_epoch"]):
+                inner.step()
     if state["scaler"] is not None and trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     if state["loss_scaler"] is not None and (scaler := _deepspeed_scaler(trainer)) is not None:

@@ -39,7 +39,7 @@ from adalora_scale.training.arguments import (
     training_arguments,
 )
 from adalora_scale.training.chat_templates import resolve_chat_template
-from adalora_scale.training.checkpointing import choose_checkpoint, compact_for
+from adalora_scale.training.checkpointing import check_asked_checkpoint, choose_checkpoint, compact_for
 from adalora_scale.training.console import use_console
 from adalora_scale.training.data import RawData, load_raw
 from adalora_scale.training.engines import Engine, resolve_engine, shard_fsdp2, whole_weights
@@ -91,6 +91,7 @@ def prepare(config: RunConfig) -> Inputs:
     engine = resolve_engine(config.engine)
     training = check_training_section(config)
     _check_output_dir(training)
+    check_asked_checkpoint(training.get("resume_from_checkpoint"), Path(training["output_dir"]))
     check_model_path(config)
     seed = training.get("seed", 42)
     raw = load_raw(config.data, task=config.task, seed=seed)

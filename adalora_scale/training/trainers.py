@@ -106,6 +106,7 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         self.engine = check_engine(self.model_wrapped, self.asked_engine, world_size=self.args.world_size)
         allocator = self.adalora_callback.attach(self.model, self.optimizer, max_steps)  # type: ignore[arg-type]
         base = sharding_for(self.model, self.optimizer)[1]  # type: ignore[arg-type]
+        self.state.compute_steps(self.args, max_steps)  # trainer_state.json would bring back the old intervals
         self.checkpoints.start()
         self.checkpoints.load(base, allocator)
         resumed = self.checkpoints.resumed
@@ -202,7 +203,11 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         """Write everything a run needs to go on; with save_only_model just the adapter, as transformers does."""
         if self.args.save_only_model or self.allocator is None:
             super()._save_checkpoint(model, trial)
-            return
+        else:
+            self.write_checkpoint(self.allocator)
+
+    def write_checkpoint(self, allocator: RankAllocator) -> None:
+        """Write everything a run needs to go on, now: after a completed step, on all ranks."""
         self.store_flos()
         if self.state.best_global_step == self.state.global_step:
             folder = self.checkpoints.output_dir / f"checkpoint-{self.state.global_step}"
@@ -211,7 +216,7 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 states[type(callback).__name__] = callback.state()
-        self.checkpoints.save(self.allocator)
+        self.checkpoints.save(allocator)
 
 
 class _AfterReset(TrainerCallback):
