@@ -218,12 +218,12 @@ class ZeroSharding:
         from deepspeed.utils import safe_get_full_fp32_param
 
         for number, ((tensor, parameter), span) in enumerate(zip(tensors, self.spans, strict=True)):
-            mark = 1.0 if number == 0 else 0.0
-            span.weight.add_(mark)
+            before = span.weight.clone()
+            span.weight.add_(1.0 if number == 0 else 0.0)
             full = safe_get_full_fp32_param(parameter)
             seen = None if full is None else full.reshape(-1)[span.start : span.start + span.weight.numel()]
             same = seen is not None and torch.equal(seen.to(span.weight.device), span.weight)
-            span.weight.sub_(mark)
+            span.weight.copy_(before)  # subtracting would round
             agreed = torch.tensor(float(same), device=self._device)
             dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self._group)
             if not agreed:

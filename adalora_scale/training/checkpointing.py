@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from adalora_scale.adalora.compaction import compact
 from adalora_scale.adalora.injection import adapter_layers, injected_module
@@ -20,7 +19,7 @@ from adalora_scale.checkpoint.state import allocator_position, gather, masks_of,
 from adalora_scale.checkpoint.writing import agree, probe_shared, rank_and_size, rotate, write_checkpoint
 from adalora_scale.controller import RankAllocator
 from adalora_scale.errors import Interrupted, UserError
-from adalora_scale.sharding import sharding_for
+from adalora_scale.sharding import base_optimizer
 from adalora_scale.training.fingerprint import data_fingerprint
 from adalora_scale.training.loop_state import loop_state, restore_optimizer, restore_sums
 from adalora_scale.training.records import versions, write_json
@@ -130,7 +129,7 @@ class RunCheckpoints:
 
         agree(clear if rank_and_size()[0] == 0 else None, self.output_dir)
 
-    def load(self, base: Optimizer, allocator: RankAllocator) -> None:
+    def load(self, allocator: RankAllocator) -> None:
         """Put the chosen checkpoint into the wrapped model, its optimizer and the attached allocator.
 
         Raises:
@@ -144,7 +143,7 @@ class RunCheckpoints:
         own = self._identity(allocator)
         changed = agree(lambda: require_same_run(checkpoint, own, self.allowed_changes), checkpoint.directory)[0]
         scatter(checkpoint, trainer.model, allocator.sharding, allocator)
-        restore_optimizer(trainer, base, checkpoint.manifest["loop"], changed)
+        restore_optimizer(trainer, base_optimizer(trainer.optimizer), checkpoint.manifest["loop"], changed)
         if rank_and_size()[0] == 0:
             position = checkpoint.manifest["allocator"]
             built = "; adapters built at their pruned ranks" if allocator.compact else ""
@@ -190,7 +189,7 @@ class RunCheckpoints:
         trainer, step = self.trainer, self.trainer.state.global_step
         if step == self._saved_step:
             return
-        base = sharding_for(trainer.model, trainer.optimizer)[1]
+        base = base_optimizer(trainer.optimizer)
         loop, tensors = loop_state(trainer, base)
         records = trainer.adalora_callback.records
         content = {

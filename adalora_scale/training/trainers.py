@@ -21,7 +21,6 @@ from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter, saved_values, unwrapped
-from adalora_scale.sharding import sharding_for
 from adalora_scale.training.arguments import require_evaluation_at_budget
 from adalora_scale.training.callback import AdaLoraCallback
 from adalora_scale.training.checkpointing import RunCheckpoints, choose_checkpoint
@@ -105,10 +104,9 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.engine = check_engine(self.model_wrapped, self.asked_engine, world_size=self.args.world_size)
         allocator = self.adalora_callback.attach(self.model, self.optimizer, max_steps)  # type: ignore[arg-type]
-        base = sharding_for(self.model, self.optimizer)[1]  # type: ignore[arg-type]
         self.state.compute_steps(self.args, max_steps)  # trainer_state.json would bring back the old intervals
         self.checkpoints.start()
-        self.checkpoints.load(base, allocator)
+        self.checkpoints.load(allocator)
         resumed = self.checkpoints.resumed
         self.adalora_callback.kept_lines = resumed.manifest["records"] if resumed else None
         return prepared
