@@ -14,12 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from trl import SFTTrainer
 
 from adalora_scale.config import RunConfig, load_config
 from adalora_scale.errors import Unsupported, run_reporting_errors
+from adalora_scale.quantization.linear import dequantize_model
 from adalora_scale.training.console import use_console
 from adalora_scale.training.metrics import exact_match
 from adalora_scale.training.records import write_json
@@ -51,7 +53,8 @@ def run(arguments: argparse.Namespace, config: RunConfig) -> int:
         target_modules=target,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(load_model(config), lora)
+    # PEFT knows no 4-bit layer but bitsandbytes' own: LoRA gets the same frozen weights, dequantised.
+    model = get_peft_model(dequantize_model(load_model(config), torch.float32), lora)
     trainer = SFTTrainer(
         model,
         args=inputs.arguments,

@@ -50,12 +50,12 @@ def is_compact(layers: Mapping[str, AdaLoraLayer], init_r: int) -> bool:
 
 
 def _keep(layer: AdaLoraLayer, mask: list[bool]) -> None:
-    keep = torch.tensor(mask)
+    kept = torch.tensor([k for k, bit in enumerate(mask) if bit], dtype=torch.long)
     layer.keep_mask = list(mask)
-    layer.r = int(keep.sum())
+    layer.r = len(kept)
     for factor in FACTORS:
         before: nn.Parameter = getattr(layer, factor)
-        values = before.detach()[..., keep.to(before.device)].contiguous()
+        values = before.detach().index_select(-1, kept.to(before.device))
         delattr(layer, factor)
         if layer.r:
             setattr(layer, factor, nn.Parameter(values, requires_grad=before.requires_grad))

@@ -5,13 +5,14 @@ The only file that touches DeepSpeed's internals; names in use, as of DeepSpeed 
                parallel_partitioned_bit16_groups, real_dp_process_group, bit16_groups, update_lp_params
     BF16       fp32_groups_flat_partition, _hp_mapping, update_lp_params
     ZeRO-3     param.ds_tensor, ds_numel, grad_position, fp32_partitioned_groups_flat, fp16_partitioned_groups_flat,
-               averaged_gradients, checkpoint_event_prologue, checkpoint_event_epilogue, dp_process_group
+               averaged_gradients, checkpoint_event_prologue, checkpoint_event_epilogue, dp_process_group,
+               persistent_parameters, ds_persist, ds_status
 `_verify` proves on live parameters, at attach, that these still mean what they meant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,14 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adalora_scale.errors import Unsupported, UserError
-from adalora_scale.sharding.pieces import (
-    Piece,
-    PieceState,
-    common_scalars,
-    make_state,
-    split_state,
-    trained_parameters,
-)
+from adalora_scale.sharding.pieces import Piece, PieceState, Place, flat_pieces, restore_flat, trained_parameters
 from adalora_scale.sharding.span import AdapterTensor, Span, adapter_tensors, gathered_extents
 
 
@@ -146,37 +140,19 @@ class ZeroSharding:
 
     def pieces(self) -> list[Piece]:
         """Return this rank's non-empty pieces of every trained parameter."""
-        states = [split_state(self._zero.optimizer, flat) for flat in self._flats]
-        found = []
-        for name, (group, offset, start, length) in self._placed():
-            part = slice(offset, offset + length)
-            state, scalars = states[group]
-            views = {kind: value.view(-1)[part] for kind, value in state.items()}
-            found.append(Piece(name, start, self._flats[group].detach()[part], views, scalars))
-        return found
+        return flat_pieces(self._flats, self._placed(), self._zero.optimizer)
 
     def restore(self, states: Mapping[str, PieceState]) -> None:
         """Put optimizer state into the flat partitions."""
-        base, placed = self._zero.optimizer, list(self._placed())
-        for index, flat in enumerate(self._flats):
-            own = [(place, states[name]) for name, place in placed if place[0] == index and name in states]
-            if not own:
-                continue
-            make_state(base, flat, list(own[0][1].state), common_scalars([given for _, given in own]))
-            for (_, offset, _, length), given in own:
-                for kind, value in given.state.items():
-                    base.state[flat][kind].view(-1)[offset : offset + length].copy_(value)
+        restore_flat(self._flats, self._placed(), self._zero.optimizer, states)
 
     def refresh(self) -> None:
         """Copy every master into the low-precision copies."""
         self._layout.refresh()
 
-    def _placed(self) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
-        """Yield (name, (group, offset in its flat partition, start, length)) of pieces that are not empty."""
-        for name, parameter in trained_parameters(self._model).items():
-            place = self._layout.place(name, parameter)
-            if place[3]:
-                yield name, place
+    def _placed(self) -> dict[str, Place]:
+        found = {n: self._layout.place(n, p) for n, p in trained_parameters(self._model).items()}
+        return {name: place for name, place in found.items() if place[3]}
 
     def replicas(self) -> tuple[list[tuple[str, Tensor]], dist.ProcessGroup | None]:
         """Under ZeRO-1 and 2 every rank computes with whole low-precision copies; under ZeRO-3 nobody does."""
@@ -296,6 +272,13 @@ class _PartitionedGroups:
 
     def __init__(self, zero: Any) -> None:
         self.zero = zero
+        # Small parameters stay whole on every rank (stage3_param_persistence_threshold); the scales of a 4-bit base are
+        # small one by one and gigabytes together.
+        for parameter in [p for p in zero.persistent_parameters if p.dtype == torch.uint8]:
+            parameter.ds_persist = False
+            if parameter.ds_status.name == "AVAILABLE":
+                parameter.partition()
+        zero.persistent_parameters[:] = [p for p in zero.persistent_parameters if p.dtype != torch.uint8]
 
     @property
     def calls(self) -> int:
@@ -349,9 +332,9 @@ def full_parameter(parameter: nn.Parameter) -> Tensor:
 
 def gathered_parameter(parameter: nn.Parameter) -> Tensor:
     """Return the whole value of a frozen parameter that ZeRO-3 partitioned; a collective call."""
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().clone()
 
 

@@ -62,16 +62,16 @@ def restore_optimizer(trainer: Any, base: Optimizer, state: dict[str, Any], chan
         changed: keys that the user changed on purpose; a new learning rate or schedule must not be overwritten.
     """
     scheduler = trainer.lr_scheduler
-    if _LR_KEYS.isdisjoint(changed):
+    # DeepSpeed leaves out groups without parameters, so another engine may count them otherwise.
+    if _LR_KEYS.isdisjoint(changed) and len(base.param_groups) == len(state["param_groups"]):
         scheduler.load_state_dict(state["scheduler"])
-        if len(base.param_groups) == len(state["param_groups"]):
-            for group, saved in zip(base.param_groups, state["param_groups"], strict=True):
-                for key, value in saved.items():
-                    found = group.get(key)
-                    if isinstance(found, Tensor):
-                        found.fill_(value)
-                    else:
-                        group[key] = int(value) if key == "step" else value
+        for group, saved in zip(base.param_groups, state["param_groups"], strict=True):
+            for key, value in saved.items():
+                found = group.get(key)
+                if isinstance(found, Tensor):
+                    found.fill_(value)
+                else:
+                    group[key] = int(value) if key == "step" else value
     else:
         inner = getattr(scheduler, "scheduler", scheduler)
         with warnings.catch_warnings():
