@@ -10,13 +10,14 @@ number of triplets equal; learning rate and alpha should be tuned for LoRA, not 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
 from trl import SFTTrainer
 
 from adalora_scale.config import RunConfig, load_config
@@ -44,7 +45,12 @@ def run(arguments: argparse.Namespace, config: RunConfig) -> int:
     """Train plain LoRA on `config`'s task."""
     if config.task != "causal_lm":
         raise Unsupported("lora_baseline trains causal language models; set task=causal_lm.")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends an optional CPU kernel when PEFT imports it
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    from peft import LoraConfig, get_peft_model
+
     inputs = prepare(config)
+    inputs.arguments.ddp_find_unused_parameters = False
     target = config.adalora.target_modules
     lora = LoraConfig(
         r=arguments.lora_r,

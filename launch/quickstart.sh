@@ -30,7 +30,7 @@ adalora-scale evaluate --config "$recipe" --max-new-tokens 16 --batch-size 100 -
 if [[ "${DS_ACCELERATOR:-}" != cpu ]] || command -v "${CXX:-c++}" >/dev/null; then
     echo "== 2/4  QAdaLoRA: deepspeed, ZeRO-2, $processes process(es)"
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    deepspeed --num_gpus "$processes" --master_addr 127.0.0.1 --master_port "$port" \
+    deepspeed --quiet --num_gpus "$processes" --master_addr 127.0.0.1 --master_port "$port" \
         launch/train.py --config "$recipe" --deepspeed configs/deepspeed/zero2.json "$batch"
 else
     # DeepSpeed compiles an operator for CPU processes.
