@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from adalora_scale.errors import UserError
+
 _PACKAGES = ("adalora-scale", "torch", "transformers", "accelerate", "trl", "datasets", "deepspeed", "bitsandbytes")
 
 
@@ -33,9 +35,17 @@ class JsonLines:
         replace_text(path, "".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append `record`; numbers that JSON cannot hold (NaN, infinity) become null."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
+        """Append `record`; numbers that JSON cannot hold (NaN, infinity) become null.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written any more.
+        """
+        line = json.dumps({key: _plain(value) for key, value in record.items()}) + "\n"
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written: {error.strerror}.") from None
         self.lines += 1
 
     def sync(self) -> None:

@@ -40,8 +40,9 @@ from adalora_scale.training.arguments import (
     training_arguments,
 )
 from adalora_scale.training.chat_templates import resolve_chat_template
-from adalora_scale.training.checkpointing import check_asked_checkpoint, choose_checkpoint, compact_for
+from adalora_scale.training.checkpointing import check_asked_checkpoint, choose_checkpoint
 from adalora_scale.training.console import use_console
+from adalora_scale.training.continuing import fit_ranks, run_identity
 from adalora_scale.training.data import RawData, load_raw
 from adalora_scale.training.engines import (
     Engine,
@@ -210,35 +211,6 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
     return trainer
 
 
-def _fit_ranks(model: nn.Module, config: RunConfig, inputs: Inputs, checkpoint: Checkpoint | None) -> None:
-    if checkpoint is not None:
-        asked = check_training_section(config).get("resume_compact")
-        compact_for(checkpoint, model, asked=asked, exact=continues_exactly(checkpoint, inputs))
-
-
-def continues_exactly(checkpoint: Checkpoint, inputs: Inputs) -> bool:
-    """Return whether ranks, engine and micro-batch are those of the checkpoint, so that sums come in the same order."""
-    arguments, saved = inputs.arguments, checkpoint.manifest
-    names = {"ddp": ("one process", "ddp"), "fsdp2": ("fsdp2", "hsdp"), "deepspeed": ("zero1", "zero2", "zero3")}
-    batch = [arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps]
-    same_engine = saved["engine"] in names[inputs.engine.name]
-    return same_engine and saved["world_size"] == arguments.world_size and saved["micro_batch"] == batch
-
-
-def run_identity(config: RunConfig) -> dict[str, Any]:
-    """Return the config's keys that decide what is trained, beside those a trainer knows; paths may move."""
-    tree = config.to_dict()
-    moving = ("model_name_or_path", "tokenizer_name_or_path", "train", "eval", "preprocessing_num_workers")
-    keys = {
-        f"{section}.{key}": value
-        for section in ("model", "data")
-        for key, value in tree[section].items()
-        if key not in moving and not key.startswith(("eval", "max_eval"))
-    }
-    bf16 = computes_in_bf16(check_training_section(config))
-    return keys | {"task": config.task, "training.bf16": bf16}
-
-
 def place_model(
     config: RunConfig, inputs: Inputs, zero3: dict[str, Any] | None, checkpoint: Checkpoint | None = None
 ) -> nn.Module:
@@ -258,12 +230,12 @@ def place_model(
     if started is None:
         model = load_model(config, inputs.raw.label_names)
         inject_adalora(model, adalora_config_for(config, model))
-        _fit_ranks(model, config, inputs, checkpoint)
+        fit_ranks(model, config, inputs.arguments, inputs.engine.name, checkpoint)
         if fsdp2:
             shard(model)
         return model
     loading.inject(started, adalora_config_for(config, started.model))
-    _fit_ranks(started.model, config, inputs, checkpoint)
+    fit_ranks(started.model, config, inputs.arguments, inputs.engine.name, checkpoint)
     if fsdp2:
         storage = torch.device("cpu") if inputs.engine.fsdp2.cpu_offload else device
         return loading.load_sharded(started, shard, storage)
