@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from adalora_scale.cluster.preflight.arguments import add_parser as add_preflight
 from adalora_scale.config import RunConfig, load_config
 from adalora_scale.errors import Unsupported, UserError, run_reporting_errors
 
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--memory", action="store_true", help="also weigh adapters, gradients and moments, 100 M model")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
     verify.set_defaults(run=_verify_engines)
+    add_preflight(verbs)
     return parser
 
 
@@ -108,6 +110,7 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     _add_config_arguments(parser)
     parser.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed configuration (same as engine.config)")
+    parser.add_argument("--skip-preflight", action="store_true", help="do not compare the ranks before training starts")
     # Launchers such as deepspeed's add this to every rank's command line; the rank is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
@@ -122,6 +125,13 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     _quiet_start()
+    from adalora_scale.cluster.preflight.quick import Unhealthy, quick_check
+
+    try:
+        # The store must live as long as the process group that meets there.
+        store = None if arguments.skip_preflight else quick_check(config.training["output_dir"])
+    except Unhealthy:
+        return 1
     from adalora_scale.training.run import train
 
     try:
@@ -135,6 +145,7 @@ def _train(arguments: argparse.Namespace) -> int:
             )
     finally:
         _leave_process_group()
+        del store
     return 0
 
 
