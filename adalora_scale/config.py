@@ -156,6 +156,10 @@ class ModelConfig:
     """4-bit code book."""
     bnb_4bit_use_double_quant: bool = True
     """Quantise the block scales too."""
+    bnb_4bit_blocksize: int = 64
+    """Weights that share one scale: 32, 64, 128 … 4096."""
+    bnb_4bit_skip_modules: list[str] | None = None
+    """Names (endings) of modules that stay in torch_dtype; the output head, embeddings and norms always do."""
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Dtype of the dequantised matrix products."""
 
