@@ -14,12 +14,28 @@ Source: bitsandbytes 0.50 functional.quantize_4bit and dequantize_4bit, whose by
 
 from __future__ import annotations
 
-import bitsandbytes.functional as bnb
+import functools
+import logging
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from adalora_scale.errors import Unsupported
 from adalora_scale.quantization.spec import CODES, NESTED_BLOCK, QuantSpec
+
+
+@functools.cache
+def bitsandbytes() -> ModuleType:
+    """Return bitsandbytes.functional; importing it registers the operators used here.
+
+    Imported when first needed: models without 4-bit layers do without it. It recommends an optional CPU kernel then,
+    which training has no use for.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    import bitsandbytes.functional as bnb
+
+    return bnb
 
 
 def quantize_blocks(weights: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -32,6 +48,7 @@ def quantize_blocks(weights: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     Returns:
         packed (n, blocksize / 2) uint8 and absmax (n,) float32.
     """
+    bitsandbytes()
     half = spec.blocksize // 2
     if weights.numel() == 0:  # a rank may own no block
         return weights.new_empty(0, half, dtype=torch.uint8), weights.new_empty(0, dtype=torch.float32)
@@ -46,7 +63,7 @@ def encode_scales(absmax: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     if not spec.double_quant:
         return as_bytes(absmax).view(-1, 4), absmax.new_empty(0, dtype=torch.uint8)
     mean = absmax.mean()
-    codes, state = bnb.quantize_blockwise(absmax - mean, blocksize=NESTED_BLOCK)
+    codes, state = bitsandbytes().quantize_blockwise(absmax - mean, blocksize=NESTED_BLOCK)
     return codes, join_nested(state.absmax, mean, state.code)
 
 
@@ -61,6 +78,7 @@ def dequantize(
     packed: Tensor, scales: Tensor, nested: Tensor, spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
     """Return the (out_features, in_features) matrix in `dtype`."""
+    bitsandbytes()
     return torch.ops.bitsandbytes.dequantize_4bit.default(
         packed.reshape(-1, 1), decode_scales(scales, nested), spec.blocksize, spec.quant_type, shape, dtype
     )
@@ -91,6 +109,7 @@ def linear(
         spec, shape: its options and (out_features, in_features).
         bias: (out_features,) in x's dtype.
     """
+    bitsandbytes()
     second: dict[str, Tensor] = {}
     if scales.dim() == 2:
         absmax = scales.view(torch.float32).view(-1)

@@ -212,6 +212,21 @@ def quantize_model(model: nn.Module, spec: QuantSpec, skip_modules: list[str] | 
     return model
 
 
+@torch.no_grad()
+def dequantize_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Put nn.Linear layers with the dequantised weights in the place of 4-bit ones, in place, and return the model."""
+    for parent in list(model.modules()):
+        for leaf, child in list(parent._modules.items()):
+            if isinstance(child, Linear4bit):
+                biased = child.bias is not None
+                new = nn.Linear(child.in_features, child.out_features, bias=biased, device="meta").requires_grad_(False)
+                new.weight = nn.Parameter(child.dequantize(dtype), requires_grad=False)
+                if child.bias is not None:
+                    new.bias = nn.Parameter(child.bias.to(dtype), requires_grad=False)
+                setattr(parent, leaf, new)
+    return model
+
+
 def quantized_share(model: nn.Module) -> tuple[int, int]:
     """Return (weights kept in 4 bits, all linear weights), counted in elements."""
     quantized = others = 0

@@ -11,9 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
 from torch import Tensor
 
 from adalora_scale.errors import Unsupported, UserError
@@ -42,7 +40,7 @@ def stored_spec(
     if missing := sorted(needed - parts.keys()):
         raise UserError(f"the checkpoint lacks '{weight}.{missing[0]}' of a 4-bit weight; download it again.")
     code = checkpoint.whole(parts["quant_map"])
-    if not torch.equal(code, bnb.get_4bit_type(spec.quant_type, device="cpu")):
+    if not torch.equal(code, functional.bitsandbytes().get_4bit_type(spec.quant_type, device="cpu")):
         raise Unsupported(f"'{weight}' was quantised with a {spec.quant_type} code book of its own; quantise it again.")
     if spec.double_quant and int(state["nested_blocksize"]) != NESTED_BLOCK:
         raise Unsupported(
@@ -93,7 +91,10 @@ def stored_form(
         "dtype": dtype,
         "shape": list(shape),
     }
-    tensors = {weight: packed.reshape(-1, 1), f"{weight}.quant_map": bnb.get_4bit_type(spec.quant_type, device="cpu")}
+    tensors = {
+        weight: packed.reshape(-1, 1),
+        f"{weight}.quant_map": functional.bitsandbytes().get_4bit_type(spec.quant_type, device="cpu"),
+    }
     if spec.double_quant:
         second, mean, code = functional.split_nested(nested)
         tensors[f"{weight}.absmax"] = scales
@@ -102,8 +103,12 @@ def stored_form(
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": mean.item()}
     else:
         tensors[f"{weight}.absmax"] = scales.view(torch.float32).view(-1)
-    tensors[f"{weight}.quant_state.bitsandbytes__{spec.quant_type}"] = pack_dict_to_tensor(state)
+    tensors[f"{weight}.quant_state.bitsandbytes__{spec.quant_type}"] = _as_tensor(state)
     return tensors
+
+
+def _as_tensor(state: dict[str, Any]) -> Tensor:
+    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
 
 def _state(checkpoint: Checkpoint, weight: str, parts: dict[str, str]) -> dict[str, Any]:
@@ -111,6 +116,6 @@ def _state(checkpoint: Checkpoint, weight: str, parts: dict[str, str]) -> dict[s
     if len(packed) != 1:
         raise UserError(f"the checkpoint has no quant_state of '{weight}'; download it again.")
     try:
-        return dict(unpack_tensor_to_dict(checkpoint.whole(packed[0])))
+        return dict(json.loads(bytes(checkpoint.whole(packed[0]).tolist())))
     except (ValueError, json.JSONDecodeError) as error:
         raise UserError(f"'{packed[0]}' is damaged ({error}); download the checkpoint again.") from None

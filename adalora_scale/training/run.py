@@ -96,6 +96,8 @@ def prepare(config: RunConfig) -> Inputs:
     training = check_training_section(config)
     _check_output_dir(training)
     check_model_path(config)
+    if config.model.load_in_4bit:
+        loading.quant_spec(config.model)
     seed = training.get("seed", 42)
     raw = load_raw(config.data, task=config.task, seed=seed)
     arguments = training_arguments(config, engine)

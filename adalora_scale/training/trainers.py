@@ -191,6 +191,6 @@ class AdaLoraSFTTrainer(AdaLoraTrainerMixin, SFTTrainer):
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """See also that packed examples stay apart: in the wrapped model, which alone can run under ZeRO-3."""
         prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
-        if self.args.packing:
+        if getattr(self.args, "packing", False):
             check_packing_isolated(self.model_wrapped)
         return prepared

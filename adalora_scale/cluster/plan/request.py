@@ -26,8 +26,8 @@ class Gpu:
     """Bytes a second one GPU sends within its node."""
 
 
-# 790 TFLOP/s and 4.3 TB/s were measured on an H200; the H100's chip is the same, its memory bandwidth and the figures of
-# the others are 80 to 90 % of the data sheets'.
+# 790 TFLOP/s and 4.3 TB/s were measured on an H200, whose chip is the H100's; the other figures are 80 to 90 % of the
+# data sheets'.
 GPUS = {
     "h100": Gpu(memory=79 * 2**30, tflops=790, memory_bandwidth=2.9e12, link_bandwidth=360e9),
     "h200": Gpu(memory=139 * 2**30, tflops=790, memory_bandwidth=4.3e12, link_bandwidth=360e9),
