@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from adalora_scale.cluster.plan.arguments import add_parser as add_plan
 from adalora_scale.cluster.preflight.arguments import add_parser as add_preflight
 from adalora_scale.config import RunConfig, load_config
 from adalora_scale.errors import Unsupported, UserError, run_reporting_errors
@@ -100,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--load-in-4bit", action="store_true", help="over a 4-bit base (nf4, double quantisation)")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
     verify.set_defaults(run=_verify_engines)
+    add_plan(verbs)
     add_preflight(verbs)
     return parser
 

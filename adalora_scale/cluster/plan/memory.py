@@ -19,6 +19,7 @@ from adalora_scale.cluster.plan.weights import (
     is_trained,
     largest_matrix,
     own_engine,
+    row_weights,
     whole_weights,
     zero_options,
     zero_weights,
@@ -94,7 +95,7 @@ def describe(model: nn.Module) -> Model:
 
 
 def memory_of(
-    engine: EngineName, request: Request, model: Model, activations: Activations, sharded: Weights | None = None
+    engine: EngineName, request: Request, model: Model, activations: Activations, *, exact: bool = True
 ) -> Memory:
     """Return the parts of one engine.
 
@@ -103,12 +104,14 @@ def memory_of(
         request: the question.
         model: from `describe`.
         activations: of the request's micro-batch, in the engine's precision.
-        sharded: FSDP2's weights if they are known already; they depend on no micro-batch.
+        exact: shard the real model under FSDP2; else by its rule, for a search over many numbers of GPUs.
     """
     memory = Memory(engine)
     if engine in ("fsdp2", "hsdp"):
         options = fsdp2_choice(engine, request)
-        _fsdp2(memory, request, model, options, sharded or fsdp2_weights(request, options))
+        ranks = request.gpus // options.replicate
+        weights = fsdp2_weights(request, options) if exact else row_weights(model.held, ranks)
+        _fsdp2(memory, request, model, options, weights)
     elif engine == "ddp":
         _ddp(memory, request, model)
     else:
@@ -148,16 +151,15 @@ def _fsdp2(memory: Memory, request: Request, model: Model, options: Fsdp2Config,
         Part("Ī and Ū", 8 * owned, where, "until the final allocation"),
     ]
     block, root = gathered_bytes(model.held, request.bf16)
-    if request.gpus == 1:  # one shard is gathered too
-        block, root = block, root
     memory.parts.append(Part("gathered: embeddings, head", root, "always", "kept from forward to backward"))
     for moment, units in (("forward", 2), ("loss", 1), ("backward", 2)):
         memory.parts.append(
             Part("gathered: blocks in flight", units * block, moment, f"{units} of {model.blocks}")  # type: ignore[arg-type]
         )
-    largest = max(
-        (sum(p.tensor.numel() for p in model.held if p.block == index and is_trained(p)) for index in {0}), default=0
-    )
+    trained: dict[int | None, int] = {}
+    for piece in model.held:
+        trained[piece.block] = trained.get(piece.block, 0) + is_trained(piece) * piece.tensor.numel()
+    largest = max((count for index, count in trained.items() if index is not None), default=0)
     memory.parts.append(Part("reduction buffers", (2 + 4) * largest, "backward", "one block's gradients"))
     if request.accumulation > 1 and options.replicate == 1:
         note = "accumulation reduces them at its last micro-batch"

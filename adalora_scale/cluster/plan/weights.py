@@ -17,6 +17,7 @@ from adalora_scale.cluster.plan.model import KINDS, Piece, build, pieces
 from adalora_scale.cluster.plan.request import Request
 from adalora_scale.config import Fsdp2Config, fsdp2_config_from_dict
 from adalora_scale.errors import UserError
+from adalora_scale.quantization.linear import Linear4bit
 from adalora_scale.training.engines import deepspeed_config, shard_fsdp2
 
 EngineName = Literal["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
@@ -113,6 +114,18 @@ def fsdp2_weights(request: Request, options: Fsdp2Config) -> Weights:
     return Weights(local, trained_elements(held), owned)
 
 
+def row_weights(held: list[Piece], ranks: int) -> Weights:
+    """Weigh rank 0 by FSDP2's rule: rows are cut into equal shards, the last ones padded."""
+    local = dict.fromkeys(KINDS, 0)
+    owned = 0
+    for piece in held:
+        rows = piece.tensor.shape[0] if piece.tensor.dim() else 1
+        share = piece.bytes if piece.kind == "4-bit second level" else piece.bytes // max(rows, 1) * -(-rows // ranks)
+        local[piece.kind] += share
+        owned += share // piece.tensor.element_size() if is_trained(piece) else 0
+    return Weights(local, trained_elements(held), owned)
+
+
 def whole_weights(held: list[Piece]) -> Weights:
     """Weigh a rank that holds everything (one process, DDP)."""
     local = dict.fromkeys(KINDS, 0)
@@ -190,8 +203,6 @@ def _local_bytes(piece: Piece) -> int:
 
 def largest_matrix(model: nn.Module) -> int:
     """Return the bytes that dequantising the largest 4-bit matrix takes: 16-bit weights and float32 scales."""
-    from adalora_scale.quantization.linear import Linear4bit
-
     return max(
         (
             layer.in_features * layer.out_features * layer.spec.compute_dtype.itemsize + 4 * layer.scales.shape[0]
