@@ -63,7 +63,7 @@ def smallest_cluster(
     for count in counts:
         asked = replace(request, gpus=count, nodes=max(1, count // per_node), micro_batch=1, global_batch=None)
         for engine in _ORDER:
-            memory = memory_of(engine, asked, model, traces(engine).of(1), exact=False)
+            memory = memory_of(engine, asked, model, traces(engine).of(1))
             if memory.device <= request.hardware.gpu.memory:
                 return count, engine, memory
     return None

@@ -14,7 +14,7 @@ from adalora_scale.cluster.plan.model import build
 from adalora_scale.cluster.plan.request import Gpu, Hardware, Request, find_gpu, parse_bytes
 from adalora_scale.cluster.plan.speed import Load, Speed, load_of, speed_of
 from adalora_scale.cluster.plan.trace import trace_step
-from adalora_scale.cluster.plan.weights import ENGINES, EngineName, own_engine
+from adalora_scale.cluster.plan.weights import ENGINES, EngineName, fsdp2_options, fsdp2_weights, own_engine
 from adalora_scale.config import RunConfig, load_config
 from adalora_scale.training.arguments import check_training_section
 from adalora_scale.training.engines import deepspeed_config
@@ -61,11 +61,15 @@ class Planner:
         self.request = request
         self.model: Model = describe(build(request))
         self._traces: dict[tuple[bool, bool], Traces] = {}
+        self._own = own_engine(request)
+        self._sharded = None
+        if self._own in ("fsdp2", "hsdp"):
+            self._sharded = fsdp2_weights(request, fsdp2_options(request))
 
     def plan(self) -> Plan:
         """Compare the engines and look for what fits."""
         request = self.request
-        own = own_engine(request)
+        own = self._own
         rows = [self._row(engine) for engine in self._engines(own)]
         layers = [layer for _, layer in adapter_layers(self.model.model)]
         elements = [4 * (layer.in_features + layer.out_features + 1) for layer in layers]
@@ -85,13 +89,13 @@ class Planner:
 
     def _engines(self, own: EngineName) -> list[EngineName]:
         if self.request.gpus == 1:
-            return sorted({"ddp", own}, key=ENGINES.index)  # type: ignore[arg-type]
+            return sorted({"ddp", own}, key=ENGINES.index)
         return [engine for engine in ENGINES if engine != "hsdp" or own == "hsdp" or self.request.nodes > 1]
 
     def _row(self, engine: EngineName) -> Row:
         memory = self._memory(engine, self.request.sequences)
         room = self.request.hardware.gpu.memory
-        most = largest_micro_batch(lambda count: self._memory(engine, count, exact=False).device <= room)
+        most = largest_micro_batch(lambda count: self._memory(engine, count).device <= room)
         return Row(
             engine=engine,
             memory=memory,
@@ -101,12 +105,11 @@ class Planner:
             fits=memory.device <= room,
         )
 
-    def _memory(
-        self, engine: EngineName, sequences: int, *, exact: bool = True, other_checkpointing: bool = False
-    ) -> Memory:
+    def _memory(self, engine: EngineName, sequences: int, *, other_checkpointing: bool = False) -> Memory:
         request = replace(self.request, micro_batch=sequences, global_batch=None)
         activations = self._traces_for(engine, other_checkpointing).of(sequences)
-        return memory_of(engine, request, self.model, activations, exact=exact)
+        sharded = self._sharded if engine == self._own else None
+        return memory_of(engine, request, self.model, activations, sharded=sharded)
 
     def _traces_for(self, engine: EngineName, other_checkpointing: bool = False) -> Traces:
         key = (engine == "ddp", self.request.checkpointing != other_checkpointing)

@@ -15,7 +15,6 @@ from adalora_scale.cluster.plan.weights import (
     Weights,
     Zero,
     fsdp2_options,
-    fsdp2_weights,
     is_trained,
     largest_matrix,
     own_engine,
@@ -95,7 +94,7 @@ def describe(model: nn.Module) -> Model:
 
 
 def memory_of(
-    engine: EngineName, request: Request, model: Model, activations: Activations, *, exact: bool = True
+    engine: EngineName, request: Request, model: Model, activations: Activations, *, sharded: Weights | None = None
 ) -> Memory:
     """Return the parts of one engine.
 
@@ -104,13 +103,12 @@ def memory_of(
         request: the question.
         model: from `describe`.
         activations: of the request's micro-batch, in the engine's precision.
-        exact: shard the real model under FSDP2; else by its rule, for a search over many numbers of GPUs.
+        sharded: what FSDP2 made of the real model (`fsdp2_weights`); None takes its rule instead, for a search.
     """
     memory = Memory(engine)
     if engine in ("fsdp2", "hsdp"):
         options = fsdp2_choice(engine, request)
-        ranks = request.gpus // options.replicate
-        weights = fsdp2_weights(request, options) if exact else row_weights(model.held, ranks)
+        weights = sharded or row_weights(model.held, request.gpus // options.replicate)
         _fsdp2(memory, request, model, options, weights)
     elif engine == "ddp":
         _ddp(memory, request, model)
