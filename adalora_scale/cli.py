@@ -18,6 +18,7 @@ from adalora_scale.cluster.plan.arguments import add_parser as add_plan
 from adalora_scale.cluster.preflight.arguments import add_parser as add_preflight
 from adalora_scale.config import RunConfig, load_config
 from adalora_scale.errors import Unsupported, UserError, run_reporting_errors
+from adalora_scale.training.quantize import add_verb as add_quantize_verb
 
 _OVERRIDES = """
 overrides: any key of the config file as section.key=value, for example
@@ -101,8 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--load-in-4bit", action="store_true", help="over a 4-bit base (nf4, double quantisation)")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
     verify.set_defaults(run=_verify_engines)
+<<<<<<< HEAD
     add_plan(verbs)
     add_preflight(verbs)
+=======
+    add_quantize_verb(verbs, _quiet_start)
+>>>>>>> main
     return parser
 
 

@@ -19,6 +19,7 @@ import logging
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adalora_scale.errors import Unsupported
@@ -79,9 +80,13 @@ def dequantize(
 ) -> Tensor:
     """Return the (out_features, in_features) matrix in `dtype`."""
     bitsandbytes()
-    return torch.ops.bitsandbytes.dequantize_4bit.default(
-        packed.reshape(-1, 1), decode_scales(scales, nested), spec.blocksize, spec.quant_type, shape, dtype
+    absmax = decode_scales(scales, nested)
+    # One block a row: the CPU kernel of bitsandbytes 0.50 takes a wrong absmax where rows are no multiple of blocks.
+    flat = (absmax.numel(), spec.blocksize)
+    weights: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        packed.reshape(-1, 1), absmax, spec.blocksize, spec.quant_type, flat, dtype
     )
+    return weights.view(shape)
 
 
 def decode_scales(scales: Tensor, nested: Tensor) -> Tensor:
@@ -101,7 +106,9 @@ def linear(
     shape: tuple[int, int],
     bias: Tensor | None,
 ) -> Tensor:
-    """Return ``x Wᵀ + bias`` by the kernel that bitsandbytes' own Linear4bit uses.
+    """Return ``x Wᵀ + bias`` by the kernel that bitsandbytes' own Linear4bit uses; bit for bit the same output.
+
+    On CPU that kernel dequantises and multiplies, which is done here in two steps (`dequantize` says why).
 
     Args:
         x: (..., in_features) float32, bfloat16 or float16.
@@ -109,6 +116,8 @@ def linear(
         spec, shape: its options and (out_features, in_features).
         bias: (out_features,) in x's dtype.
     """
+    if x.device.type == "cpu":
+        return F.linear(x, dequantize(packed, scales, nested, spec, shape, x.dtype), bias)
     bitsandbytes()
     second: dict[str, Tensor] = {}
     if scales.dim() == 2:

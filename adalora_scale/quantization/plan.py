@@ -60,6 +60,7 @@ def make_plan(
     *,
     dtype: torch.dtype,
     spec: QuantSpec | None,
+    compute_dtype: torch.dtype = torch.bfloat16,
     skip_modules: list[str] | None = None,
     new_heads: Sequence[str] = (),
 ) -> LoadingPlan:
@@ -70,6 +71,7 @@ def make_plan(
         checkpoint: what it is loaded from. Weights stored in 4 bits become Linear4bit whatever `spec` says.
         dtype: of what is not quantised.
         spec: options of the weights to quantise while loading; None quantises nothing.
+        compute_dtype: of weights that are stored in 4 bits.
         skip_modules: modules that stay in `dtype`.
         new_heads: modules that may be missing in the checkpoint and are then initialised as transformers does.
 
@@ -78,7 +80,7 @@ def make_plan(
         Unsupported: a tensor would have to be converted while loading.
     """
     names = match_names(model, checkpoint.tensors)
-    _put_layers(model, checkpoint, names, spec, [*(skip_modules or []), *new_heads])
+    _put_layers(model, checkpoint, names, spec, compute_dtype, [*(skip_modules or []), *new_heads])
     ties = _ties(model)
     twins = {name: group for group in _tied_names(model) for name in group}
     fresh = [head for head in new_heads if not _holds_any(names, head)]
@@ -112,14 +114,18 @@ _fits = "use a config.json and weights that belong together"
 
 
 def _put_layers(
-    model: nn.Module, checkpoint: Checkpoint, names: Names, spec: QuantSpec | None, skip: list[str]
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    names: Names,
+    spec: QuantSpec | None,
+    compute_dtype: torch.dtype,
+    skip: list[str],
 ) -> None:
     if names.states:
-        compute = spec.compute_dtype if spec is not None else torch.bfloat16
         for weight, parts in names.states.items():
             if weight not in names.tensors or not weight.endswith(".weight"):
                 raise UserError(f"the checkpoint holds a 4-bit state of '{weight}' but not its weight; {_fits}.")
-            own, shape = stored_spec(checkpoint, weight, parts, compute)
+            own, shape = stored_spec(checkpoint, weight, parts, compute_dtype)
             layer = weight.removesuffix(".weight")
             replace_linears(model, own, [layer])
             new = model.get_submodule(layer)

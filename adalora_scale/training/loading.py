@@ -19,6 +19,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from adalora_scale.adalora.fingerprint import LEADING, WeightSample, fingerprint, sample
 from adalora_scale.adalora.injection import find_targets, inject_adalora
@@ -85,6 +86,7 @@ def begin(
         checkpoint,
         dtype=dtype,
         spec=spec if config.model.load_in_4bit else None,
+        compute_dtype=getattr(torch, config.model.bnb_4bit_compute_dtype),
         skip_modules=config.model.bnb_4bit_skip_modules,
         new_heads=heads,
     )
@@ -132,7 +134,7 @@ def quant_spec(config: ModelConfig) -> QuantSpec:
 def load_whole(loading: Loading) -> nn.Module:
     """Fill the base on this rank's device, whole, and return it."""
     materialize(loading.model.modules(), loading.device, loading.plan.ties)
-    with _progress(loading) as on_slot:
+    with progress(loading) as on_slot:
         fill(loading.plan, loading.plan.slots, device=loading.device, on_slot=on_slot)
     _fill_drawn(loading, loading.model)
     return loading.model
@@ -154,7 +156,7 @@ def load_sharded(loading: Loading, shard: Callable[[nn.Module], None], storage: 
     """
     shard(loading.model)
     materialize_shards(loading.model, storage, loading.plan.ties)
-    with _progress(loading) as on_slot:
+    with progress(loading) as on_slot:
         fill(loading.plan, loading.plan.slots, device=loading.device, on_slot=on_slot)
     _fill_drawn(loading, loading.model)
     return loading.model
@@ -179,7 +181,7 @@ def load_partitioned(
     units = [list(block.modules()) for block in blocks]
     units += [[module] for module in loading.model.modules() if id(module) not in inside]
     reads = dist.get_rank() == 0
-    with _progress(loading) as on_slot:
+    with progress(loading) as on_slot:
         for unit in units:
             materialize(unit, loading.device, plan.ties)
             members = {id(module) for module in unit}
@@ -204,6 +206,11 @@ def describe(model: nn.Module) -> str:
     return f"4-bit base: {quantized / max(every, 1):.1%} of the linear weights quantised"
 
 
+def unquantized_linears(model: nn.Module) -> list[str]:
+    """Name the linear layers that are not in 4 bits: transformers must leave them alone when it loads the result."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
 def _fill_drawn(loading: Loading, where: nn.Module | list[nn.Module]) -> None:
     """Fill adapters and new heads among `where`."""
     modules = list(where.modules()) if isinstance(where, nn.Module) else where
@@ -219,8 +226,11 @@ def _fill_drawn(loading: Loading, where: nn.Module | list[nn.Module]) -> None:
                     copy_rows(parameter, values[f"{prefix}.{leaf}" if prefix else leaf], leaf)
 
 
-class _progress:
-    """A bar over the tensors on rank 0's terminal, and a line with bytes and seconds when all are there."""
+class progress:
+    """A bar over the tensors on rank 0's terminal, and a line with bytes and seconds when all are there.
+
+    The block gets a function to call after each tensor.
+    """
 
     def __init__(self, loading: Loading) -> None:
         self._loading = loading
@@ -240,7 +250,7 @@ class _progress:
         if self._main and kind is None:
             read = self._loading.plan.checkpoint.bytes_read
             seconds = time.perf_counter() - self._started
-            print(f"base loaded: {read / 2**20:,.1f} MiB read by this rank in {seconds:.1f} s", flush=True)
+            print(f"base read: {read / 2**20:,.1f} MiB by this rank in {seconds:.1f} s", flush=True)
             if ignored := self._loading.plan.ignored:
                 print(f"not used of the checkpoint: {', '.join(ignored[:3])}{' …' * (len(ignored) > 3)}", flush=True)
 
