@@ -102,12 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--load-in-4bit", action="store_true", help="over a 4-bit base (nf4, double quantisation)")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
     verify.set_defaults(run=_verify_engines)
-<<<<<<< HEAD
     add_plan(verbs)
     add_preflight(verbs)
-=======
     add_quantize_verb(verbs, _quiet_start)
->>>>>>> main
     return parser
 
 

@@ -21,7 +21,7 @@ from adalora_scale.cluster.plan.weights import fsdp2_weights, pretended_ranks, r
 from adalora_scale.config import Fsdp2Config, load_config
 from adalora_scale.training.engines import shard_fsdp2
 from tests.conftest import ROOT
-from tests.distributed.launcher import run_ranks
+from tests.distributed.launcher import build_deepspeed_ops, run_ranks
 
 TOLERANCE = 0.05
 WORKER = Path(__file__).parent / "workers" / "weigh_run.py"
@@ -177,10 +177,11 @@ ZERO3 = ZERO | {
         pytest.param("zero3", 2, "true", marks=pytest.mark.full),
     ],
 )
-def test_a_real_run_on_the_cpu_takes_the_planned_bytes(tmp_path, engine, ranks, checkpointing, deepspeed_ops):
+def test_a_real_run_on_the_cpu_takes_the_planned_bytes(tmp_path, engine, ranks, checkpointing):
     """Else the plan is right about itself only."""
     options = [f"training.gradient_checkpointing={checkpointing}"]
     if engine.startswith("zero"):
+        build_deepspeed_ops()
         options.append("engine.name=deepspeed")
         options.append(f"engine.config={json.dumps(ZERO2 if engine == 'zero2' else ZERO3)}")
     asked = request(tmp_path, *options, gpus=ranks)

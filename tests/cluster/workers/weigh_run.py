@@ -1,4 +1,4 @@
-"""Two optimizer steps of a real 4-bit model on a real engine; reports the most bytes that live tensors took in the second.
+"""Two optimizer steps of a real model on a real engine; reports the most bytes of live tensors in the second step.
 
 weigh_run.py ENGINE CONFIG [section.key=value …]        ENGINE: ddp fsdp2 zero2 zero3; one process without a launcher
 """
