@@ -26,7 +26,7 @@ from adalora_scale.cluster.plan.weights import (
 from adalora_scale.config import Fsdp2Config
 from adalora_scale.training.engines import transformer_blocks
 
-Moment = Literal["always", "forward", "loss", "backward", "step", "host"]
+Moment = Literal["always", "pass", "forward", "loss", "backward", "step", "host"]
 MOMENTS: tuple[Moment, ...] = ("forward", "loss", "backward", "step")
 PROCESS_BYTES = 2_000_000_000
 """Host memory of a Python process with torch, transformers and a CUDA context."""
@@ -39,7 +39,7 @@ class Part:
     name: str
     bytes: int
     moment: Moment = "always"
-    """When it is there; `host` is not on the device."""
+    """When it is there; `pass` is the whole forward and backward, `host` is not on the device."""
     note: str = ""
 
 
@@ -62,7 +62,7 @@ class Memory:
 
     def at(self, moment: Moment) -> int:
         """Bytes on the device at a moment."""
-        return sum(part.bytes for part in self.parts if part.moment in ("always", moment))
+        return sum(part.bytes for part in self._parts_at(moment))
 
     @property
     def host(self) -> int:
@@ -71,7 +71,11 @@ class Memory:
 
     def peak_parts(self) -> list[Part]:
         """The parts of the worst moment."""
-        return [part for part in self.parts if part.moment in ("always", self.moment) and part.bytes]
+        return [part for part in self._parts_at(self.moment) if part.bytes]
+
+    def _parts_at(self, moment: Moment) -> list[Part]:
+        there = ("always", moment) if moment == "step" else ("always", "pass", moment)
+        return [part for part in self.parts if part.moment in there]
 
 
 @dataclass(frozen=True)
@@ -149,7 +153,7 @@ def _fsdp2(memory: Memory, request: Request, model: Model, options: Fsdp2Config,
         Part("Ī and Ū", 8 * owned, where, "until the final allocation"),
     ]
     block, root = gathered_bytes(model.held, request.bf16)
-    memory.parts.append(Part("gathered: embeddings, head", root, "always", "kept from forward to backward"))
+    memory.parts.append(Part("gathered: embeddings, head", root, "pass", "kept from forward to backward"))
     for moment, units in (("forward", 2), ("loss", 1), ("backward", 2)):
         memory.parts.append(
             Part("gathered: blocks in flight", units * block, moment, f"{units} of {model.blocks}")  # type: ignore[arg-type]
@@ -200,7 +204,7 @@ def _zero(memory: Memory, request: Request, model: Model, stage: int) -> None:
     memory.parts.append(Part("reduction buffers", options.reduce_bucket * size * buckets, "always", note))
     if stage == 3:
         memory.parts.append(
-            Part("gathered weights", _zero3_gathered(model, options, size), "always", "stage3_max_live_parameters")
+            Part("gathered weights", _zero3_gathered(model, options, size), "pass", "stage3_max_live_parameters")
         )
 
 
@@ -231,8 +235,8 @@ def _zero3_gathered(model: Model, options: Zero, size: int) -> int:
 def _activations(memory: Memory, model: Model, a: Activations) -> None:
     note = f"{model.blocks} blocks"
     memory.parts += [
-        Part("activations of blocks", model.blocks * a.per_block, "always", note),
-        Part("activations outside blocks", a.outside, "always"),
+        Part("activations of blocks", model.blocks * a.per_block, "pass", note),
+        Part("activations outside blocks", a.outside, "pass"),
         Part("work of a block, forward", a.forward_peak, "forward"),
         Part("dequantised matrix", model.workspace, "forward"),
         Part("logits and loss", a.loss_peak, "loss"),
