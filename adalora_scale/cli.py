@@ -37,7 +37,12 @@ NCCL is used where every rank has a GPU of its own, else gloo on the CPU.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `adalora-scale` and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:  # argparse's verbs take overrides in one place only; people put them anywhere
+        if not hasattr(arguments, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides += rest
     return run_reporting_errors(lambda: arguments.run(arguments))
 
 

@@ -86,11 +86,12 @@ def test_a_model_that_cannot_fit_is_told_by_how_much_and_what_would_fit(capsys, 
     """Else the answer to a refusal is another guess."""
     small = ["--gpus", "2", "--gpu-memory", "1900MB"]
     kept = ["training.gradient_checkpointing=false", "training.per_device_train_batch_size=64", "engine.name=ddp"]
-    code, out, _ = plan(capsys, shape, *small, *kept)
-    assert code == 1
-    assert "does not fit: " in out and " GB too much on every GPU" in out
     _, out, _ = plan(capsys, shape, *small, *kept, "--json")
     answer = json.loads(out)
+    code, out, _ = plan(capsys, shape, *small, *kept)
+    assert code == 1 and not answer["fits"]
+    missing = answer["engines"]["ddp"]["device_bytes"] - 1.9e9
+    assert f"does not fit: {missing / 1e9:.2f} GB too much on every GPU" in out
     for way in answer["ways_out"]:
         if way.startswith("training."):
             assert plan(capsys, shape, *small, *kept, way)[0] == 0, way

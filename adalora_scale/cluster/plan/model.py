@@ -64,6 +64,8 @@ def build(request: Request, layers: int | None = None) -> nn.Module:
     shape = model_config(config.model)
     if layers is not None:
         shape = shortened(shape, layers)
+    if config.task == "sequence_classification" and getattr(shape, "pad_token_id", None) is None:
+        shape.pad_token_id = 0  # training takes the tokenizer's; a batch needs one
     attention = config.model.attn_implementation
     model = build_on_meta(
         request.config if not is_flash(attention) else _with_sdpa(request), shape, dtype_of(request, shape)
