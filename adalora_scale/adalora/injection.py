@@ -162,7 +162,7 @@ def coverage(model: nn.Module) -> Coverage:
         elif _is_linear(module):
             features = linear_features(module)
             linear += features[0] * features[1]
-    linear += sum(parameter.numel() for _, _, parameter in _expert_tensors(model))
+    linear += sum(parameter.numel() for _, _, parameter in expert_tensors(model))
     other = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in owned)
     return Coverage(adapted, linear, adapter, other, matrices)
 
@@ -224,7 +224,7 @@ def _keep_layers(names: set[str], layers: list[int] | int) -> set[str]:
 
 def _refuse_unreachable_weights(model: nn.Module, excluded: set[str]) -> None:
     """`all-linear` promises all linear weights; experts stored as one 3-D tensor would be left out silently."""
-    for name, parameter_name, parameter in _expert_tensors(model):
+    for name, parameter_name, parameter in expert_tensors(model):
         if not _inside(name, excluded):
             raise UserError(
                 f"adalora.target_modules=all-linear cannot reach '{name}.{parameter_name}' "
@@ -233,7 +233,7 @@ def _refuse_unreachable_weights(model: nn.Module, excluded: set[str]) -> None:
             )
 
 
-def _expert_tensors(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+def expert_tensors(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     """Yield (module name, parameter name, parameter) of weights that hold several matrices in one tensor."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.conv._ConvNd):

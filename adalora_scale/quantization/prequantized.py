@@ -33,7 +33,7 @@ def stored_spec(
     spec = QuantSpec(
         quant_type=state["quant_type"],
         blocksize=int(state["blocksize"]),
-        double_quant="nested_absmax" in parts,
+        double_quant="nested_offset" in state,
         compute_dtype=compute_dtype,
     )
     needed = {"absmax", "quant_map"} | ({"nested_absmax", "nested_quant_map"} if spec.double_quant else set())

@@ -314,9 +314,9 @@ def full_parameter(parameter: nn.Parameter) -> Tensor:
 
 def gathered_parameter(parameter: nn.Parameter) -> Tensor:
     """Return the whole value of a frozen parameter that ZeRO-3 partitioned; a collective call."""
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().clone()
 
 

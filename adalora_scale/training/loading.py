@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.pytorch_utils import Conv1D
 
 from adalora_scale.adalora.fingerprint import LEADING, WeightSample, fingerprint, sample
-from adalora_scale.adalora.injection import find_targets, inject_adalora
+from adalora_scale.adalora.injection import coverage, expert_tensors, find_targets, inject_adalora
 from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.config import AdaLoraConfig, ModelConfig, RunConfig
 from adalora_scale.errors import UserError
@@ -201,9 +201,13 @@ def load_partitioned(
 
 
 def describe(model: nn.Module) -> str:
-    """Return the line about the share of the base that is kept in 4 bits."""
-    quantized, every = quantized_share(model)
-    return f"4-bit base: {quantized / max(every, 1):.1%} of the linear weights quantised"
+    """Return the line about the share of the base that is kept in 4 bits, and what looks as if it should be."""
+    quantized, _ = quantized_share(model)
+    line = f"4-bit base: {quantized / max(coverage(model).linear_weights, 1):.1%} of the linear weights quantised"
+    experts = [f"{name}.{leaf}" for name, leaf, _ in expert_tensors(model)]
+    if experts:
+        line += f"; tensors of several matrices stay as they are: {experts[0]}{' …' * (len(experts) > 1)}"
+    return line
 
 
 def unquantized_linears(model: nn.Module) -> list[str]:

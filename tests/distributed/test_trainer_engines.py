@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from adalora_scale.export.peft_adalora import load_adapter
+from adalora_scale.quantization.linear import quantize_model
+from adalora_scale.quantization.spec import QuantSpec
 from tests.conftest import ROOT
 from tests.distributed.launcher import run_ranks
 from tests.distributed.workers import trainer_worker
@@ -87,12 +89,14 @@ def assert_equals_one_process(ranks, folder, reference):
     assert max(outcome["norms"]) > 0.5  # clipping took part
 
 
-def assert_saved_is_live(ranks, folder, stories260k, kind):
+def assert_saved_is_live(ranks, folder, stories260k, kind, four_bit=False):
     """The file, on a fresh base in this process, computes what the engine computed before it was saved."""
     if kind == "classify":
         base = AutoModelForSequenceClassification.from_pretrained(stories260k, num_labels=77, dtype=torch.float32)
     else:
         base = AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32)
+    if four_bit:
+        quantize_model(base, QuantSpec(compute_dtype=torch.float32))
     untouched = trainer_worker.probe_loss(base, kind)
     loaded = trainer_worker.probe_loss(load_adapter(base, folder / "out"), kind)
     for rank in ranks:
@@ -119,6 +123,20 @@ def test_sft_trainer_on_two_ranks_is_one_process(engine, on_ranks, one_process, 
     assert_saved_is_live(ranks, folder, stories260k, "sft")
     written = {path.name for path in (folder / "out").rglob("*") if path.is_file()}
     assert not {name for name in written if name.endswith((".bin", ".pt", ".pth")) or name == "model.safetensors"}
+
+
+FOUR_BIT = ("model.load_in_4bit=true", "model.bnb_4bit_compute_dtype=float32")
+
+
+@pytest.mark.parametrize(
+    "engine", ["zero3", *(pytest.param(name, marks=full) for name in ("ddp", "fsdp2", "zero1", "zero2"))]
+)
+def test_a_4_bit_base_on_two_ranks_is_one_process(engine, on_ranks, one_process, stories260k):
+    """QAdaLoRA through the trainers: streamed, quantised and sharded bases train the adapter of one process."""
+    ranks, folder = on_ranks(engine, "sft", extra=FOUR_BIT)
+    assert {rank["engine"] for rank in ranks} == {real(engine)}
+    assert_equals_one_process(ranks, folder, one_process("sft", *FOUR_BIT))
+    assert_saved_is_live(ranks, folder, stories260k, "sft", four_bit=True)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The 4-bit linear layer against bitsandbytes' own, byte for byte and bit for bit."""
 
+import itertools
+
 import bitsandbytes as bnb
 import pytest
 import torch
