@@ -151,6 +151,7 @@ def test_training_of_equal_ranks_passes_the_quick_part(tmp_path):
     assert "done: " in result.stdout
 
 
+@pytest.mark.full
 def test_an_output_dir_that_cannot_be_written_stays_a_mistake_of_the_config(tmp_path):
     """Else the exit code says that the cluster is sick."""
     config = train_config(tmp_path)
