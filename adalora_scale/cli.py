@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from adalora_scale.cluster.launching.command import add_launch_check
 from adalora_scale.config import RunConfig, load_config
 from adalora_scale.errors import Unsupported, UserError, run_reporting_errors
 
@@ -97,6 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--memory", action="store_true", help="also weigh adapters, gradients and moments, 100 M model")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
     verify.set_defaults(run=_verify_engines)
+
+    add_launch_check(verbs)
     return parser
 
 

@@ -13,9 +13,10 @@ from trl import SFTConfig
 
 from adalora_scale.config import AdaLoraConfig, RunConfig, check_value
 from adalora_scale.errors import Unsupported, UserError, nearest
+from adalora_scale.training.batch import batch_sizes
 from adalora_scale.training.engines import Engine, join_deepspeed_on_cpu, refuse_mismatches
 
-OWN_KEYS = {"overwrite_output_dir": bool}
+OWN_KEYS = {"overwrite_output_dir": bool, "global_batch_size": int}
 """Keys of the section that are not transformers'."""
 
 # Set through the `data:` section, once tokenisation is done; two places for one thing would disagree some day.
@@ -59,7 +60,7 @@ def check_training_section(config: RunConfig) -> dict[str, Any]:
         if checked.get(key, 1) < 1:
             raise UserError(f"training.{key} is {checked[key]}; it must be at least 1.")
     refuse_resume(checked.get("resume_from_checkpoint"))
-    return checked
+    return checked | batch_sizes(checked, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def refuse_resume(resume_from_checkpoint: str | bool | None) -> None:
