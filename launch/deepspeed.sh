@@ -24,7 +24,7 @@ if [[ -z "${LAUNCHER:-}" ]]; then
     if command -v pdsh >/dev/null; then LAUNCHER=pdsh; else LAUNCHER=ssh; fi
 fi
 
-settings="$(adalora-scale launch-check --hostfile "$hostfile" --endpoint ":$PORT" "$@")" || exit 2
+settings="$(adalora-scale launch-check --hostfile "$hostfile" --endpoint ":$PORT" -- "$@")" || exit 2
 eval "$settings"  # output_dir, hosts, slots, nodes, master, port
 started="$(mktemp)" exports="$(mktemp)"
 trap 'rm -f "$started" "$exports"' EXIT

@@ -10,8 +10,9 @@
 #   PORT  port of the rendezvous on the first host (default 29400)
 #   ADALORA_SSH_OPTIONS  options for ssh, for example "-p 2222 -i key"
 #
-# Every line of output begins with its host; a host whose command fails is named at the end. The others go on: what they
-# make of it is the launcher's business. Ctrl-C ends all of them.
+#   GRACE  seconds that the other hosts get when one fails (default 30); in an elastic run, NODES=MIN:MAX, they go on
+#
+# Every line of output begins with its host; a host whose command fails is named at the end. Ctrl-C ends all of them.
 # shellcheck disable=SC2154  # launch-check prints output_dir, endpoint and their like
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -49,13 +50,27 @@ exec $command"
 done
 trap 'kill "${pids[@]}" 2>/dev/null' INT TERM
 
-failed=0
-for i in "${!pids[@]}"; do
-    wait "${pids[$i]}"
-    status=$?
+# ends HOST: what became of a host that is done.
+failed=0 deadline=""
+ends() {
+    wait "${pids[$1]}"
+    local status=$?
     if ((status)); then
-        echo "on_hosts: ${names[$i]} ended with exit code $status" | tee -a "$ADALORA_LOG_DIR/on_hosts.launcher.log" >&2
+        echo "on_hosts: ${names[$1]} ended with exit code $status" | tee -a "$ADALORA_LOG_DIR/on_hosts.launcher.log" >&2
         ((failed)) || failed=$status
+        if [[ "${NODES:-1}" != *:* ]]; then deadline="${deadline:-$((SECONDS + ${GRACE:-30}))}"; fi
     fi
+    unset "pids[$1]"
+}
+while ((${#pids[@]})); do
+    for i in "${!pids[@]}"; do
+        kill -0 "${pids[$i]}" 2>/dev/null || ends "$i"
+    done
+    if [[ -n "$deadline" ]] && ((SECONDS > deadline && ${#pids[@]})); then
+        echo "on_hosts: ending the other hosts" >&2
+        kill "${pids[@]}" 2>/dev/null
+        deadline=$((SECONDS + 3600))
+    fi
+    sleep 0.5
 done
 exit "$failed"

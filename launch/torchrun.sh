@@ -34,7 +34,7 @@ if [[ -z "$GPUS" || "$GPUS" == auto || "$GPUS" == gpu ]]; then GPUS="$(gpus_here
 # Everything that can be wrong is said now, in one line, not by some rank minutes later.
 check=(--nodes "$NODES" --ranks-per-node "$GPUS")
 if [[ -n "$RDZV" ]]; then check+=(--endpoint "$RDZV"); fi
-settings="$(adalora-scale launch-check "${check[@]}" "$@")" || exit 2
+settings="$(adalora-scale launch-check "${check[@]}" -- "$@")" || exit 2
 eval "$settings"  # output_dir, endpoint, local_address
 
 resume=()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from adalora_scale.cluster.launching.endpoint import check_endpoint, split_endpoint
 from adalora_scale.cluster.launching.hostfile import Host, check_reachable, read_hostfile
 from adalora_scale.cluster.launching.sbatch import check_sbatch
-from adalora_scale.config import load_config
+from adalora_scale.config import RunConfig, load_config
 from adalora_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ def add_launch_check(verbs: _Verbs) -> None:
         "Exit code 2 and one line if something is wrong.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="the run's YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
-    parser.add_argument("--deepspeed", metavar="FILE", help="as launch/train.py takes it")
+    parser.add_argument("train", nargs="*", metavar="-- ARGUMENT", help="after `--`: what launch/train.py will be given")
     parser.add_argument(
         "--hostfile", type=Path, metavar="FILE", help="lines `name slots=8`; every host must answer to ssh"
     )
@@ -62,8 +60,8 @@ def check(arguments: argparse.Namespace) -> dict[str, object]:
     if arguments.sbatch is not None:
         check_sbatch(arguments.sbatch)
     hosts = read_hostfile(arguments.hostfile) if arguments.hostfile is not None else []
-    if arguments.config is not None:
-        config = load_config(arguments.config, arguments.overrides)
+    if arguments.train:
+        config = _load(arguments.train)
         found["output_dir"] = config.training["output_dir"]
         _check_batch(config.training, list(_world_sizes(arguments, hosts)))
     if hosts:
@@ -75,6 +73,15 @@ def check(arguments: argparse.Namespace) -> dict[str, object]:
         if arguments.endpoint is None and arguments.nodes not in (None, "1"):
             raise UserError(f"NODES={arguments.nodes} need a rendezvous that all of them know: RDZV=host:port.")
     return found
+
+
+def _load(train: list[str]) -> RunConfig:
+    parser = argparse.ArgumentParser(prog="launch/train.py", add_help=False)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--deepspeed")
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_intermixed_args(train)
+    return load_config(arguments.config, arguments.overrides)
 
 
 def _check_hosts(hosts: list[Host], endpoint: str | None, found: dict[str, object]) -> None:
