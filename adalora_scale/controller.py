@@ -139,6 +139,11 @@ class RankAllocator:
         """Triplets that the last allocation kept (all of them before the first)."""
         return self.last_allocation.budget if self.last_allocation else self.schedule.init_budget
 
+    @property
+    def sharding(self) -> Sharding:
+        """Where the engine keeps this rank's pieces; raises UserError before `attach`."""
+        return self._attached()
+
     def ranks(self) -> dict[str, int]:
         """Return the number of kept triplets of every module."""
         counts = self.mask.view(-1, self.r).sum(1).tolist()

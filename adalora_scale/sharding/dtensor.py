@@ -33,7 +33,7 @@ class DTensorSharding(DirectSharding):
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         tensors = adapter_tensors(model)
         check_held(tensors, optimizer)
-        super().__init__([parameter for _, parameter in tensors], optimizer)
+        super().__init__(model, [parameter for _, parameter in tensors], optimizer)
         adapters: list[DTensor] = []
         self.spans: list[Span] = []
         for tensor, parameter in tensors:

@@ -11,7 +11,7 @@ The only file that touches DeepSpeed's internals; names in use, as of DeepSpeed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.sharding.pieces import (
+    Piece,
+    PieceState,
+    common_scalars,
+    make_state,
+    split_state,
+    trained_parameters,
+)
 from adalora_scale.sharding.span import AdapterTensor, Span, adapter_tensors, gathered_extents
 
 
@@ -37,6 +45,7 @@ class ZeroSharding:
     """
 
     def __init__(self, model: nn.Module, zero_optimizer: Any, engine: Any = None) -> None:
+        self._model = model
         self._zero = zero_optimizer
         self._engine = engine
         self._layout = _layout(zero_optimizer)
@@ -134,6 +143,40 @@ class ZeroSharding:
             piece = value.reshape(-1)[start : start + length]
             self._flats[group].detach()[offset : offset + length].copy_(piece)
         self._layout.refresh()
+
+    def pieces(self) -> list[Piece]:
+        """Return this rank's non-empty pieces of every trained parameter."""
+        states = [split_state(self._zero.optimizer, flat) for flat in self._flats]
+        found = []
+        for name, (group, offset, start, length) in self._placed():
+            part = slice(offset, offset + length)
+            state, scalars = states[group]
+            views = {kind: value.view(-1)[part] for kind, value in state.items()}
+            found.append(Piece(name, start, self._flats[group].detach()[part], views, scalars))
+        return found
+
+    def restore(self, states: Mapping[str, PieceState]) -> None:
+        """Put optimizer state into the flat partitions."""
+        base, placed = self._zero.optimizer, list(self._placed())
+        for index, flat in enumerate(self._flats):
+            own = [(place, states[name]) for name, place in placed if place[0] == index and name in states]
+            if not own:
+                continue
+            make_state(base, flat, list(own[0][1].state), common_scalars([given for _, given in own]))
+            for (_, offset, _, length), given in own:
+                for kind, value in given.state.items():
+                    base.state[flat][kind].view(-1)[offset : offset + length].copy_(value)
+
+    def refresh(self) -> None:
+        """Copy every master into the low-precision copies."""
+        self._layout.refresh()
+
+    def _placed(self) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
+        """Yield (name, (group, offset in its flat partition, start, length)) of pieces that are not empty."""
+        for name, parameter in trained_parameters(self._model).items():
+            place = self._layout.place(name, parameter)
+            if place[3]:
+                yield name, place
 
     def replicas(self) -> tuple[list[tuple[str, Tensor]], dist.ProcessGroup | None]:
         """Under ZeRO-1 and 2 every rank computes with whole low-precision copies; under ZeRO-3 nobody does."""

@@ -189,8 +189,24 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
             compute_metrics=accuracy,
         )
     trainer.asked_engine = inputs.engine.name
+    trainer.checkpoints.run_identity = run_identity(config)
+    trainer.checkpoints.allowed_changes = check_training_section(config).get("resume_allow_changed") or []
     use_console(trainer)
     return trainer
+
+
+def run_identity(config: RunConfig) -> dict[str, Any]:
+    """Return the config's keys that decide what is trained, beside those a trainer knows; paths may move."""
+    tree = config.to_dict()
+    moving = ("model_name_or_path", "tokenizer_name_or_path", "train", "eval", "preprocessing_num_workers")
+    keys = {
+        f"{section}.{key}": value
+        for section in ("model", "data")
+        for key, value in tree[section].items()
+        if key not in moving and not key.startswith(("eval", "max_eval"))
+    }
+    bf16 = computes_in_bf16(check_training_section(config))
+    return keys | {"task": config.task, "training.bf16": bf16}
 
 
 def adalora_config_for(config: RunConfig, model: nn.Module) -> AdaLoraConfig:
@@ -215,10 +231,10 @@ def _check_output_dir(training: dict[str, Any]) -> None:
         raise UserError(f"training.output_dir={directory} is a file; name a folder.")
     found = [name for name in _RUN_FILES if (directory / name).exists()]
     found += [path.name for path in directory.glob("checkpoint-*")]
-    if found and not training.get("overwrite_output_dir", False):
+    if found and not training.get("overwrite_output_dir", False) and not training.get("resume_from_checkpoint"):
         raise UserError(
-            f"training.output_dir={directory} holds another run ({found[0]}). Choose another folder, or pass "
-            f"training.overwrite_output_dir=true."
+            f"training.output_dir={directory} holds another run ({found[0]}). Go on with it by "
+            f"training.resume_from_checkpoint=auto, choose another folder, or pass training.overwrite_output_dir=true."
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -19,13 +19,12 @@ from pathlib import Path
 
 from adalora_scale.cluster.evidence.hang import HangWatch
 from adalora_scale.cluster.evidence.status import (
-    CHECKPOINTED_EXIT_CODE,
     LOG_DIR,
     Failure,
     Status,
     starting,
 )
-from adalora_scale.errors import USER_ERROR_EXIT_CODE
+from adalora_scale.errors import INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE
 
 _PEER_TROUBLE = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|Connection refused|Timed out waiting"
@@ -96,7 +95,7 @@ def _ended_by_exit(status: Status, end: SystemExit, folder: Path) -> Status:
     code = end.code if isinstance(end.code, int) else int(end.code is not None)
     if code == 0:
         return status.finished("done")
-    if code == CHECKPOINTED_EXIT_CODE:
+    if code == INTERRUPTED_EXIT_CODE:
         return status.finished("checkpointed")
     message = "see the log"
     if code == USER_ERROR_EXIT_CODE:  # its line was printed by run_reporting_errors

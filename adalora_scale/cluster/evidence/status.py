@@ -18,9 +18,6 @@ import psutil
 
 LOG_DIR = "ADALORA_LOG_DIR"
 HOST = "ADALORA_HOST"
-CHECKPOINTED_EXIT_CODE = 85
-"""Exit code of a rank that wrote a checkpoint on request and wants to be started again."""
-
 _SUFFIX = ".status.json"
 State = Literal["running", "done", "checkpointed", "failed"]
 

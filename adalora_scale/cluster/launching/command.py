@@ -31,7 +31,9 @@ def add_launch_check(verbs: _Verbs) -> None:
         "Exit code 2 and one line if something is wrong.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("train", nargs="*", metavar="-- ARGUMENT", help="after `--`: what launch/train.py will be given")
+    parser.add_argument(
+        "train", nargs="*", metavar="-- ARGUMENT", help="after `--`: what launch/train.py will be given"
+    )
     parser.add_argument(
         "--hostfile", type=Path, metavar="FILE", help="lines `name slots=8`; every host must answer to ssh"
     )
