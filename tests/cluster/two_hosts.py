@@ -25,7 +25,8 @@ import pytest
 
 from tests.conftest import ROOT
 
-NAMES = ("node-a", "node-b")
+ADDRESSES = {"node-a": "10.77.0.1", "node-b": "10.77.0.2"}
+NAMES = tuple(ADDRESSES)
 _NEEDED = ("ip", "sshd", "ssh", "ssh-keygen", "unshare", "pdsh")
 
 
@@ -52,8 +53,6 @@ class TwoHosts:
     folder: Path
     tag: str
     started: list[subprocess.Popen] = field(default_factory=list)
-
-    addresses = {"node-a": "10.77.0.1", "node-b": "10.77.0.2"}
 
     def namespace(self, host: str) -> str:
         return f"adalora-{self.tag}-{host}"
@@ -137,11 +136,11 @@ def two_hosts(folder: Path) -> Iterator[TwoHosts]:
             _ip("netns", "add", name)
         _ip("link", "add", "eth0", "netns", a, "type", "veth", "peer", "name", "eth0", "netns", b)
         for host, space, own in zip(NAMES, (a, b), etc, strict=True):
-            _ip("-n", space, "address", "add", f"{hosts.addresses[host]}/24", "dev", "eth0")
+            _ip("-n", space, "address", "add", f"{ADDRESSES[host]}/24", "dev", "eth0")
             _ip("-n", space, "link", "set", "eth0", "up")
             _ip("-n", space, "link", "set", "lo", "up")
             own.mkdir(parents=True)  # `ip netns exec` puts these files in place of /etc/hosts
-            names = "".join(f"{address} {name}\n" for name, address in hosts.addresses.items())
+            names = "".join(f"{address} {name}\n" for name, address in ADDRESSES.items())
             own.joinpath("hosts").write_text(f"127.0.0.1 localhost\n{names}10.77.0.9 node-gone\n")
         for host in NAMES:
             hosts.start_sshd(host)

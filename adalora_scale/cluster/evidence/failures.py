@@ -136,12 +136,11 @@ def _silent_host(folder: Path, statuses: list[Status], news: LauncherNews) -> Su
 def _late(folder: Path, statuses: list[Status]) -> Summary | None:
     """Let the flight records say which rank did not come."""
     names = {status.rank: f"rank {status.rank} on {status.host}" for status in statuses}
-    hang = next((status.hang for status in statuses if status.hang), None)
-    hang = hang or flight_recorder.explain(flight_recorder.read_records(folder), statuses[0].world_size, names)
-    reported = [status for status in statuses if status.failure and status.failure.from_peers]
-    if hang is None:
+    found = flight_recorder.explain(flight_recorder.read_records(folder), statuses[0].world_size, names)
+    if found is None:
         return None
-    first = min(reported or statuses, key=lambda status: status.ended or 0)
+    late = next((status for status in statuses if status.rank in found.late), None)
+    reported = [status for status in statuses if status.failure and status.failure.from_peers]
     details = [_named(status, _describe(status)) for status in reported[:1]]
     stacks = sorted(path.name for path in folder.glob(f"*{STACKS_SUFFIX}"))
     if stacks:
@@ -149,7 +148,8 @@ def _late(folder: Path, statuses: list[Status]) -> Summary | None:
             f"where each rank was: {folder}/{stacks[0]}" + (f" and {len(stacks) - 1} more" * (len(stacks) > 1))
         )
     details.append(f"all collectives: torchfrtrace --prefix {flight_recorder.PREFIX} {folder}")
-    return Summary(state="failed", reason=hang, host=first.host, rank=first.rank, details=details)
+    host, rank = (late.host, late.rank) if late else (None, None)
+    return Summary(state="failed", reason=found.text, host=host, rank=rank, details=details)
 
 
 def _peer_trouble(folder: Path, statuses: list[Status], news: LauncherNews) -> Summary:

@@ -76,7 +76,17 @@ def read_records(folder: Path) -> dict[int, Record]:
     return dict(sorted(found.items()))
 
 
-def explain(records: dict[int, Record], world_size: int, names: dict[int, str]) -> str | None:
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What the records of all ranks say about a hang."""
+
+    text: str
+    """Who waited in which collective for whom, in one line."""
+    late: list[int]
+    """The ranks that were waited for; empty when all entered, but different, collectives."""
+
+
+def explain(records: dict[int, Record], world_size: int, names: dict[int, str]) -> Finding | None:
     """Say who waits in which collective for whom; None when the records show no difference.
 
     Args:
@@ -100,17 +110,20 @@ def explain(records: dict[int, Record], world_size: int, names: dict[int, str]) 
             waiting = [rank for rank in present if last[rank] > first]
             what = records[waiting[0]].entered[group].get(first + 1)
             before = records[late[0]].entered.get(group, {}).get(first)
-            return (
+            text = (
                 f"{_and(name(rank) for rank in waiting)} waited in {what or f'collective #{first + 1} in {group}'}; "
                 f"{_and(name(rank) for rank in late)} never entered it"
                 + (f" (last entered: {before})" if before else " (entered none)")
             )
+            return Finding(text=text, late=late)
         entered = {rank: records[rank].entered[group][final] for rank in present if final}
         if len({(one.operation, one.shape) for one in entered.values()}) > 1:
-            return "ranks entered different collectives: " + "; ".join(f"{name(r)} {one}" for r, one in entered.items())
+            text = "; ".join(f"{name(rank)} {one}" for rank, one in entered.items())
+            return Finding(text=f"ranks entered different collectives: {text}", late=[])
         if silent and entered:
             what = next(iter(entered.values()))
-            return f"{_and(map(name, entered))} waited in {what}; {_and(map(name, silent))} left no record"
+            text = f"{_and(map(name, entered))} waited in {what}; {_and(map(name, silent))} left no record"
+            return Finding(text=text, late=silent)
     return None
 
 

@@ -64,7 +64,8 @@ class HangWatch:
         records = flight_recorder.read_records(self._folder)
         statuses = newest_attempt(read_statuses(self._folder))
         names = {status.rank: f"rank {status.rank} on {status.host}" for status in statuses}
-        return flight_recorder.explain(records, self._status.world_size, names)
+        found = flight_recorder.explain(records, self._status.world_size, names)
+        return found.text if found else None
 
     @property
     def _stacks(self) -> Path:

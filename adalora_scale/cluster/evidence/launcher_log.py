@@ -17,7 +17,6 @@ _CLOSED = re.compile(
 _DIED = re.compile(r"failed \(exitcode: (?P<code>-?\d+)\) local_rank: (?P<local>\d+) \(pid: (?P<pid>\d+)\)")
 _LOST = (
     re.compile(r"pdsh@\S+: (?P<host>[\w.-]+): ssh exited with exit code (?P<code>\d+)"),
-    re.compile(r"srun: error: (?P<host>[\w.-]+): tasks? [\d,\[\]-]+: (?P<what>Killed|Terminated|Segmentation fault.*)"),
     re.compile(r"srun: error: Node failure on (?P<host>[\w.-]+)"),
     re.compile(r"on_hosts: (?P<host>[\w.-]+) ended with exit code (?P<code>\d+)"),
 )
