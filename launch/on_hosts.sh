@@ -60,6 +60,7 @@ ends() {
         ((failed)) || failed=$status
         if [[ "${NODES:-1}" != *:* ]]; then deadline="${deadline:-$((SECONDS + ${GRACE:-30}))}"; fi
     fi
+    if [[ "${NODES:-1}" == *:* ]]; then failed=$status; fi  # an elastic run ends as its last host does
     unset "pids[$1]"
 }
 while ((${#pids[@]})); do

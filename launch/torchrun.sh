@@ -40,6 +40,10 @@ eval "$settings"  # output_dir, endpoint, local_address
 resume=()
 if ((RESTARTS > 0)); then resume=(training.resume_from_checkpoint=auto); fi  # what the command line says comes later
 
+# Or ranks that start again meet in the store of the attempt before, and read the addresses of processes that are gone
+# (pytorch#135712, pytorch#167288; seen with torch 2.13).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
 started="$(mktemp)"
 trap 'rm -f "$started"' EXIT
 run_ranks torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --max-restarts "$RESTARTS" \

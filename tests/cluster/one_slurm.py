@@ -1,4 +1,4 @@
-"""A SLURM of its own on this machine: munged, slurmctld and two slurmd, "node1" and "node2", each with one pretended GPU.
+"""A SLURM of its own on this machine: munged, slurmctld and two slurmd, node1 and node2, each with one pretended GPU.
 
     with one_slurm(tmp_path) as slurm:
         job = slurm.submit("--nodes=2", "launch/slurm.sbatch", "--config", …)
@@ -106,7 +106,9 @@ class OneSlurm:
             if state["JobState"] in wanted:
                 return state
             time.sleep(0.5)
-        raise AssertionError(f"job {job} is {self.state(job)['JobState']}, not {wanted}, after {timeout} s\n{self.tail()}")
+        raise AssertionError(
+            f"job {job} is {self.state(job)['JobState']}, not {wanted}, after {timeout} s\n{self.tail()}"
+        )
 
     def tail(self) -> str:
         """Return the last lines of the daemons, for a failure's message."""

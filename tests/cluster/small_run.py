@@ -64,7 +64,9 @@ def assert_same(result: Result, expected: Result, *, tolerance: float) -> None:
     assert result.losses.keys() == expected.losses.keys() and len(result.losses) == STEPS // 2
     assert list(result.losses.values()) == pytest.approx(list(expected.losses.values()), rel=max(10 * tolerance, 1e-6))
     assert result.tensors.keys() == expected.tensors.keys()
-    difference = sum((value.double() - expected.tensors[k].double()).square().sum() for k, value in result.tensors.items())
+    difference = sum(
+        (value.double() - expected.tensors[k].double()).square().sum() for k, value in result.tensors.items()
+    )
     total = sum(value.double().square().sum() for value in expected.tensors.values())
     assert (difference / total).sqrt().item() <= tolerance
 

@@ -38,8 +38,10 @@ def restart_now(slurm, job):
     slurm.call("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
-def test_usr1_leads_to_a_checkpoint_a_requeue_and_the_result_of_one_process(slurm, submit, tmp_path, one_process_result):
-    """A run longer than its time limit would end with nothing, or go on as another run than the one that was stopped."""
+def test_usr1_leads_to_a_checkpoint_a_requeue_and_the_result_of_one_process(
+    slurm, submit, tmp_path, one_process_result
+):
+    """A run longer than its time limit would end with nothing, or go on as another run than the one it was."""
     job = submit()
     wait_for_step(tmp_path / "out", 10, alive=running(slurm, job))
     slurm.call("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@300 makes SLURM do
@@ -95,7 +97,9 @@ def test_what_does_not_fit_is_said_before_any_rank_starts(slurm, submit, tmp_pat
 
 
 @pytest.mark.full
-def test_a_node_that_dies_requeues_the_job_which_goes_on_from_its_checkpoint(slurm, submit, tmp_path, one_process_result):
+def test_a_node_that_dies_requeues_the_job_which_goes_on_from_its_checkpoint(
+    slurm, submit, tmp_path, one_process_result
+):
     """--requeue is there for this: a run of days meets a dead node."""
     job = submit("training.save_steps=10")
     wait_for_step(tmp_path / "out", 14, alive=running(slurm, job))
