@@ -147,7 +147,6 @@ def _late(folder: Path, statuses: list[Status]) -> Summary | None:
         details.append(
             f"where each rank was: {folder}/{stacks[0]}" + (f" and {len(stacks) - 1} more" * (len(stacks) > 1))
         )
-    details.append(f"all collectives: torchfrtrace --prefix {flight_recorder.PREFIX} {folder}")
     host, rank = (late.host, late.rank) if late else (None, None)
     return Summary(state="failed", reason=found.text, host=host, rank=rank, details=details)
 

@@ -1,8 +1,8 @@
 """Torch's flight recorder, read: which collective ranks wait in, and which rank did not come.
 
 A record is the last few thousand collectives a process entered. NCCL's watchdog writes one a rank when a collective
-times out; `dump` writes the same for gloo. torch's own reader works on the folder too: `torchfrtrace --prefix
-flight_recorder_ LOG_DIR`.
+times out; `dump` writes the same for gloo. (torch's own reader, `torchfrtrace --prefix flight_recorder_ LOG_DIR`, takes
+NCCL's; in 2.13 it fails on gloo's, whose groups it cannot name.)
 """
 
 from __future__ import annotations
