@@ -10,12 +10,14 @@ import json
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from adalora_scale.cluster.launching.command import add_launch_check
 from adalora_scale.config import RunConfig, load_config
 from adalora_scale.errors import Unsupported, UserError, run_reporting_errors
+from adalora_scale.training.quantize import add_verb as add_quantize_verb
 
 _OVERRIDES = """
 overrides: any key of the config file as section.key=value, for example
@@ -96,9 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--model", metavar="PATH", help="a small causal model; by default a random Llama is made")
     verify.add_argument("--steps", type=int, default=60, help="optimizer steps of a cell (default 60)")
     verify.add_argument("--memory", action="store_true", help="also weigh adapters, gradients and moments, 100 M model")
+    verify.add_argument("--load-in-4bit", action="store_true", help="over a 4-bit base (nf4, double quantisation)")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
     verify.set_defaults(run=_verify_engines)
-
+    add_quantize_verb(verbs, _quiet_start)
     add_launch_check(verbs)
     return parser
 
@@ -178,6 +181,7 @@ def _verify_engines(arguments: argparse.Namespace) -> int:
         model=arguments.model,
         steps=arguments.steps,
         memory=arguments.memory,
+        load_in_4bit=arguments.load_in_4bit,
         json_file=arguments.json,
     )
     if arguments.nproc is not None and "RANK" not in os.environ:
@@ -192,6 +196,8 @@ def _quiet_start() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if os.environ.get("RANK", "0") != "0":
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # torch 2.13 renamed collectives that FSDP2 and DeepSpeed, and older torch, still know by their old names.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     # bitsandbytes recommends an optional CPU kernel at import.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import torch

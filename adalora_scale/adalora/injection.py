@@ -7,13 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adalora_scale.adalora.fingerprint import fingerprint
+from adalora_scale.adalora.fingerprint import fingerprint, sample
 from adalora_scale.adalora.layer import AdaLoraLayer, linear_features
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import UserError, nearest
+from adalora_scale.quantization.linear import Linear4bit
 
 ALL_LINEAR = "all-linear"
 
@@ -50,7 +52,7 @@ def inject_adalora(model: nn.Module, config: AdaLoraConfig) -> nn.Module:
     """Freeze `model`, wrap the target modules in `AdaLoraLayer` in place, and return the model.
 
     Args:
-        model: any module with nn.Linear or Conv1D layers, not yet sharded or wrapped.
+        model: any module with nn.Linear, Conv1D or Linear4bit layers, not yet sharded or wrapped.
         config: the method's options.
 
     Raises:
@@ -60,10 +62,12 @@ def inject_adalora(model: nn.Module, config: AdaLoraConfig) -> nn.Module:
     if any(True for _ in adapter_layers(model)):
         raise UserError("the model already has AdaLoRA layers; inject into a fresh base model.")
     targets = find_targets(model, config)
-    base_weights = [(name, cast(Tensor, model.get_submodule(name).weight).detach()) for name in targets]
+    known = getattr(model, "adalora_base_fingerprint", None)  # a loader that streams weights in later knows it
+    samples = [sample(name, cast(Tensor, model.get_submodule(name).weight).detach()) for name in targets]
     model.requires_grad_(False)
     wrappers: dict[nn.Module, AdaLoraLayer] = {}
-    for name in targets:
+    seed = int(torch.randint(2**48, (1,), device="cpu"))
+    for index, name in enumerate(targets):
         base = model.get_submodule(name)
         wrappers[base] = AdaLoraLayer(
             base,
@@ -71,11 +75,12 @@ def inject_adalora(model: nn.Module, config: AdaLoraConfig) -> nn.Module:
             scaling=config.lora_alpha / config.init_r,
             dropout=config.lora_dropout,
             init_std=config.init_std,
+            seed=seed + index,
         )
     replace_modules(model, wrappers)
     for name in modules_to_save(model, config):
         model.get_submodule(name).requires_grad_(True)
-    model.adalora_base_fingerprint = fingerprint(base_weights)  # type: ignore[assignment]  # ranks compare theirs
+    model.adalora_base_fingerprint = known or fingerprint(samples)  # type: ignore[assignment]  # ranks compare theirs
     model.adalora_config = config  # type: ignore[assignment]  # a plain attribute; nn.Module's stub knows only tensors
     return model
 
@@ -157,7 +162,7 @@ def coverage(model: nn.Module) -> Coverage:
         elif _is_linear(module):
             features = linear_features(module)
             linear += features[0] * features[1]
-    linear += sum(parameter.numel() for _, _, parameter in _expert_tensors(model))
+    linear += sum(parameter.numel() for _, _, parameter in expert_tensors(model))
     other = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in owned)
     return Coverage(adapted, linear, adapter, other, matrices)
 
@@ -171,7 +176,7 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
+    return isinstance(module, nn.Linear | Conv1D | Linear4bit)
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -219,7 +224,7 @@ def _keep_layers(names: set[str], layers: list[int] | int) -> set[str]:
 
 def _refuse_unreachable_weights(model: nn.Module, excluded: set[str]) -> None:
     """`all-linear` promises all linear weights; experts stored as one 3-D tensor would be left out silently."""
-    for name, parameter_name, parameter in _expert_tensors(model):
+    for name, parameter_name, parameter in expert_tensors(model):
         if not _inside(name, excluded):
             raise UserError(
                 f"adalora.target_modules=all-linear cannot reach '{name}.{parameter_name}' "
@@ -228,7 +233,7 @@ def _refuse_unreachable_weights(model: nn.Module, excluded: set[str]) -> None:
             )
 
 
-def _expert_tensors(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
+def expert_tensors(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     """Yield (module name, parameter name, parameter) of weights that hold several matrices in one tensor."""
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.conv._ConvNd):

@@ -20,6 +20,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from adalora_scale.errors import Unsupported
+from adalora_scale.quantization.linear import Linear4bit
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
 """Names of a layer's adapter parameters, in the order every list of adapter tensors follows."""
@@ -29,30 +30,39 @@ class AdaLoraLayer(nn.Module):
     """``y = base(x) + s · ((dropout(x) A) ⊙ E) Bᵀ`` with a frozen base.
 
     Args:
-        base_layer: nn.Linear or transformers' Conv1D; its parameters are frozen.
+        base_layer: nn.Linear, transformers' Conv1D or a Linear4bit; its parameters are frozen.
         r: number of triplets; 0 makes the layer transparent.
         scaling: s = lora_alpha / init_r, constant through pruning.
         dropout: probability of dropping an input feature of the adapter.
         init_std: standard deviation of A and B; E starts at zero, so the update starts at zero.
+        seed: of the layer's own generator. Values do not depend on the device, nor on which other layers are drawn,
+            so ranks that hold different layers or rows draw the same adapter.
 
     The adapter's parameters are float32 whatever the base's dtype (they are the master weights) and are cast to the
     dtype of the input for the product, as autocast does.
 
     Raises:
-        Unsupported: the base layer's type is not one of the two.
+        Unsupported: the base layer's type is not one of the three.
 
     Source: arXiv 2303.10512 eq. 3; peft/tuners/adalora/layer.py, SVDLinear.
     """
 
     def __init__(
-        self, base_layer: nn.Module, *, r: int, scaling: float, dropout: float = 0.0, init_std: float = 0.02
+        self,
+        base_layer: nn.Module,
+        *,
+        r: int,
+        scaling: float,
+        dropout: float = 0.0,
+        init_std: float = 0.02,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear_features(base_layer)
         self.base_layer = base_layer.requires_grad_(False)
         self.r = r
         self.scaling = scaling
-        self.init_std = init_std
+        self.init_std, self.seed = init_std, seed
         self.keep_mask: list[bool] | None = None
         """After the final allocation: which triplets are kept; None before it."""
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
@@ -64,10 +74,20 @@ class AdaLoraLayer(nn.Module):
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """Draw A and B from N(0, init_std²) and set E to zero."""
-        nn.init.normal_(self.lora_A, std=self.init_std)
-        nn.init.zeros_(self.lora_E)
-        nn.init.normal_(self.lora_B, std=self.init_std)
+        """Set A and B to what `initial_factors` draws, and E to zero; nothing happens on the meta device."""
+        if self.lora_A.is_meta:
+            return
+        for parameter, value in zip((self.lora_A, self.lora_E, self.lora_B), self.initial_factors(), strict=True):
+            parameter.copy_(value)
+
+    def initial_factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Draw A and B from N(0, init_std²) and return them with E = 0, whole, float32, on the CPU."""
+        generator = torch.Generator().manual_seed(self.seed)
+        a, b = (
+            torch.randn(rows, self.r, generator=generator, dtype=torch.float32, device="cpu") * self.init_std
+            for rows in (self.in_features, self.out_features)
+        )
+        return a, torch.zeros(self.r, device="cpu"), b
 
     # Some model code asks a linear layer for its weight's dtype or device (T5's `wo`, for one).
     @property
@@ -104,9 +124,9 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
     Read from attributes, not from the weight: under ZeRO-3 a partitioned weight has shape (0,).
 
     Raises:
-        Unsupported: the module is neither nn.Linear nor transformers' Conv1D.
+        Unsupported: the module is neither nn.Linear, nor transformers' Conv1D, nor a Linear4bit.
     """
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear | Linear4bit):
         return module.in_features, module.out_features
     if isinstance(module, Conv1D):
         return module.nx, module.nf

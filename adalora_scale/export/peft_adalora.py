@@ -224,7 +224,7 @@ def _peft_config(
         "bias": "none",
         "target_modules": list(layers),
         "modules_to_save": config.modules_to_save,
-        "fan_in_fan_out": any(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
+        "fan_in_fan_out": any(_is_transposed(layer.base_layer) for layer in layers.values()),
         "init_r": config.init_r,
         "target_r": config.target_r,
         "lora_alpha": int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha,
@@ -238,6 +238,10 @@ def _peft_config(
         "total_step": total_step or 1,
         "rank_pattern": pattern or None,
     }
+
+
+def _is_transposed(base: nn.Module) -> bool:
+    return isinstance(base, Conv1D) or bool(getattr(base, "transposed", False))  # Linear4bit
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

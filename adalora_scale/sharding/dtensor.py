@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,7 @@ class DTensorSharding(DirectSharding):
             _, offset = compute_local_shape_and_global_offset(placed.shape, placed.device_mesh, placed.placements)
             start = offset[0] * (1 if tensor.factor == "lora_E" else tensor.r)
             # Detached first: under grad mode to_local() is a view with a history, which in-place updates invalidate.
-            local = placed.detach().to_local()
+            local = cast(DTensor, placed.detach()).to_local()
             self.spans.append(Span(tensor=tensor, start=start if local.numel() else 0, weight=local.view(-1)))
             adapters.append(placed)
         first = adapters[0]

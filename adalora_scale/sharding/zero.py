@@ -5,7 +5,8 @@ The only file that touches DeepSpeed's internals; names in use, as of DeepSpeed 
                parallel_partitioned_bit16_groups, real_dp_process_group, bit16_groups, update_lp_params
     BF16       fp32_groups_flat_partition, _hp_mapping, update_lp_params
     ZeRO-3     param.ds_tensor, ds_numel, grad_position, fp32_partitioned_groups_flat, fp16_partitioned_groups_flat,
-               averaged_gradients, checkpoint_event_prologue, checkpoint_event_epilogue, dp_process_group
+               averaged_gradients, checkpoint_event_prologue, checkpoint_event_epilogue, dp_process_group,
+               persistent_parameters, ds_persist, ds_status
 `_verify` proves on live parameters, at attach, that these still mean what they meant.
 """
 
@@ -296,6 +297,13 @@ class _PartitionedGroups:
 
     def __init__(self, zero: Any) -> None:
         self.zero = zero
+        # Small parameters stay whole on every rank (stage3_param_persistence_threshold); the scales of a 4-bit base are
+        # small one by one and gigabytes together.
+        for parameter in [p for p in zero.persistent_parameters if p.dtype == torch.uint8]:
+            parameter.ds_persist = False
+            if parameter.ds_status.name == "AVAILABLE":
+                parameter.partition()
+        zero.persistent_parameters[:] = [p for p in zero.persistent_parameters if p.dtype != torch.uint8]
 
     @property
     def calls(self) -> int:
@@ -349,9 +357,9 @@ def full_parameter(parameter: nn.Parameter) -> Tensor:
 
 def gathered_parameter(parameter: nn.Parameter) -> Tensor:
     """Return the whole value of a frozen parameter that ZeRO-3 partitioned; a collective call."""
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters([parameter]):
+    with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().clone()
 
 

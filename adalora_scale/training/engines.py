@@ -110,7 +110,7 @@ def shard_fsdp2(model: nn.Module, options: Fsdp2Config, *, device_type: str, bf1
     )
     offload = CPUOffloadPolicy() if options.cpu_offload else OffloadPolicy()
     shared: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
-    for block in _blocks(model):
+    for block in transformer_blocks(model):
         fully_shard(block, reshard_after_forward=options.reshard_after_forward, **shared)
     fully_shard(model, **shared)
     if hasattr(model, "generate"):
@@ -155,6 +155,27 @@ def whole_weights() -> Iterator[None]:
         yield
     finally:
         hf_deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
+def partition_zero3(parameters: list[nn.Parameter], options: dict[str, Any]) -> None:
+    """Partition parameters over the ranks as DeepSpeed ZeRO-3 does, in place, with rank 0's values.
+
+    Args:
+        parameters: whole, on this rank's device.
+        options: DeepSpeed's configuration; its zero_optimization section decides where partitions are kept.
+    """
+    import deepspeed
+
+    zero = {key: value for key, value in options["zero_optimization"].items() if value != "auto"}
+    holder = nn.ParameterList(parameters)  # zero.Init takes a module with all that is below it
+    deepspeed.zero.Init(
+        module=holder, config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    )
+
+
+def zero3_options() -> dict[str, Any] | None:
+    """Return DeepSpeed's configuration when TrainingArguments brought one with ZeRO-3, else None."""
+    return hf_deepspeed.deepspeed_config() if hf_deepspeed.is_deepspeed_zero3_enabled() else None
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -222,14 +243,14 @@ def refuse_mismatches(deepspeed: Any) -> None:
         )
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the transformer blocks: what stands in the outermost ModuleLists."""
     found: list[nn.Module] = []
     for module in model.children():
         if isinstance(module, nn.ModuleList):
             found += [block for block in module if any(True for _ in block.parameters())]
         else:
-            found += _blocks(module)
+            found += transformer_blocks(module)
     return found
 
 

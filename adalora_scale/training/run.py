@@ -27,9 +27,10 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from adalora_scale.adalora.injection import coverage, inject_adalora
+from adalora_scale.adalora.injection import coverage, inject_adalora, modules_to_save
 from adalora_scale.config import AdaLoraConfig, RunConfig
-from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.errors import UserError
+from adalora_scale.training import loading
 from adalora_scale.training.arguments import (
     check_training_section,
     computes_in_bf16,
@@ -40,9 +41,16 @@ from adalora_scale.training.arguments import (
 from adalora_scale.training.chat_templates import resolve_chat_template
 from adalora_scale.training.console import use_console
 from adalora_scale.training.data import RawData, load_raw
-from adalora_scale.training.engines import Engine, resolve_engine, shard_fsdp2, whole_weights
+from adalora_scale.training.engines import (
+    Engine,
+    partition_zero3,
+    resolve_engine,
+    shard_fsdp2,
+    transformer_blocks,
+    whole_weights,
+    zero3_options,
+)
 from adalora_scale.training.metrics import accuracy
-from adalora_scale.training.packing import check_packing_isolated
 from adalora_scale.training.records import hardware, peak_memory_by_rank, versions, write_json
 from adalora_scale.training.tokenization import Prepared, prepare_causal_lm, prepare_classification
 from adalora_scale.training.trainers import AdaLoraSFTTrainer, AdaLoraTrainer
@@ -84,12 +92,12 @@ def prepare(config: RunConfig) -> Inputs:
 
     No rank waits for another in a collective here, so long tokenisation cannot run into a process group's timeout.
     """
-    if config.model.load_in_4bit:
-        raise Unsupported("model.load_in_4bit=true is not supported yet; set it to false.")
     engine = resolve_engine(config.engine)
     training = check_training_section(config)
     _check_output_dir(training)
     check_model_path(config)
+    if config.model.load_in_4bit:
+        loading.quant_spec(config.model)
     seed = training.get("seed", 42)
     raw = load_raw(config.data, task=config.task, seed=seed)
     arguments = training_arguments(config, engine)
@@ -113,8 +121,11 @@ def prepare(config: RunConfig) -> Inputs:
 
 
 def load_model(config: RunConfig, label_names: list[str] | None = None) -> nn.Module:
-    """Load the base model in the dtype and with the attention that `config.model` names."""
+    """Load the base model whole, in the dtype, with the attention and in the 4 bits that `config.model` names."""
     model_config = config.model
+    if loading.is_streamed(model_config):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return loading.load_whole(loading.begin(config, device=device, label_names=label_names))
     options: dict[str, Any] = {
         "dtype": model_config.torch_dtype,
         "revision": model_config.revision,
@@ -159,17 +170,13 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
     """Load the model, inject the adapters, and build the trainer of the task."""
     arguments = inputs.arguments
     set_seed(arguments.seed)  # a new classifier head and the adapters start equal on every rank
+    zero3 = zero3_options()
     with whole_weights():
-        model = load_model(config, inputs.raw.label_names)
-    inject_adalora(model, adalora_config_for(config, model))
-    main = arguments.process_index == 0
-    if main:
+        model = place_model(config, inputs, zero3)
+    if arguments.process_index == 0:
         print(coverage(model), flush=True)
-    if config.task == "causal_lm" and config.data.packing:
-        check_packing_isolated(model)
-    if inputs.engine.name == "fsdp2":
-        bf16 = computes_in_bf16(check_training_section(config))
-        shard_fsdp2(model, inputs.engine.fsdp2, device_type=arguments.device.type, bf16=bf16)
+        if loading.is_streamed(config.model):
+            print(loading.describe(model), flush=True)
     if config.task == "causal_lm":
         trainer: AdaLoraSFTTrainer | AdaLoraTrainer = AdaLoraSFTTrainer(
             model,
@@ -207,6 +214,37 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     }
     bf16 = computes_in_bf16(check_training_section(config))
     return keys | {"task": config.task, "training.bf16": bf16}
+
+
+def place_model(config: RunConfig, inputs: Inputs, zero3: dict[str, Any] | None) -> nn.Module:
+    """Return the base model with its adapters, where the engine wants it.
+
+    4-bit bases, and bases that FSDP2 or ZeRO-3 shard, stream from their files; others are loaded by transformers.
+    """
+    device, labels = inputs.arguments.device, inputs.raw.label_names
+    fsdp2 = inputs.engine.name == "fsdp2"
+    if not (fsdp2 or zero3 or loading.is_streamed(config.model)):
+        model = load_model(config, labels)
+        return inject_adalora(model, adalora_config_for(config, model))
+
+    def new_heads(model: nn.Module) -> list[str]:
+        if config.task != "sequence_classification":
+            return []
+        return modules_to_save(model, adalora_config_for(config, model))
+
+    started = loading.begin(config, device=device, label_names=labels, new_heads=new_heads)
+    loading.inject(started, adalora_config_for(config, started.model))
+    if fsdp2:
+        options, bf16 = inputs.engine.fsdp2, computes_in_bf16(check_training_section(config))
+        storage = torch.device("cpu") if options.cpu_offload else device
+        return loading.load_sharded(
+            started, lambda model: shard_fsdp2(model, options, device_type=device.type, bf16=bf16), storage
+        )
+    if zero3:
+        dtype = torch.bfloat16 if inputs.arguments.bf16 else torch.float16 if inputs.arguments.fp16 else None
+        blocks = transformer_blocks(started.model)
+        return loading.load_partitioned(started, blocks, lambda own: partition_zero3(own, zero3), dtype)
+    return loading.load_whole(started)
 
 
 def adalora_config_for(config: RunConfig, model: nn.Module) -> AdaLoraConfig:

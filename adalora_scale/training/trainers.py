@@ -26,6 +26,7 @@ from adalora_scale.training.arguments import require_evaluation_at_budget
 from adalora_scale.training.callback import AdaLoraCallback
 from adalora_scale.training.checkpointing import RunCheckpoints
 from adalora_scale.training.engines import check_engine, is_sharded, real_engine, refuse_mismatches
+from adalora_scale.training.packing import check_packing_isolated
 
 # The mixin stands in front of a Trainer; telling the type checker so keeps the seams below checked.
 if TYPE_CHECKING:
@@ -229,6 +230,8 @@ class AdaLoraTrainer(AdaLoraTrainerMixin, Trainer):
 class AdaLoraSFTTrainer(AdaLoraTrainerMixin, SFTTrainer):
     """TRL's SFTTrainer with AdaLoRA; `model` may be a path or hub id, as in TRL.
 
+    With packing, training starts with a check that packed examples do not see each other.
+
     Raises:
         Unsupported: the output head has an adapter (TRL multiplies by its weight directly and would ignore it).
     """
@@ -246,3 +249,10 @@ class AdaLoraSFTTrainer(AdaLoraTrainerMixin, SFTTrainer):
                 raise Unsupported(
                     f"SFTTrainer bypasses an adapter on the output head '{name}'; add it to adalora.exclude_modules."
                 )
+
+    def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """See also that packed examples stay apart: in the wrapped model, which alone can run under ZeRO-3."""
+        prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
+        if getattr(self.args, "packing", False):
+            check_packing_isolated(self.model_wrapped)
+        return prepared

@@ -23,7 +23,7 @@ from adalora_scale.verify.matrix import ALL_TOLERANCE, BF16_TOLERANCE, TENSOR_TO
 from adalora_scale.verify.problem import Problem
 
 QUICK_VARIANTS = ("plain", "clip")
-PACKAGES = ("adalora-scale", "torch", "transformers", "deepspeed")
+PACKAGES = ("adalora-scale", "torch", "transformers", "deepspeed", "bitsandbytes")
 _ROW = "{:<14} {:<13} {:>5}  {:>6}  {:>9}  {:>9}  {:>9}  {:<36} {:>8}  {:>9}  {:>9}  {}"
 _MEMORY_ROW = "{:<14} {:>5}  {:<22} {:>14}  {:>14}  {:>8}  {:>8}  {}"
 
@@ -37,6 +37,7 @@ class Request:
     model: str | None = None
     steps: int = 60
     memory: bool = False
+    load_in_4bit: bool = False
     json_file: Path | None = None
 
     def __post_init__(self) -> None:
@@ -51,7 +52,7 @@ class Request:
         """Return the command line that asks for the same."""
         options: dict[str, Any] = {"--model": self.model, "--steps": self.steps, "--json": self.json_file}
         given = [str(part) for name, value in options.items() if value is not None for part in (name, value)]
-        flags = ["--memory"] if self.memory else []
+        flags = ["--memory"] * self.memory + ["--load-in-4bit"] * self.load_in_4bit
         return [*flags, *given, "--engines", *self.engines, "--variants", *self.variants]
 
 
@@ -73,19 +74,26 @@ def verify_engines(request: Request) -> int:
         UserError: not started on ranks, or an engine or variant does not exist.
     """
     with _process_group() as device:
-        problem = Problem(model=request.model, device=device, ranks=dist.get_world_size(), steps=request.steps)
+        problem = Problem(
+            model=request.model,
+            device=device,
+            ranks=dist.get_world_size(),
+            steps=request.steps,
+            load_in_4bit=request.load_in_4bit,
+        )
         header = {
             "backend": dist.get_backend(),
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "ranks": problem.ranks,
             "versions": _versions(),
             "model": request.model or "random Llama",
+            "load_in_4bit": request.load_in_4bit,
             "steps": problem.steps,
             "global_batch": problem.global_batch,
         }
         _print_header(header)
         cells = run_matrix(request.engines, request.variants, problem, on_cell=_print_cell)
-        usages = _measure_memory(device, request.engines) if request.memory else []
+        usages = _measure_memory(device, request) if request.memory else []
         failed = any(cell.verdict == "fail" for cell in cells) or any(usage.verdict == "fail" for usage in usages)
         if dist.get_rank() == 0:
             ran = sum(cell.verdict != "not run" for cell in cells)
@@ -117,12 +125,13 @@ def _process_group() -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-def _measure_memory(device: torch.device, engines: Sequence[str]) -> list[memory.Usage]:
-    problem = memory.MemoryProblem(model=None, device=device, ranks=dist.get_world_size())
-    _say("\n" + _MEMORY_ROW.format("engine", "ranks", "adapters'", "bytes a rank", "one process", "share", "1/N", ""))
+def _measure_memory(device: torch.device, request: Request) -> list[memory.Usage]:
+    ranks = dist.get_world_size()
+    problem = memory.MemoryProblem(model=None, device=device, ranks=ranks, load_in_4bit=request.load_in_4bit)
+    _say("\n" + _MEMORY_ROW.format("engine", "ranks", "what", "bytes a rank", "one process", "share", "1/N", ""))
     usages = []
     for engine in memory.ENGINES:
-        if engine not in engines:
+        if engine not in request.engines:
             continue
         for usage in memory.measure(engine, problem):
             figures = (f"{usage.bytes_per_rank:,}", f"{usage.one_process:,}", f"{usage.share:.4f}")
@@ -143,8 +152,9 @@ def _versions() -> dict[str, str | None]:
 def _print_header(header: dict[str, Any]) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     _say(f"{header['backend']} on {header['ranks']} ranks ({header['device']}); {versions}")
+    base = f"{header['model']}{' in 4 bits' * header['load_in_4bit']}"
     _say(
-        f"{header['model']}, {header['steps']} steps of {header['global_batch']} sequences; pass: every mask equal to "
+        f"{base}, {header['steps']} steps of {header['global_batch']} sequences; pass: every mask equal to "
         f"the float64 reference's, ‖w − w_ref‖ / ‖w_ref‖ ≤ {ALL_TOLERANCE:g} together and ≤ {TENSOR_TOLERANCE:g} for "
         f"each tensor; bf16: masks equal on all ranks, eval loss within {BF16_TOLERANCE:.0%} of one bf16 process\n"
     )

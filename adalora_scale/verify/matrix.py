@@ -80,7 +80,7 @@ def expected_outcome(variant: str, problem: Problem) -> Outcome:
             max_grad_norm=problem.max_grad_norm if variant == "clip" else None,
         ),
     )
-    base = problem.base_model(torch.float32).double().requires_grad_(False).to(problem.device)
+    base = problem.exact_model().requires_grad_(False).to(problem.device)
     batches = problem.batches(base.config.vocab_size)  # type: ignore[union-attr, arg-type]
     for batch in batches:
         reference.train_step(base, partial(token_loss, batch=batch))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,10 +12,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from adalora_scale.quantization.linear import Linear4bit
 from adalora_scale.verify.engines import adapter_elements, running
 from adalora_scale.verify.problem import SEED, Problem, token_loss
 
 ENGINES = ("fsdp2", "zero3")
+BASE = "4-bit base"
+"""Weights of the frozen base: packed codes, scales, second level, and what stays in 16 or 32 bits."""
+BASE_TOLERANCE = 0.03
+"""Largest relative excess of a rank's share of the base over 1/N."""
 KINDS = {"weights": 1, "gradients": 1, "moments": 2, "importance": 2, "accumulated gradients": 1}
 """What is weighed, and how many float32 copies of the adapters it is in one process: fp32 masters; the gradients given
 to the optimizer, at its step; Adam's moments; Ī and Ū; the buffer in which ZeRO-3 accumulates gradients besides."""
@@ -46,7 +51,7 @@ class Usage:
 class MemoryProblem(Problem):
     """A random Llama of about 100 million parameters."""
 
-    def base_model(self, dtype: torch.dtype) -> nn.Module:
+    def full_precision_model(self, dtype: torch.dtype) -> nn.Module:
         """Return the model with random weights."""
         from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -65,34 +70,39 @@ class MemoryProblem(Problem):
 
 def measure(engine: str, problem: MemoryProblem) -> list[Usage]:
     """Take one optimizer step on `engine` and weigh what every rank holds; a collective call."""
-    own, elements = _weigh(engine, problem)
+    own, elements, base = _weigh(engine, problem)
     everyone: list[dict[str, int]] = [{}] * problem.ranks
     dist.all_gather_object(everyone, own)
-    rows = []
-    for kind, copies in KINDS.items():
-        if kind not in own:
-            continue
-        largest, one_process = max(usage[kind] for usage in everyone), 4 * copies * elements
-        share = largest / one_process
-        verdict = "pass" if abs(share * problem.ranks - 1) <= TOLERANCE else "fail"
-        rows.append(
-            Usage(
-                engine=engine,
-                ranks=problem.ranks,
-                kind=kind,
-                bytes_per_rank=largest,
-                one_process=one_process,
-                share=share,
-                verdict=verdict,
-            )
-        )
-    return rows
+    one_process = {kind: 4 * copies * elements for kind, copies in KINDS.items()}
+    if problem.load_in_4bit:
+        one_process[BASE] = base
+    return [
+        _usage(engine, problem.ranks, kind, max(usage[kind] for usage in everyone), one_process[kind])
+        for kind in one_process
+        if kind in own
+    ]
 
 
-def _weigh(engine: str, problem: MemoryProblem) -> tuple[dict[str, int], int]:
-    """Return this rank's bytes by kind, and the number of elements of all adapters."""
+def _usage(engine: str, ranks: int, kind: str, largest: int, one_process: int) -> Usage:
+    share = largest / one_process
+    excess = share * ranks - 1
+    passed = excess <= BASE_TOLERANCE if kind == BASE else abs(excess) <= TOLERANCE
+    return Usage(
+        engine=engine,
+        ranks=ranks,
+        kind=kind,
+        bytes_per_rank=largest,
+        one_process=one_process,
+        share=share,
+        verdict="pass" if passed else "fail",
+    )
+
+
+def _weigh(engine: str, problem: MemoryProblem) -> tuple[dict[str, int], int, int]:
+    """Return this rank's bytes by kind, the number of elements of all adapters, and the base's bytes in one process."""
     model = problem.adapted_model()
     elements = adapter_elements(model)
+    base = _bytes(_frozen(model))
     batch = problem.batches(model.config.vocab_size)[0]  # type: ignore[union-attr, arg-type]
     used = dict.fromkeys(("weights", "gradients"), 0)
 
@@ -113,7 +123,21 @@ def _weigh(engine: str, problem: MemoryProblem) -> tuple[dict[str, int], int]:
         buffer = getattr(getattr(runner.model, "optimizer", None), "grad_partitions_flat_buffer", None)
         if buffer is not None:
             used["accumulated gradients"] = _bytes([buffer])
-    return used, elements
+        if problem.load_in_4bit:
+            used[BASE] = _bytes(_frozen(model))
+    return used, elements, base
+
+
+def _frozen(model: nn.Module) -> Iterator[Tensor]:
+    """Yield what this rank holds of the base: parameters, ZeRO-3's partitions of them, and the second levels."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            yield parameter
+            if (partition := getattr(parameter, "ds_tensor", None)) is not None:
+                yield partition
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            yield module.nested
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from adalora_scale.adalora.injection import adapter_layers, inject_adalora
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import UserError
+from adalora_scale.quantization.linear import dequantize_model, quantize_model
+from adalora_scale.quantization.spec import QuantSpec
 
 ACCUMULATION = 4
 SEED = 0
@@ -48,6 +50,8 @@ class Problem:
     device: torch.device
     ranks: int
     steps: int = 60
+    load_in_4bit: bool = False
+    """Whether the frozen base is kept in 4 bits (nf4, double quantisation), computed in the run's dtype."""
     length: int = 12
     lr: float = 2e-3
     """With `max_grad_norm` chosen so that the comparison is about engines: on stories260k, two one-process runs that
@@ -80,6 +84,15 @@ class Problem:
 
     def base_model(self, dtype: torch.dtype) -> nn.Module:
         """Return the frozen model without adapters, the same in every process."""
+        model = self.full_precision_model(dtype)
+        return quantize_model(model, QuantSpec(compute_dtype=dtype)) if self.load_in_4bit else model
+
+    def exact_model(self) -> nn.Module:
+        """Return the base in float64, 4-bit weights dequantised as the float32 runs do."""
+        return dequantize_model(self.base_model(torch.float32), torch.float32).double()
+
+    def full_precision_model(self, dtype: torch.dtype) -> nn.Module:
+        """Return the base as it is before it is quantised."""
         from transformers import AutoModelForCausalLM, LlamaConfig
 
         if self.model is not None:

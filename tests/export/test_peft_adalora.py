@@ -344,7 +344,7 @@ DAMAGE = {
     "no triplets": (lambda f: save_file({"x": torch.zeros(1)}, f / WEIGHTS), UserError, "no AdaLoRA tensors"),
     "factor missing": (lambda f: edit_weights(f, lambda t: t.pop(Q + "B")), UserError, "no complete triplets"),
     "E missing": (lambda f: edit_weights(f, lambda t: t.pop(Q + "E")), UserError, r"h\.0\.attn\.c_attn"),
-    "A shorter": (lambda f: edit_weights(f, lambda t: t.update({Q + "A": t[Q + "A"][1:] + 0})), UserError, "shapes"),
+    "A narrow": (lambda f: edit_weights(f, lambda t: t.update({Q + "A": t[Q + "A"][:, 1:] + 0})), UserError, "shapes"),
     "unknown tensor": (lambda f: edit_weights(f, lambda t: t.update(zzz=torch.zeros(2))), UserError, "'zzz'"),
 }  # fmt: skip
 

@@ -139,7 +139,7 @@ SEEN_BEFORE_THE_MODEL = {
     "engine deepspeed": (["engine.name=deepspeed"], ["engine.name=deepspeed", "deepspeed --num_gpus"]),
     "--deepspeed": (["--deepspeed", "zero2.json"], ["engine.name=deepspeed", "deepspeed --num_gpus"]),
     "unknown engine": (["engine.name=horovod"], ["engine.name", "'horovod'"]),
-    "4 bits": (["model.load_in_4bit=true"], ["model.load_in_4bit"]),
+    "block size": (["model.load_in_4bit=true", "model.bnb_4bit_blocksize=100"], ["model.bnb_4bit_blocksize is 100"]),
     "no model folder": (["model.model_name_or_path=./absent"], ["model.model_name_or_path=./absent"]),
     "no model folder, hub-like": (["model.model_name_or_path=models/absent/here"], ["models/absent/here"]),
     "model folder without config": (["model.model_name_or_path=./no_config"], ["./no_config"]),

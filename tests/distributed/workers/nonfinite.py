@@ -66,9 +66,10 @@ def main(*cells):
             before = snapshot(runner)
             runner.begin(last=True)
             loss = token_loss(runner.model, batches[3].part(rank, ranks)) * ranks
-            # DDP reduces whole gradients, so one rank's NaN is everyone's by the time the optimizer sees it.
-            runner.backward(loss * float("nan") if engine == "ddp" and rank == 1 else loss)
-            if engine != "ddp":
+            # DDP and BF16_Optimizer reduce whole gradients: one rank's NaN is everyone's before the optimizer sees it.
+            whole = cell in ("ddp:plain", "zero1:bf16")
+            runner.backward(loss * float("nan") if whole and rank == 1 else loss)
+            if not whole:
                 poison(engine, runner)
             runner.step(last=True)
             after = snapshot(runner)

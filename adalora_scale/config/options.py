@@ -1,4 +1,4 @@
-"""Every option a user can set: frozen keyword-only dataclasses, read from one YAML file plus dotted overrides.
+"""Every option a user can set, as frozen keyword-only dataclasses.
 
 Field names of `AdaLoraConfig` are PEFT's, those of `training:` are transformers' TrainingArguments (and TRL's SFTConfig
 for causal language models). Unknown keys are errors that suggest the nearest one.
@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
-from adalora_scale.errors import UserError, nearest
+from adalora_scale.errors import UserError
 
 # Misspelt keys must not be dropped silently; pydantic reads this attribute from plain dataclasses too.
 _FORBID_EXTRA = ConfigDict(extra="forbid")
-_SECTIONS = "model, data, adalora, training, engine, task"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +152,10 @@ class ModelConfig:
     """4-bit code book."""
     bnb_4bit_use_double_quant: bool = True
     """Quantise the block scales too."""
+    bnb_4bit_blocksize: int = 64
+    """Weights that share one scale: 32, 64, 128 … 4096."""
+    bnb_4bit_skip_modules: list[str] | None = None
+    """Names (endings) of modules that stay in torch_dtype; the output head, embeddings and norms always do."""
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Dtype of the dequantised matrix products."""
 
@@ -274,124 +274,6 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain dictionaries and lists, as written into run.json."""
         return dataclasses.asdict(self)
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a run's YAML file and apply ``section.key=value`` overrides (values are parsed as YAML).
-
-    Raises:
-        UserError: the file is missing or not YAML, a key is unknown, or a value has the wrong type or range.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}. Pass a file to --config.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a UTF-8 text file. Pass a YAML file to --config.") from None
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', error)}.") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold a mapping with the sections {_SECTIONS}.")
-    for override in overrides:
-        _apply_override(tree, override)
-    return _build(RunConfig, tree)
-
-
-def adalora_config_from_dict(tree: dict[str, Any]) -> AdaLoraConfig:
-    """Build an `AdaLoraConfig` from a mapping with the same checks as the YAML file.
-
-    Raises:
-        UserError: a key is unknown, or a value has the wrong type or range.
-    """
-    return _build(AdaLoraConfig, tree, prefix="adalora.")
-
-
-def fsdp2_config_from_dict(tree: dict[str, Any]) -> Fsdp2Config:
-    """Build `engine.config` of FSDP2 from a mapping.
-
-    Raises:
-        UserError: a key is unknown, or a value has the wrong type or range.
-    """
-    return _build(Fsdp2Config, tree, prefix="engine.config.")
-
-
-def check_value(key: str, value: Any, annotation: Any) -> Any:
-    """Return `value` converted to `annotation`, or raise a UserError that names `key`."""
-    try:
-        return TypeAdapter(annotation).validate_python(value)
-    except ValidationError as error:
-        raise UserError(f"{key}: {error.errors()[0]['msg']} (got {value!r}).") from None
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override '{override}' is not of the form section.key=value.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"the value in override '{override}' is not valid YAML; quote it.") from None
-    node = tree
-    *parents, leaf = key.split(".")
-    for name in parents:
-        child = node.setdefault(name, {})
-        if child is None:
-            child = node[name] = {}
-        if not isinstance(child, dict):
-            raise UserError(f"override '{override}': '{name}' holds a plain value, so it has no keys below it.")
-        node = child
-    node[leaf] = value
-
-
-def _build(cls: type[Any], tree: dict[str, Any], prefix: str = "") -> Any:
-    """Validate a tree into a dataclass, turning pydantic's first complaint into one line about the user's key."""
-    try:
-        return TypeAdapter(cls).validate_python(tree)
-    except ValidationError as error:
-        raise UserError(_explain(cls, error, prefix)) from None
-
-
-def _explain(cls: type[Any], error: ValidationError, prefix: str) -> str:
-    # An unknown key is usually the cause of a missing one, so it is named first.
-    problems = sorted(error.errors(), key=lambda e: e["type"] != "unexpected_keyword_argument")
-    problem = problems[0]
-    path = [str(part) for part in problem["loc"] if isinstance(part, str)]
-    if problem["type"] == "unexpected_keyword_argument":
-        owner = _owner(cls, path[:-1])
-        names = [f.name for f in dataclasses.fields(owner)]
-        return (
-            f"unknown key '{prefix}{'.'.join(path)}'.{nearest(path[-1], names) or ' Known: ' + ', '.join(names) + '.'}"
-        )
-    # Union branches appear in pydantic's location ("tinit.int"); the user only knows the key.
-    key = prefix + ".".join(_known_prefix(cls, path))
-    if problem["type"] in ("missing", "missing_argument"):
-        return f"missing key '{key}'; add it to the config file."
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    return f"{key}: {problem['msg']} (got {problem['input']!r})."
-
-
-def _owner(cls: type[Any], path: Sequence[str]) -> type[Any]:
-    for name in path:
-        annotation = {f.name: f for f in dataclasses.fields(cls)}[name].type
-        cls = globals()[annotation] if isinstance(annotation, str) else annotation
-    return cls
-
-
-def _known_prefix(cls: type[Any], path: Sequence[str]) -> list[str]:
-    known: list[str] = []
-    for name in path:
-        if not dataclasses.is_dataclass(cls) or name not in {f.name for f in dataclasses.fields(cls)}:
-            break
-        known.append(name)
-        annotation = {f.name: f for f in dataclasses.fields(cls)}[name].type
-        cls = globals().get(annotation, object) if isinstance(annotation, str) else annotation
-    return known
 
 
 def _check(condition: bool, message: str) -> None:

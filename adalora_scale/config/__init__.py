@@ -1,0 +1,29 @@
+"""Every option a user can set, and reading them from one YAML file."""
+
+from adalora_scale.config.options import (
+    AdaLoraConfig,
+    DataConfig,
+    EngineConfig,
+    Fsdp2Config,
+    ModelConfig,
+    RunConfig,
+)
+from adalora_scale.config.reading import (
+    adalora_config_from_dict,
+    check_value,
+    fsdp2_config_from_dict,
+    load_config,
+)
+
+__all__ = [
+    "AdaLoraConfig",
+    "DataConfig",
+    "EngineConfig",
+    "Fsdp2Config",
+    "ModelConfig",
+    "RunConfig",
+    "adalora_config_from_dict",
+    "check_value",
+    "fsdp2_config_from_dict",
+    "load_config",
+]

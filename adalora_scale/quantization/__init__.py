@@ -1,0 +1,1 @@
+"""Frozen 4-bit bases: the linear layer, streaming sharded loading, offline quantising."""

@@ -1,0 +1,129 @@
+"""Filling a model's parameters from a checkpoint: this rank's rows of each, one tensor at a time.
+
+Under FSDP2 a parameter is a DTensor and a rank reads, and quantises, only the blocks that cover its own rows; elsewhere
+a parameter is whole. Blocks are independent, so the bytes are the same at every number of ranks; only the second level
+of double quantisation needs the absmax of the whole matrix, which ranks gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from adalora_scale.errors import Unsupported
+from adalora_scale.quantization import functional
+from adalora_scale.quantization.linear import Linear4bit
+from adalora_scale.quantization.plan import LoadingPlan, Slot
+from adalora_scale.quantization.prequantized import stored_blocks, stored_nested
+
+
+@torch.no_grad()
+def fill(
+    plan: LoadingPlan, slots: Iterable[Slot], *, device: torch.device, on_slot: Callable[[Slot], None] = lambda _: None
+) -> None:
+    """Fill the parameters of `slots`; a collective call where they are sharded.
+
+    Args:
+        plan: from `make_plan`; the modules' parameters must be materialised by now.
+        slots: which of the plan's.
+        device: where weights are quantised.
+        on_slot: called after each.
+    """
+    for slot in slots:
+        if slot.quantized:
+            _fill_quantized(plan, slot, device)
+        else:
+            target = cast(Tensor, getattr(slot.module, slot.leaf))
+            local, start, stop, _ = own_rows(target, slot.name)
+            if target.dim() == 0:
+                local.copy_(plan.checkpoint.whole(slot.source))
+            elif stop > start:
+                local.copy_(plan.checkpoint.rows(slot.source, start, stop))
+        on_slot(slot)
+
+
+@torch.no_grad()
+def draw_fresh(plan: LoadingPlan, model: nn.Module) -> list[tuple[nn.Module, dict[str, nn.Parameter]]]:
+    """Draw what the checkpoint does not hold (a new head) as transformers initialises it, whole, on the CPU.
+
+    Every rank draws the same if its generator is seeded equally, so the values do not depend on the engine.
+    """
+    drawn = []
+    for module, meta in plan.fresh:
+        whole = meta.to_empty(device="cpu")
+        for part in whole.modules():
+            model._init_weights(part)  # type: ignore[operator]  # PreTrainedModel's
+        drawn.append((module, dict(whole.named_parameters())))
+    return drawn
+
+
+@torch.no_grad()
+def copy_rows(parameter: Tensor, whole: Tensor, name: str) -> None:
+    """Copy this rank's rows of a whole tensor into a parameter."""
+    local, start, stop, _ = own_rows(parameter, name)
+    local.copy_(whole[start:stop] if whole.dim() else whole)
+
+
+def own_rows(tensor: Tensor, name: str) -> tuple[Tensor, int, int, dist.ProcessGroup | None]:
+    """Return (local tensor, first row, row after the last, the ranks that hold the other rows).
+
+    Raises:
+        Unsupported: the tensor is sharded otherwise than by rows.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.detach(), 0, tensor.shape[0] if tensor.dim() else 0, None
+    sharded = [index for index, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate)]
+    if len(sharded) > 1 or any(type(tensor.placements[i]) is not Shard or tensor.placements[i].dim for i in sharded):  # type: ignore[attr-defined]
+        raise Unsupported(f"'{name}' is placed as {tensor.placements}; only row shards, Shard(0), can be streamed.")
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    group = tensor.device_mesh.get_group(sharded[0]) if sharded else None
+    return cast(DTensor, tensor.detach()).to_local(), offset[0], offset[0] + shape[0], group
+
+
+def _fill_quantized(plan: LoadingPlan, slot: Slot, device: torch.device) -> None:
+    layer = cast(Linear4bit, slot.module)
+    spec, checkpoint = layer.spec, plan.checkpoint
+    packed, start, stop, group = own_rows(layer.weight, slot.name)
+    scales, *_ = own_rows(layer.scales, slot.name)
+    if slot.parts:
+        if stop > start:
+            stored = stored_blocks(checkpoint, slot.source, slot.parts, spec, start, stop)
+            packed.copy_(stored[0])
+            scales.copy_(stored[1])
+        layer.nested.copy_(stored_nested(checkpoint, slot.name, slot.parts, spec))
+        return
+    weights = checkpoint.weights(
+        slot.source,
+        start * spec.blocksize,
+        stop * spec.blocksize,
+        in_features=layer.in_features,
+        transposed=layer.transposed,
+    )
+    codes, absmax = functional.quantize_blocks(weights.to(device, plan.dtype), spec)
+    packed.copy_(codes)
+    if not spec.double_quant:
+        scales.copy_(functional.encode_scales(absmax, spec)[0])
+        return
+    every = gathered(absmax, layer.scales.shape[0], group)
+    whole, nested = functional.encode_scales(every, spec)
+    scales.copy_(whole[start:stop])
+    layer.nested.copy_(nested)
+
+
+def gathered(part: Tensor, rows: int, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the whole (rows,) vector of which `group`'s ranks hold consecutive parts, as Shard(0) cuts them."""
+    if group is None or dist.get_world_size(group) == 1:
+        return part
+    ranks = dist.get_world_size(group)
+    chunk = -(-rows // ranks)  # all but the last ranks' parts have this length
+    padded = part.new_zeros(chunk)
+    padded[: part.numel()] = part
+    everything = part.new_empty(ranks * chunk)
+    dist.all_gather_into_tensor(everything, padded, group=group)
+    return everything[:rows]

@@ -1,0 +1,207 @@
+"""What goes where: every parameter of a model on the meta device beside the tensor of the checkpoint that fills it.
+
+Everything that can be wrong with a checkpoint is found here, from headers alone, before memory fills.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from adalora_scale.errors import UserError
+from adalora_scale.quantization.checkpoint import FLOATS, Checkpoint
+from adalora_scale.quantization.linear import Linear4bit, quantization_targets, replace_linears
+from adalora_scale.quantization.naming import Names, match_names
+from adalora_scale.quantization.prequantized import stored_spec
+from adalora_scale.quantization.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor to fill: attribute `leaf` of `module`, which stays the same object when engines shard it."""
+
+    name: str
+    module: nn.Module
+    leaf: str
+    source: str
+    """Tensor of the checkpoint."""
+    parts: dict[str, str] = field(default_factory=dict)
+    """bitsandbytes' quantisation state of a weight that is stored in 4 bits."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether this is the weight of a Linear4bit (its scales are filled with it)."""
+        return isinstance(self.module, Linear4bit) and self.leaf == "weight"
+
+
+@dataclass
+class LoadingPlan:
+    """How a model is filled from a checkpoint."""
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    """Dtype of weights that are not quantised, and of those that are before quantisation."""
+    slots: list[Slot]
+    fresh: list[tuple[nn.Module, nn.Module]]
+    """(module, the same on the meta device) of modules that the checkpoint does not hold: new heads."""
+    ties: list[list[tuple[nn.Module, str]]]
+    """Places that share one parameter."""
+    ignored: list[str]
+    """Tensors of the checkpoint that belong to another head."""
+
+
+def make_plan(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    spec: QuantSpec | None,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    skip_modules: list[str] | None = None,
+    new_heads: Sequence[str] = (),
+) -> LoadingPlan:
+    """Put 4-bit layers into `model` and say how every parameter is filled.
+
+    Args:
+        model: a transformers model with its parameters on the meta device, without adapters.
+        checkpoint: what it is loaded from. Weights stored in 4 bits become Linear4bit whatever `spec` says.
+        dtype: of what is not quantised.
+        spec: options of the weights to quantise while loading; None quantises nothing.
+        compute_dtype: of weights that are stored in 4 bits.
+        skip_modules: modules that stay in `dtype`.
+        new_heads: modules that may be missing in the checkpoint and are then initialised as transformers does.
+
+    Raises:
+        UserError: tensors are missing, unexpected or have another shape; a weight cannot be quantised.
+        Unsupported: a tensor would have to be converted while loading.
+    """
+    names = match_names(model, checkpoint.tensors)
+    _put_layers(model, checkpoint, names, spec, compute_dtype, [*(skip_modules or []), *new_heads])
+    ties = _ties(model)
+    twins = {name: group for group in _tied_names(model) for name in group}
+    fresh = [head for head in new_heads if not _holds_any(names, head)]
+    slots: list[Slot] = []
+    missing: list[str] = []
+    filled: set[str] = set()
+    for name, module, leaf, tensor in _own_tensors(model):
+        if leaf == "scales" and isinstance(module, Linear4bit):
+            continue
+        if _inside(name, fresh) or filled.intersection(twins.get(name, ())):
+            continue
+        source = names.tensors.get(name)
+        if source is None:
+            if not any(twin in names.tensors for twin in twins.get(name, ())):
+                missing.append(name)
+            continue
+        filled.add(name)
+        slot = Slot(name, module, leaf, source, names.states.get(name, {}))
+        _check(slot, tensor, checkpoint)
+        slots.append(slot)
+    if missing:
+        raise UserError(f"the checkpoint lacks {_listed(missing)} of {type(model).__name__}; {_fits}.")
+    unexpected, ignored = _sort_unexpected(model, names.unexpected, fresh)
+    if unexpected:
+        raise UserError(f"the checkpoint holds {_listed(unexpected)}, which {type(model).__name__} has not; {_fits}.")
+    heads = [(model.get_submodule(name), copy.deepcopy(model.get_submodule(name))) for name in fresh]
+    return LoadingPlan(checkpoint, dtype, slots, heads, ties, ignored)
+
+
+_fits = "use a config.json and weights that belong together"
+
+
+def _put_layers(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    names: Names,
+    spec: QuantSpec | None,
+    compute_dtype: torch.dtype,
+    skip: list[str],
+) -> None:
+    if names.states:
+        for weight, parts in names.states.items():
+            if weight not in names.tensors or not weight.endswith(".weight"):
+                raise UserError(f"the checkpoint holds a 4-bit state of '{weight}' but not its weight; {_fits}.")
+            own, shape = stored_spec(checkpoint, weight, parts, compute_dtype)
+            layer = weight.removesuffix(".weight")
+            replace_linears(model, own, [layer])
+            new = model.get_submodule(layer)
+            if not isinstance(new, Linear4bit) or shape != (new.out_features, new.in_features):
+                raise UserError(f"the checkpoint's '{weight}' is {shape}, which does not fit the model; {_fits}.")
+        return
+    if spec is None:
+        return
+    existing = {name.split(".")[-1] for name, _ in model.named_modules()}
+    targets = quantization_targets(model, [entry for entry in skip if entry.split(".")[-1] in existing] or None)
+    replace_linears(model, spec, targets)
+
+
+def _own_tensors(model: nn.Module) -> list[tuple[str, nn.Module, str, Tensor]]:
+    """List (name, module, leaf, tensor) of parameters and persistent buffers, in module order."""
+    found = []
+    for prefix, module in model.named_modules():
+        own = dict(module._parameters) | {
+            leaf: buffer for leaf, buffer in module._buffers.items() if leaf not in module._non_persistent_buffers_set
+        }
+        for leaf, tensor in own.items():
+            if tensor is not None:
+                found.append((f"{prefix}.{leaf}" if prefix else leaf, module, leaf, tensor))
+    return found
+
+
+def _tied_names(model: nn.Module) -> list[set[str]]:
+    groups: dict[int, set[str]] = {}
+    for name, _, _, tensor in _own_tensors(model):
+        groups.setdefault(id(tensor), set()).add(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _ties(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    groups: dict[int, list[tuple[nn.Module, str]]] = {}
+    for _, module, leaf, tensor in _own_tensors(model):
+        groups.setdefault(id(tensor), []).append((module, leaf))
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _check(slot: Slot, tensor: Tensor, checkpoint: Checkpoint) -> None:
+    stored = checkpoint.tensors[slot.source]
+    layer = slot.module
+    if slot.parts:
+        return
+    if isinstance(layer, Linear4bit) and slot.leaf == "weight":
+        sides = (layer.out_features, layer.in_features)
+        shape: tuple[int, ...] = sides[::-1] if layer.transposed else sides
+    else:
+        shape = tuple(tensor.shape)
+    if stored.shape != shape:
+        raise UserError(f"'{slot.source}' has shape {stored.shape} in {stored.file.name}, the model {shape}; {_fits}.")
+    if stored.dtype not in FLOATS and (tensor.is_floating_point() or slot.quantized):
+        raise UserError(
+            f"'{slot.source}' in {stored.file.name} is {stored.dtype}; weights must be stored as "
+            f"{', '.join(FLOATS)}, or in 4 bits with bitsandbytes' state beside them."
+        )
+
+
+def _sort_unexpected(model: nn.Module, unexpected: list[str], fresh: list[str]) -> tuple[list[str], list[str]]:
+    """Tell what nobody expects from another task's head, which a model with a new head leaves behind."""
+    base = getattr(model, "base_model_prefix", "")
+    if not fresh or not base:
+        return unexpected, []
+    inside = [name for name in unexpected if name.startswith(f"{base}.")]
+    return inside, [name for name in unexpected if not name.startswith(f"{base}.")]
+
+
+def _holds_any(names: Names, module: str) -> bool:
+    return any(_inside(name, [module]) for name in names.tensors)
+
+
+def _inside(name: str, modules: Sequence[str]) -> bool:
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def _listed(names: list[str]) -> str:
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(f"'{name}'" for name in names[:3]) + rest

@@ -1,0 +1,121 @@
+"""4-bit checkpoints as transformers and bitsandbytes write them: reading by slices, and the same form for writing.
+
+For a weight ``w``: ``w`` (bytes, 1) with two codes a byte, ``w.absmax``, ``w.quant_map``, with double quantisation
+``w.nested_absmax`` and ``w.nested_quant_map``, and ``w.quant_state.bitsandbytes__nf4`` (JSON as uint8).
+
+Source: bitsandbytes 0.50 functional.QuantState.as_dict(packed=True).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.quantization import functional
+from adalora_scale.quantization.checkpoint import Checkpoint
+from adalora_scale.quantization.spec import NESTED_BLOCK, QuantSpec
+
+
+def stored_spec(
+    checkpoint: Checkpoint, weight: str, parts: dict[str, str], compute_dtype: torch.dtype
+) -> tuple[QuantSpec, tuple[int, int]]:
+    """Read one weight's options and its (out_features, in_features) shape.
+
+    Raises:
+        UserError: the state is incomplete or unreadable.
+        Unsupported: it was quantised with a code book or second level that bitsandbytes' kernels do not have.
+    """
+    state = _state(checkpoint, weight, parts)
+    spec = QuantSpec(
+        quant_type=state["quant_type"],
+        blocksize=int(state["blocksize"]),
+        double_quant="nested_offset" in state,
+        compute_dtype=compute_dtype,
+    )
+    needed = {"absmax", "quant_map"} | ({"nested_absmax", "nested_quant_map"} if spec.double_quant else set())
+    if missing := sorted(needed - parts.keys()):
+        raise UserError(f"the checkpoint lacks '{weight}.{missing[0]}' of a 4-bit weight; download it again.")
+    code = checkpoint.whole(parts["quant_map"])
+    if not torch.equal(code, functional.bitsandbytes().get_4bit_type(spec.quant_type, device="cpu")):
+        raise Unsupported(f"'{weight}' was quantised with a {spec.quant_type} code book of its own; quantise it again.")
+    if spec.double_quant and int(state["nested_blocksize"]) != NESTED_BLOCK:
+        raise Unsupported(
+            f"'{weight}' has a second level of blocks of {state['nested_blocksize']}; bitsandbytes' kernels know "
+            f"{NESTED_BLOCK}. Quantise it again."
+        )
+    out_features, in_features = state["shape"]
+    return spec, (int(out_features), int(in_features))
+
+
+def stored_blocks(
+    checkpoint: Checkpoint, tensor: str, parts: dict[str, str], spec: QuantSpec, start: int, stop: int
+) -> tuple[Tensor, Tensor]:
+    """Read blocks start to stop: packed (stop - start, blocksize / 2) and their scales, both uint8."""
+    half = spec.blocksize // 2
+    # Other storage dtypes hold the same bytes, several an element.
+    width = checkpoint.rows(tensor, 0, 1).element_size()
+    packed = checkpoint.rows(tensor, start * half // width, stop * half // width).contiguous()
+    scales = checkpoint.rows(parts["absmax"], start, stop)
+    if not spec.double_quant:
+        scales = functional.as_bytes(scales.float()).view(-1, 4)
+    return packed.view(torch.uint8).view(-1, half), scales
+
+
+def stored_nested(checkpoint: Checkpoint, weight: str, parts: dict[str, str], spec: QuantSpec) -> Tensor:
+    """Read the second level's bytes."""
+    if not spec.double_quant:
+        return torch.empty(0, dtype=torch.uint8)
+    mean = torch.tensor(float(_state(checkpoint, weight, parts)["nested_offset"]))
+    second, code = checkpoint.whole(parts["nested_absmax"]), checkpoint.whole(parts["nested_quant_map"])
+    return functional.join_nested(second.float(), mean, code.float())
+
+
+def stored_form(
+    weight: str, packed: Tensor, scales: Tensor, nested: Tensor, spec: QuantSpec, shape: tuple[int, int], dtype: str
+) -> dict[str, Tensor]:
+    """Return the tensors that a checkpoint holds of a 4-bit weight, by name.
+
+    Args:
+        weight: name of the weight.
+        packed, scales, nested: its bytes on the CPU.
+        spec, shape: options and (out_features, in_features).
+        dtype: name of the dtype it was quantised from, "bfloat16" for example.
+    """
+    state: dict[str, Any] = {
+        "quant_type": spec.quant_type,
+        "blocksize": spec.blocksize,
+        "dtype": dtype,
+        "shape": list(shape),
+    }
+    tensors = {
+        weight: packed.reshape(-1, 1),
+        f"{weight}.quant_map": functional.bitsandbytes().get_4bit_type(spec.quant_type, device="cpu"),
+    }
+    if spec.double_quant:
+        second, mean, code = functional.split_nested(nested)
+        tensors[f"{weight}.absmax"] = scales
+        tensors[f"{weight}.nested_absmax"] = second.clone()
+        tensors[f"{weight}.nested_quant_map"] = code.clone()
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": mean.item()}
+    else:
+        tensors[f"{weight}.absmax"] = scales.view(torch.float32).view(-1)
+    tensors[f"{weight}.quant_state.bitsandbytes__{spec.quant_type}"] = _as_tensor(state)
+    return tensors
+
+
+def _as_tensor(state: dict[str, Any]) -> Tensor:
+    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+
+def _state(checkpoint: Checkpoint, weight: str, parts: dict[str, str]) -> dict[str, Any]:
+    packed = [key for suffix, key in parts.items() if suffix.startswith("quant_state.")]
+    if len(packed) != 1:
+        raise UserError(f"the checkpoint has no quant_state of '{weight}'; download it again.")
+    try:
+        return dict(json.loads(bytes(checkpoint.whole(packed[0]).tolist())))
+    except (ValueError, json.JSONDecodeError) as error:
+        raise UserError(f"'{packed[0]}' is damaged ({error}); download the checkpoint again.") from None

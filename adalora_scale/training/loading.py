@@ -1,0 +1,326 @@
+"""Base models that stream from their files to where the engine keeps them; no rank ever holds a whole sharded model.
+
+The model is built on the meta device, gets 4-bit layers and adapters there, is sharded, and only then receives its
+weights: under FSDP2 each rank reads its own rows, under ZeRO-3 rank 0 reads block by block and DeepSpeed partitions
+each block at once, elsewhere every rank holds the base whole, in 4 bits if asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from adalora_scale.adalora.fingerprint import LEADING, WeightSample, fingerprint, sample
+from adalora_scale.adalora.injection import coverage, expert_tensors, find_targets, inject_adalora
+from adalora_scale.adalora.layer import AdaLoraLayer
+from adalora_scale.config import AdaLoraConfig, ModelConfig, RunConfig
+from adalora_scale.errors import UserError
+from adalora_scale.quantization.checkpoint import FLOATS, Checkpoint
+from adalora_scale.quantization.fill import copy_rows, draw_fresh, fill
+from adalora_scale.quantization.functional import check_kernels
+from adalora_scale.quantization.linear import Linear4bit, quantized_share
+from adalora_scale.quantization.materialize import materialize, materialize_shards
+from adalora_scale.quantization.plan import LoadingPlan, Slot, make_plan
+from adalora_scale.quantization.spec import QuantSpec
+
+Fresh = list[tuple[nn.Module, dict[str, nn.Parameter]]]
+
+
+@dataclass
+class Loading:
+    """A model on the meta device on its way into memory."""
+
+    model: nn.Module
+    plan: LoadingPlan
+    fresh: Fresh
+    """Values of what the checkpoint does not hold."""
+    device: torch.device
+    """Where this rank computes, and quantises."""
+
+
+def is_streamed(config: ModelConfig) -> bool:
+    """Whether this base must be loaded here rather than by `from_pretrained`: it is quantised now, or is already."""
+    return config.load_in_4bit or _stored_quantization(_model_config(config)) is not None
+
+
+def begin(
+    config: RunConfig,
+    *,
+    device: torch.device,
+    label_names: list[str] | None = None,
+    new_heads: Callable[[nn.Module], list[str]] = lambda _: [],
+) -> Loading:
+    """Build the base model without memory and check that its files fill it.
+
+    Args:
+        config: the run's.
+        device: where this rank computes.
+        label_names: names of the classes, for a classifier.
+        new_heads: names the modules of a model that its checkpoint need not hold.
+
+    Raises:
+        UserError: the checkpoint is incomplete, damaged or another model's; a weight cannot be quantised.
+        Unsupported: the architecture's weights have to be converted; bitsandbytes lacks a kernel.
+    """
+    model_config = _model_config(config.model)
+    checkpoint = Checkpoint.open(config.model.model_name_or_path, config.model.revision)
+    dtype = _dtype(config.model, model_config, checkpoint)
+    spec = quant_spec(config.model) if is_streamed(config.model) else None
+    if spec is not None:
+        check_kernels(spec, device, dtype)
+    model = build_on_meta(config, model_config, dtype, label_names)
+    heads = new_heads(model)
+    plan = make_plan(
+        model,
+        checkpoint,
+        dtype=dtype,
+        spec=spec if config.model.load_in_4bit else None,
+        compute_dtype=getattr(torch, config.model.bnb_4bit_compute_dtype),
+        skip_modules=config.model.bnb_4bit_skip_modules,
+        new_heads=heads,
+    )
+    return Loading(model, plan, draw_fresh(plan, model), device)
+
+
+def build_on_meta(
+    config: RunConfig, model_config: PretrainedConfig, dtype: torch.dtype, label_names: list[str] | None = None
+) -> nn.Module:
+    """Build the run's model with its parameters on the meta device; buffers such as rotary frequencies are real."""
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.model.trust_remote_code}
+    if config.model.attn_implementation:
+        options["attn_implementation"] = config.model.attn_implementation
+    factory: Any = AutoModelForCausalLM
+    if config.task == "sequence_classification":
+        factory = AutoModelForSequenceClassification
+        if label_names is not None:
+            model_config.num_labels = len(label_names)
+            model_config.id2label = dict(enumerate(label_names))
+            model_config.label2id = {name: index for index, name in enumerate(label_names)}
+    if _stored_quantization(model_config) is not None:
+        del model_config.quantization_config  # what is loaded here are no modules of bitsandbytes'
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = factory.from_config(model_config, **options)
+    model.tie_weights()  # type: ignore[operator]  # registering a parameter made a copy of it on the meta device
+    model.name_or_path = config.model.model_name_or_path  # type: ignore[assignment]  # as from_pretrained does
+    _keep_float32(model, dtype)
+    return model.eval()
+
+
+def quant_spec(config: ModelConfig) -> QuantSpec:
+    """Return the 4-bit options of the `model:` section.
+
+    Raises:
+        UserError: a value that bitsandbytes has no kernel for.
+    """
+    return QuantSpec(
+        quant_type=config.bnb_4bit_quant_type,
+        blocksize=config.bnb_4bit_blocksize,
+        double_quant=config.bnb_4bit_use_double_quant,
+        compute_dtype=getattr(torch, config.bnb_4bit_compute_dtype),
+    )
+
+
+def load_whole(loading: Loading) -> nn.Module:
+    """Fill the base on this rank's device, whole, and return it."""
+    materialize(loading.model.modules(), loading.device, loading.plan.ties)
+    with progress(loading) as on_slot:
+        fill(loading.plan, loading.plan.slots, device=loading.device, on_slot=on_slot)
+    _fill_drawn(loading, loading.model)
+    return loading.model
+
+
+def inject(loading: Loading, adalora: AdaLoraConfig) -> nn.Module:
+    """Put adapters on the meta device around the base, whose fingerprint comes from its files."""
+    loading.model.adalora_base_fingerprint = fingerprint(list(_samples(loading, adalora)))  # type: ignore[assignment]
+    return inject_adalora(loading.model, adalora)
+
+
+def load_sharded(loading: Loading, shard: Callable[[nn.Module], None], storage: torch.device) -> nn.Module:
+    """Shard with FSDP2 first, then let every rank read its own rows; a collective call.
+
+    Args:
+        loading: with adapters.
+        shard: applies `fully_shard` in place.
+        storage: where shards are kept (the CPU under CPU offload).
+    """
+    shard(loading.model)
+    materialize_shards(loading.model, storage, loading.plan.ties)
+    with progress(loading) as on_slot:
+        fill(loading.plan, loading.plan.slots, device=loading.device, on_slot=on_slot)
+    _fill_drawn(loading, loading.model)
+    return loading.model
+
+
+def load_partitioned(
+    loading: Loading,
+    blocks: list[nn.Module],
+    partition: Callable[[list[nn.Parameter]], None],
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    """Let rank 0 read block by block, and DeepSpeed ZeRO-3 partition each at once; a collective call.
+
+    Args:
+        loading: with adapters.
+        blocks: the transformer blocks; what is outside them follows module by module.
+        partition: partitions parameters in place, with rank 0's values.
+        dtype: what DeepSpeed computes in: it casts no model that is partitioned already; None keeps every dtype.
+    """
+    plan = loading.plan
+    inside = {id(module) for block in blocks for module in block.modules()}
+    units = [list(block.modules()) for block in blocks]
+    units += [[module] for module in loading.model.modules() if id(module) not in inside]
+    reads = dist.get_rank() == 0
+    with progress(loading) as on_slot:
+        for unit in units:
+            materialize(unit, loading.device, plan.ties)
+            members = {id(module) for module in unit}
+            if reads:
+                slots = [slot for slot in plan.slots if id(slot.module) in members]
+                fill(plan, slots, device=loading.device, on_slot=on_slot)
+            _fill_drawn(loading, unit)
+            own = [parameter for module in unit for parameter in module.parameters(recurse=False)]
+            for parameter in own:
+                if dtype is not None and parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
+                    parameter.data = parameter.data.to(dtype)
+            for module in unit:
+                if isinstance(module, Linear4bit) and module.nested.numel():
+                    dist.broadcast(module.nested, src=0)  # a buffer; parameters are broadcast as they are partitioned
+            partition(own)
+    return loading.model
+
+
+def describe(model: nn.Module) -> str:
+    """Return the line about the share of the base that is kept in 4 bits, and what looks as if it should be."""
+    quantized, _ = quantized_share(model)
+    line = f"4-bit base: {quantized / max(coverage(model).linear_weights, 1):.1%} of the linear weights quantised"
+    experts = [f"{name}.{leaf}" for name, leaf, _ in expert_tensors(model)]
+    if experts:
+        line += f"; tensors of several matrices stay as they are: {experts[0]}{' …' * (len(experts) > 1)}"
+    return line
+
+
+def unquantized_linears(model: nn.Module) -> list[str]:
+    """Name the linear layers that are not in 4 bits: transformers must leave them alone when it loads the result."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+def _fill_drawn(loading: Loading, where: nn.Module | list[nn.Module]) -> None:
+    """Fill adapters and new heads among `where`."""
+    modules = list(where.modules()) if isinstance(where, nn.Module) else where
+    members = {id(module) for module in modules}
+    for module in modules:
+        if isinstance(module, AdaLoraLayer):
+            for name, value in zip(("lora_A", "lora_E", "lora_B"), module.initial_factors(), strict=True):
+                copy_rows(getattr(module, name), value, name)
+    for head, values in loading.fresh:
+        for prefix, part in head.named_modules():
+            if id(part) in members:
+                for leaf, parameter in part.named_parameters(recurse=False):
+                    copy_rows(parameter, values[f"{prefix}.{leaf}" if prefix else leaf], leaf)
+
+
+class progress:
+    """A bar over the tensors on rank 0's terminal, and a line with bytes and seconds when all are there.
+
+    The block gets a function to call after each tensor.
+    """
+
+    def __init__(self, loading: Loading) -> None:
+        self._loading = loading
+        self._main = not dist.is_initialized() or dist.get_rank() == 0
+
+    def __enter__(self) -> Callable[[Slot], None]:
+        self._started = time.perf_counter()
+        shown = self._main and sys.stderr.isatty()
+        self._bar = tqdm(total=len(self._loading.plan.slots), desc="loading", unit="tensor", disable=not shown)
+        return self._advance
+
+    def _advance(self, slot: Slot) -> None:
+        self._bar.update()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._bar.close()
+        if self._main and kind is None:
+            read = self._loading.plan.checkpoint.bytes_read
+            seconds = time.perf_counter() - self._started
+            print(f"base read: {read / 2**20:,.1f} MiB by this rank in {seconds:.1f} s", flush=True)
+            if ignored := self._loading.plan.ignored:
+                print(f"not used of the checkpoint: {', '.join(ignored[:3])}{' …' * (len(ignored) > 3)}", flush=True)
+
+
+def _samples(loading: Loading, adalora: AdaLoraConfig) -> Iterator[WeightSample]:
+    """Look at the weights to adapt as `inject_adalora` would in memory: ranks, engines and loaders see the same."""
+    sources = {(id(slot.module), slot.leaf): slot for slot in loading.plan.slots}
+    checkpoint, dtype = loading.plan.checkpoint, loading.plan.dtype
+    for name in find_targets(loading.model, adalora):
+        module = loading.model.get_submodule(name)
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        slot = sources.get((id(module), "weight"))
+        seen = sample(name, weight)
+        if slot is None:  # tied to another module's, which has been seen
+            yield seen
+            continue
+        stored = checkpoint.tensors[slot.source]
+        rows = checkpoint.rows(slot.source, 0, min(stored.shape[0], -(-LEADING // stored.shape[1])))
+        kept = rows.to(dtype) if rows.is_floating_point() else rows
+        kind = f"{seen.dtype}" if not isinstance(module, Linear4bit) else f"{dtype} {module.spec}"
+        shape = seen.shape if not isinstance(module, Linear4bit) else stored.shape
+        yield WeightSample(name, shape, kind, kept.flatten()[:LEADING].tolist())
+
+
+def _model_config(config: ModelConfig) -> PretrainedConfig:
+    try:
+        found: PretrainedConfig = AutoConfig.from_pretrained(
+            config.model_name_or_path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model.model_name_or_path={config.model_name_or_path}: {reason}") from None
+    return found
+
+
+def _stored_quantization(config: PretrainedConfig) -> Any:
+    """Return the checkpoint's own quantisation, if it is bitsandbytes' 4-bit one.
+
+    Raises:
+        UserError: it is another one.
+    """
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    options = stored if isinstance(stored, dict) else stored.to_dict()
+    if not options.get("load_in_4bit", options.get("_load_in_4bit", False)):
+        method = options.get("quant_method", "unknown")
+        raise UserError(
+            f"the checkpoint is quantised with '{method}'; load a 16-bit checkpoint or a 4-bit one of bitsandbytes."
+        )
+    return options
+
+
+def _dtype(config: ModelConfig, model_config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    if config.torch_dtype != "auto":
+        return cast(torch.dtype, getattr(torch, config.torch_dtype))
+    if isinstance(stated := getattr(model_config, "dtype", None), torch.dtype):
+        return stated
+    return next((FLOATS[t.dtype] for t in checkpoint.tensors.values() if t.dtype in FLOATS), torch.float32)
+
+
+def _keep_float32(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep in float32 what transformers keeps so when it loads a model in another dtype."""
+    plan = model._get_dtype_plan(dtype)  # type: ignore[operator]  # PreTrainedModel's
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{leaf}" if name else leaf
+            if any(entry in full.split(".") or entry == full for entry in plan) and parameter.dtype != torch.float32:
+                module._parameters[leaf] = nn.Parameter(parameter.float(), requires_grad=parameter.requires_grad)

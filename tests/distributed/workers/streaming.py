@@ -1,0 +1,101 @@
+"""A base streamed onto an engine: digests of every tensor as the ranks hold it together, and what each rank read.
+
+run_ranks(…, args=[ENGINE, MODEL, "4" or "16"])    ENGINE is whole, fsdp2, hsdp or zero3
+"""
+
+import hashlib
+import os
+import sys
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from adalora_scale.config import AdaLoraConfig, DataConfig, Fsdp2Config, ModelConfig, RunConfig
+from adalora_scale.quantization.linear import Linear4bit
+from adalora_scale.training import loading
+from adalora_scale.training.engines import partition_zero3, shard_fsdp2, transformer_blocks
+from tests.distributed.launcher import report
+
+CPU = torch.device("cpu")
+
+
+def digest(tensor):
+    return hashlib.sha256(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def whole(parameter):
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    if hasattr(parameter, "ds_id"):
+        from adalora_scale.sharding.zero import gathered_parameter
+
+        return gathered_parameter(parameter)
+    return parameter
+
+
+def load(engine, path, bits):
+    """Load the model as training does and return (model, bytes that this process read)."""
+    model = ModelConfig(model_name_or_path=path, load_in_4bit=bits == "4", bnb_4bit_compute_dtype="float32")
+    config = RunConfig(model=model, data=DataConfig(train="unused"), training={"output_dir": "unused"})
+    torch.manual_seed(1)
+    started = loading.begin(config, device=CPU)
+    loading.inject(started, AdaLoraConfig(init_r=4, target_r=2))
+    before = started.plan.checkpoint.bytes_read  # the fingerprint's few rows
+    if engine == "zero3":
+        options = {"zero_optimization": {"stage": 3}}
+        blocks = transformer_blocks(started.model)
+        loaded = loading.load_partitioned(started, blocks, lambda own: partition_zero3(own, options), None)
+    elif engine == "whole":
+        loaded = loading.load_whole(started)
+    else:
+        options = Fsdp2Config(replicate=2 if engine == "hsdp" else 1)
+        loaded = loading.load_sharded(started, lambda m: shard_fsdp2(m, options, device_type="cpu", bf16=False), CPU)
+    return loaded, started.plan.checkpoint.bytes_read - before
+
+
+def digests(model):
+    """Digests of parameters and buffers by name; every rank calls it."""
+    found = {name: digest(whole(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return found | {name: digest(buffer) for name, buffer in model.named_buffers()}
+
+
+def every_byte_survives(model):
+    """Fill the shards with all byte values, gather as a forward in bfloat16 does, and compare what is whole then."""
+    own = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+    expected = {}
+    for number, layer in enumerate(own):
+        for leaf in ("weight", "scales"):
+            parameter = getattr(layer, leaf)
+            values = (torch.arange(parameter.numel()) * 7 + number).to(torch.uint8).view(parameter.shape)
+            expected[number, leaf] = values
+            local = parameter.to_local()
+            chunk = -(-parameter.shape[0] // dist.get_world_size())
+            start = min(dist.get_rank() * chunk, parameter.shape[0])
+            local.copy_(values[start : start + local.shape[0]])
+    same = True
+    for block in (*transformer_blocks(model), model):
+        block.unshard()
+    for number, layer in enumerate(own):
+        for leaf in ("weight", "scales"):
+            gathered = getattr(layer, leaf)
+            same &= not isinstance(gathered, DTensor) and torch.equal(gathered.detach(), expected[number, leaf])
+    seen = {int(value) for values in expected.values() for value in values.unique()}
+    return same and seen == set(range(256))
+
+
+def main(engine, path, bits):
+    dist.init_process_group("gloo")
+    model, read = load(engine, path, bits)
+    together = digests(model)
+    figures = {"digests": together, "read": read, "fingerprint": model.adalora_base_fingerprint}
+    if engine == "fsdp2" and bits == "4":
+        figures["bytes_survive"] = every_byte_survives(model)
+    report(**figures)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
