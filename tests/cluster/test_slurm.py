@@ -76,6 +76,7 @@ def test_the_time_limit_itself_leads_there(slurm, submit, tmp_path, one_process_
     slurm.call("scancel", job)
 
 
+@pytest.mark.full
 def test_a_failing_rank_is_named_in_the_jobs_output(slurm, submit, tmp_path):
     """Else a user greps the logs of every node for the first traceback."""
     job = submit("data.train=/no/such/file.jsonl")
