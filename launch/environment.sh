@@ -9,7 +9,7 @@ die() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
 # Logs: logs/<job>/<host>.<rank>.log and <host>.launcher.log, on a file system that all hosts share.
 job="${JOB:-adalora}"
-export ADALORA_HOST="${ADALORA_HOST:-${SLURMD_NODENAME:-$(hostname -s)}}"
+export ADALORA_HOST="${ADALORA_HOST:-${SLURMD_NODENAME:-${HOSTNAME%%.*}}}"
 export ADALORA_LOG_DIR="${ADALORA_LOG_DIR:-$PWD/logs/${job//\//_}}"
 mkdir -p "$ADALORA_LOG_DIR" || die "the log folder $ADALORA_LOG_DIR cannot be made"
 

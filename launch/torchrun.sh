@@ -22,6 +22,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 # Kubernetes' training operator speaks through PET_ variables.
 NODES="${NODES:-${PET_NNODES:-1}}"
 RDZV="${RDZV:-${PET_RDZV_ENDPOINT:-}}"
+patience="${PET_RDZV_ENDPOINT:+300}"  # pods start in any order, and have an address only then
 RESTARTS="${RESTARTS:-${PET_MAX_RESTARTS:-0}}"
 GPUS="${GPUS:-${PET_NPROC_PER_NODE:-}}"
 JOB="${JOB:-${PET_RDZV_ID:-adalora}}"
@@ -32,7 +33,7 @@ source launch/environment.sh
 if [[ -z "$GPUS" || "$GPUS" == auto || "$GPUS" == gpu ]]; then GPUS="$(gpus_here)"; fi
 
 # Everything that can be wrong is said now, in one line, not by some rank minutes later.
-check=(--nodes "$NODES" --ranks-per-node "$GPUS")
+check=(--nodes "$NODES" --ranks-per-node "$GPUS" --patience "${patience:-0}")
 if [[ -n "$RDZV" ]]; then check+=(--endpoint "$RDZV"); fi
 settings="$(adalora-scale launch-check "${check[@]}" -- "$@")" || exit 2
 eval "$settings"  # output_dir, endpoint, local_address

@@ -17,7 +17,7 @@ from adalora_scale.cluster.evidence.status import Status, newest_attempt, read_s
 
 REQUEST = "dump.request"
 STACKS_SUFFIX = ".stacks"
-_POLL_S = 1.0
+_POLL_S = 2.0
 _PATIENCE_LATE_S, _PATIENCE_GONE_S = 10.0, 3.0
 """How long a failed rank waits for the records of ranks that are late, and where one is gone and can leave none.
 Launchers end all ranks once one has exited."""

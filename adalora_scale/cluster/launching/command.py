@@ -42,6 +42,7 @@ def add_launch_check(verbs: _Verbs) -> None:
     parser.add_argument(
         "--endpoint", metavar="HOST:PORT", help="the rendezvous; without HOST the hostfile's first host"
     )
+    parser.add_argument("--patience", type=float, default=0, metavar="S", help="seconds to wait for HOST's address")
     parser.add_argument("--sbatch", type=Path, metavar="FILE", help="a job script whose #SBATCH lines to check")
     parser.set_defaults(run=_run)
 
@@ -69,7 +70,7 @@ def check(arguments: argparse.Namespace) -> dict[str, object]:
     if hosts:
         _check_hosts(hosts, arguments.endpoint, found)
     else:
-        endpoint = check_endpoint(arguments.endpoint or "localhost:0")
+        endpoint = check_endpoint(arguments.endpoint or "localhost:0", patience_s=arguments.patience)
         found |= {"endpoint": endpoint, "master": endpoint.host, "port": endpoint.port}
         found["local_address"] = "" if endpoint.local_address.startswith("127.") else endpoint.local_address
         if arguments.endpoint is None and arguments.nodes not in (None, "1"):
