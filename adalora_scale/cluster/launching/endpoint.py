@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from dataclasses import dataclass
 
 import psutil
@@ -35,22 +36,22 @@ def split_endpoint(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def check_endpoint(text: str) -> Endpoint:
+def check_endpoint(text: str, *, patience_s: float = 0) -> Endpoint:
     """Resolve a rendezvous and, if it is on this host, see that its port is free; port 0 means any free port of it.
 
     torchrun takes a foreign listener for another node's rendezvous and waits for it until a time-out.
+
+    Args:
+        text: `host:port`.
+        patience_s: how long to wait for the host's name to get an address. Kubernetes gives one when the pod starts,
+            and pods start in any order.
 
     Raises:
         UserError: the text is not `host:port`, the name is unknown, or the port is taken.
     """
     host, port = split_endpoint(text)
     host = host or "localhost"
-    try:
-        address = socket.gethostbyname(host)
-    except OSError:
-        raise UserError(
-            f"the rendezvous host '{host}' has no address here; check its name, or write its address."
-        ) from None
+    address = _address(host, patience_s)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:  # a datagram socket's connect sends nothing
         try:
             way.connect((address, port or 1))
@@ -62,6 +63,18 @@ def check_endpoint(text: str) -> Endpoint:
     elif port == 0:
         raise UserError(f"a free port can be looked for on this host only, not on {host}; name one.")
     return Endpoint(host=host, port=port, local_address=local_address)
+
+
+def _address(host: str, patience_s: float) -> str:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return socket.gethostbyname(host)
+        except OSError:
+            if time.monotonic() >= deadline:
+                message = f"the rendezvous host '{host}' has no address here; check its name, or write its address."
+                raise UserError(message) from None
+        time.sleep(1)
 
 
 def _is_here(address: str) -> bool:
