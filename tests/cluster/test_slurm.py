@@ -61,12 +61,11 @@ def test_usr1_leads_to_a_checkpoint_a_requeue_and_the_result_of_one_process(
 @pytest.mark.full
 def test_the_time_limit_itself_leads_there(slurm, submit, tmp_path, one_process_result):
     """The directive --signal is worth nothing if SLURM does not send what the script waits for, when it should."""
-    # SLURM counts in minutes and may send the signal up to one earlier: 70 s before the end of 2 minutes.
+    # SLURM counts in minutes and may send the signal up to one earlier than 70 s before the end of 2 minutes: while the
+    # ranks are still loading, which is the hard case.
     long = "training.max_steps=3000"
     job = submit(long, sbatch=(*FITTED[:2], "--time=2", "--signal=B:USR1@70"))
-    slurm.wait(job, "PENDING", timeout=30) if slurm.state(job)["JobState"] == "PENDING" else None
-    wait_for_step(tmp_path / "out", 2, alive=running(slurm, job))
-    deadline = time.monotonic() + 130
+    deadline = time.monotonic() + 180
     while slurm.state(job)["Restarts"] == "0":
         assert time.monotonic() < deadline, (tmp_path / "job.out").read_text()
         time.sleep(1)
@@ -106,7 +105,6 @@ def test_a_node_that_dies_requeues_the_job_which_goes_on_from_its_checkpoint(
     wait_for_step(tmp_path / "out", 14, alive=running(slurm, job))
     slurm.call("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
     restart_now(slurm, job)
-    slurm.call("scontrol", "update", "NodeName=node2", "State=RESUME")
     state = slurm.wait(job)
     said = (tmp_path / "job.out").read_text()
     assert state["JobState"] == "COMPLETED" and state["Restarts"] == "1", said
