@@ -10,16 +10,19 @@ number of triplets equal; learning rate and alpha should be tuned for LoRA, not 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
 from trl import SFTTrainer
 
 from adalora_scale.config import RunConfig, load_config
 from adalora_scale.errors import Unsupported, run_reporting_errors
+from adalora_scale.quantization.linear import dequantize_model
 from adalora_scale.training.console import use_console
 from adalora_scale.training.metrics import exact_match
 from adalora_scale.training.records import write_json
@@ -42,7 +45,12 @@ def run(arguments: argparse.Namespace, config: RunConfig) -> int:
     """Train plain LoRA on `config`'s task."""
     if config.task != "causal_lm":
         raise Unsupported("lora_baseline trains causal language models; set task=causal_lm.")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends an optional CPU kernel when PEFT imports it
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    from peft import LoraConfig, get_peft_model
+
     inputs = prepare(config)
+    inputs.arguments.ddp_find_unused_parameters = False
     target = config.adalora.target_modules
     lora = LoraConfig(
         r=arguments.lora_r,
@@ -51,7 +59,8 @@ def run(arguments: argparse.Namespace, config: RunConfig) -> int:
         target_modules=target,
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(load_model(config), lora)
+    # PEFT knows no 4-bit layer but bitsandbytes' own: LoRA gets the same frozen weights, dequantised.
+    model = get_peft_model(dequantize_model(load_model(config), torch.float32), lora)
     trainer = SFTTrainer(
         model,
         args=inputs.arguments,

@@ -29,7 +29,7 @@ from transformers.utils import logging as hf_logging
 
 from adalora_scale.adalora.injection import coverage, inject_adalora, modules_to_save
 from adalora_scale.config import AdaLoraConfig, RunConfig
-from adalora_scale.errors import UserError
+from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.training import loading
 from adalora_scale.training.arguments import (
     check_training_section,
@@ -219,32 +219,51 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
 def place_model(config: RunConfig, inputs: Inputs, zero3: dict[str, Any] | None) -> nn.Module:
     """Return the base model with its adapters, where the engine wants it.
 
-    4-bit bases, and bases that FSDP2 or ZeRO-3 shard, stream from their files; others are loaded by transformers.
+    4-bit bases, and bases that FSDP2 or ZeRO-3 shard, stream from their files; others, and 16-bit ones that cannot be
+    streamed, are loaded whole by transformers.
     """
-    device, labels = inputs.arguments.device, inputs.raw.label_names
+    device = inputs.arguments.device
     fsdp2 = inputs.engine.name == "fsdp2"
-    if not (fsdp2 or zero3 or loading.is_streamed(config.model)):
-        model = load_model(config, labels)
-        return inject_adalora(model, adalora_config_for(config, model))
+
+    def shard(model: nn.Module) -> None:
+        bf16 = computes_in_bf16(check_training_section(config))
+        shard_fsdp2(model, inputs.engine.fsdp2, device_type=device.type, bf16=bf16)
+
+    started = _begin_streaming(config, inputs) if fsdp2 or zero3 or loading.is_streamed(config.model) else None
+    if started is None:
+        model = load_model(config, inputs.raw.label_names)
+        inject_adalora(model, adalora_config_for(config, model))
+        if fsdp2:
+            shard(model)
+        return model
+    loading.inject(started, adalora_config_for(config, started.model))
+    if fsdp2:
+        storage = torch.device("cpu") if inputs.engine.fsdp2.cpu_offload else device
+        return loading.load_sharded(started, shard, storage)
+    if zero3:
+        dtype = torch.bfloat16 if inputs.arguments.bf16 else torch.float16 if inputs.arguments.fp16 else None
+        blocks = transformer_blocks(started.model)
+        return loading.load_partitioned(started, blocks, lambda own: partition_zero3(own, zero3), dtype)
+    return loading.load_whole(started)
+
+
+def _begin_streaming(config: RunConfig, inputs: Inputs) -> loading.Loading | None:
+    """Begin to stream the base; None, with a note, for a 16-bit base whose files need transformers to load them."""
 
     def new_heads(model: nn.Module) -> list[str]:
         if config.task != "sequence_classification":
             return []
         return modules_to_save(model, adalora_config_for(config, model))
 
-    started = loading.begin(config, device=device, label_names=labels, new_heads=new_heads)
-    loading.inject(started, adalora_config_for(config, started.model))
-    if fsdp2:
-        options, bf16 = inputs.engine.fsdp2, computes_in_bf16(check_training_section(config))
-        storage = torch.device("cpu") if options.cpu_offload else device
-        return loading.load_sharded(
-            started, lambda model: shard_fsdp2(model, options, device_type=device.type, bf16=bf16), storage
-        )
-    if zero3:
-        dtype = torch.bfloat16 if inputs.arguments.bf16 else torch.float16 if inputs.arguments.fp16 else None
-        blocks = transformer_blocks(started.model)
-        return loading.load_partitioned(started, blocks, lambda own: partition_zero3(own, zero3), dtype)
-    return loading.load_whole(started)
+    device, labels = inputs.arguments.device, inputs.raw.label_names
+    try:
+        return loading.begin(config, device=device, label_names=labels, new_heads=new_heads)
+    except Unsupported as reason:
+        if loading.is_streamed(config.model):
+            raise
+        if inputs.arguments.process_index == 0:
+            print(f"every rank loads the base whole: {reason}", flush=True)
+        return None
 
 
 def adalora_config_for(config: RunConfig, model: nn.Module) -> AdaLoraConfig:

@@ -22,19 +22,19 @@ def cells_of(stories260k, deepspeed_ops, tmp_path_factory):
     """Run cells of one model on ranks in one start and return what every cell came to, equal on all ranks."""
     files = {}
 
-    def run(ranks, cells, *, model="stories260k", timeout=540):
+    def run(ranks, cells, *, model="stories260k", bits="16", timeout=540):
         path = stories260k if model == "stories260k" else None
         kinds = {cell.split(":")[1] for cell in cells}
         if "bf16" in kinds or model != "stories260k":
             file = "none"
         else:
-            file = files.get("stories260k") or tmp_path_factory.mktemp("expected") / "expected.pt"
+            file = files.get(bits) or tmp_path_factory.mktemp("expected") / "expected.pt"
             if not file.exists():
-                problem = Problem(model=str(path), device=torch.device("cpu"), ranks=1)
+                problem = Problem(model=str(path), device=torch.device("cpu"), ranks=1, load_in_4bit=bits == "4")
                 plain, clip = (expected_outcome(variant, problem) for variant in ("plain", "clip"))
                 torch.save({"clip": clip} | dict.fromkeys(("plain", "accumulation", "checkpointing"), plain), file)
-            files["stories260k"] = file
-        outputs = run_ranks(WORKER, ranks, [path or "random", file, *cells], timeout=timeout)
+            files[bits] = file
+        outputs = run_ranks(WORKER, ranks, [path or "random", bits, file, *cells], timeout=timeout)
         for cell in cells:
             assert all(output[cell]["verdict"] == outputs[0][cell]["verdict"] for output in outputs)
         return {cell: outputs[0][cell] for cell in cells}
@@ -82,6 +82,14 @@ def test_hybrid_sharding_on_four_ranks(cells_of):
     assert cells["fsdp2:plain"]["empty_spans"] > 0
 
 
+def test_a_4_bit_base_changes_nothing_about_that(cells_of):
+    """Else QAdaLoRA's ranks depend on the engine: the reference trains over the dequantised weights in float64."""
+    cells = cells_of(2, ["ddp:plain", "fsdp2:plain", "zero2:plain", "zero3:plain"], model="random", bits="4")
+    assert_all_pass(cells)
+    other = cells_of(2, ["ddp:plain"], model="random")
+    assert other["ddp:plain"]["reference_loss"] != cells["ddp:plain"]["reference_loss"]
+
+
 @pytest.fixture(scope="module")
 def mutants(cells_of):
     two = ["fsdp2:plain:scores", "zero2:plain:scores", "fsdp2:plain:gram", "zero2:plain:copy", "zero2:plain:publish"]
@@ -122,10 +130,11 @@ def test_the_distance_sees_one_tensor_and_what_is_not_a_number():
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("bits", ["16", "4"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_whole_matrix(cells_of, engine, ranks):
-    """Else a variant that few use is wrong on some engine."""
+def test_the_whole_matrix(cells_of, engine, ranks, bits):
+    """Else a variant that few use is wrong on some engine, or over a 4-bit base."""
     if engine == "hsdp" and ranks != 4:
         pytest.skip("HSDP needs 4 ranks")
-    assert_all_pass(cells_of(ranks, [f"{engine}:{variant}" for variant in VARIANTS]))
+    assert_all_pass(cells_of(ranks, [f"{engine}:{variant}" for variant in VARIANTS], bits=bits))

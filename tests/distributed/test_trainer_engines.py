@@ -10,6 +10,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from adalora_scale.export.peft_adalora import load_adapter
+from adalora_scale.quantization.linear import quantize_model
+from adalora_scale.quantization.spec import QuantSpec
+from adalora_scale.verify.memory import MemoryProblem
 from tests.conftest import ROOT
 from tests.distributed.launcher import run_ranks
 from tests.distributed.workers import trainer_worker
@@ -87,12 +90,14 @@ def assert_equals_one_process(ranks, folder, reference):
     assert max(outcome["norms"]) > 0.5  # clipping took part
 
 
-def assert_saved_is_live(ranks, folder, stories260k, kind):
+def assert_saved_is_live(ranks, folder, stories260k, kind, four_bit=False):
     """The file, on a fresh base in this process, computes what the engine computed before it was saved."""
     if kind == "classify":
         base = AutoModelForSequenceClassification.from_pretrained(stories260k, num_labels=77, dtype=torch.float32)
     else:
         base = AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32)
+    if four_bit:
+        quantize_model(base, QuantSpec(compute_dtype=torch.float32))
     untouched = trainer_worker.probe_loss(base, kind)
     loaded = trainer_worker.probe_loss(load_adapter(base, folder / "out"), kind)
     for rank in ranks:
@@ -119,6 +124,20 @@ def test_sft_trainer_on_two_ranks_is_one_process(engine, on_ranks, one_process, 
     assert_saved_is_live(ranks, folder, stories260k, "sft")
     written = {path.name for path in (folder / "out").rglob("*") if path.is_file()}
     assert not {name for name in written if name.endswith((".bin", ".pt", ".pth")) or name == "model.safetensors"}
+
+
+FOUR_BIT = ("model.load_in_4bit=true", "model.bnb_4bit_compute_dtype=float32")
+
+
+@pytest.mark.parametrize(
+    "engine", ["zero3", *(pytest.param(name, marks=full) for name in ("ddp", "fsdp2", "zero1", "zero2"))]
+)
+def test_a_4_bit_base_on_two_ranks_is_one_process(engine, on_ranks, one_process, stories260k):
+    """QAdaLoRA through the trainers: streamed, quantised and sharded bases train the adapter of one process."""
+    ranks, folder = on_ranks(engine, "sft", extra=FOUR_BIT)
+    assert {rank["engine"] for rank in ranks} == {real(engine)}
+    assert_equals_one_process(ranks, folder, one_process("sft", *FOUR_BIT))
+    assert_saved_is_live(ranks, folder, stories260k, "sft", four_bit=True)
 
 
 @pytest.mark.parametrize(
@@ -205,3 +224,36 @@ def test_commands_of_the_readme(tmp_path, deepspeed_ops):
         ours, theirs = ([record[key] for record in run[1] if key in record] for run in (zero2, fsdp2))
         assert len(ours) == 8 and ours == pytest.approx(theirs, rel=1e-4)
     assert zero2[0]["final"]["eval_loss"] == pytest.approx(fsdp2[0]["final"]["eval_loss"], rel=1e-4)
+
+
+@full
+def test_a_random_llama_of_100_m_trains_in_4_bits(tmp_path, stories260k, data_dir, deepspeed_ops):
+    """The sizes of real layers: weights above DeepSpeed's persistence threshold, several shards of a checkpoint."""
+    problem = MemoryProblem(model=None, device=torch.device("cpu"), ranks=2)
+    model = problem.full_precision_model(torch.bfloat16)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 95e6
+    model.save_pretrained(tmp_path / "model", max_shard_size="80MB")
+    chat = data_dir / "sgd_chat"
+    options = [
+        "--config", "configs/recipes/sgd_chat_stories260k.yaml", f"model.model_name_or_path={tmp_path / 'model'}",
+        f"model.tokenizer_name_or_path={stories260k}", "model.load_in_4bit=true", "model.torch_dtype=float32",
+        "model.bnb_4bit_compute_dtype=float32", f"data.train={chat / 'train.jsonl'}", f"data.eval={chat / 'dev.jsonl'}",
+        "data.max_train_samples=40", "data.max_eval_samples=4", "data.max_length=64", "training.max_steps=6",
+        "training.per_device_train_batch_size=2", "adalora.deltaT=1", "training.eval_on_start=false",
+        "training.learning_rate=1e-3",
+    ]  # fmt: skip
+    runs = {}
+    for name, launcher, extra in (
+        ("zero3", "deepspeed", ["--deepspeed", "configs/deepspeed/zero3.json"]),
+        ("fsdp2", "torchrun", ["engine.name=fsdp2"]),
+    ):
+        folder = tmp_path / name
+        arguments = [*options, *extra, f"training.output_dir={folder}"]
+        run_ranks(ROOT / "launch" / "train.py", 2, arguments, launcher=launcher, timeout=550)
+        runs[name] = json.loads((folder / "run.json").read_text())
+        losses = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses = [record["loss"] for record in losses if "loss" in record]
+        assert len(losses) == 6 and losses[-1] < losses[0]
+    assert runs["zero3"]["engine"] == "zero3" and runs["fsdp2"]["engine"] == "fsdp2"
+    assert runs["zero3"]["ranks"] == runs["fsdp2"]["ranks"] and len(set(runs["zero3"]["ranks"].values())) >= 3
+    assert runs["zero3"]["final"]["eval_loss"] == pytest.approx(runs["fsdp2"]["final"]["eval_loss"], rel=1e-4)

@@ -1,6 +1,6 @@
 """Cells of the equivalence matrix on real ranks, right ones and mutants that the criterion must refuse.
 
-run_ranks(…, args=[MODEL or "random", EXPECTED or "none", CELL…])    CELL is engine:variant[:mutant]
+run_ranks(…, args=[MODEL or "random", "4" or "16" bits, EXPECTED or "none", CELL…])    CELL is engine:variant[:mutant]
 """
 
 import contextlib
@@ -142,10 +142,13 @@ def shapes_seen(shapes):
         yield
 
 
-def main(model, expected_file, *cells):
+def main(model, bits, expected_file, *cells):
     dist.init_process_group("gloo")
     problem = Problem(
-        model=None if model == "random" else model, device=torch.device("cpu"), ranks=dist.get_world_size()
+        model=None if model == "random" else model,
+        device=torch.device("cpu"),
+        ranks=dist.get_world_size(),
+        load_in_4bit=bits == "4",
     )
     cells = [[*cell.split(":"), ""][:3] for cell in cells]
     if expected_file == "none":
