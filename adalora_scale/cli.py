@@ -16,7 +16,7 @@ from pathlib import Path
 
 from adalora_scale.cluster.launching.command import add_launch_check
 from adalora_scale.config import RunConfig, load_config
-from adalora_scale.errors import Unsupported, UserError, run_reporting_errors
+from adalora_scale.errors import Interrupted, Unsupported, UserError, run_reporting_errors
 from adalora_scale.training.quantize import add_verb as add_quantize_verb
 
 _OVERRIDES = """
@@ -209,7 +209,7 @@ def _quiet_start() -> None:
 def _leave_process_group() -> None:
     import torch.distributed as dist
 
-    if sys.exc_info()[0] is None and dist.is_available() and dist.is_initialized():
+    if sys.exc_info()[0] in (None, Interrupted) and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -1,18 +1,77 @@
 #!/usr/bin/env bash
 # Everything worth running when a GPU is at hand for a few minutes: the GPU tests, then the benchmarks on cuda.
-# Results go to the folder given as first argument (default benchmarks/results).
+# Results, named after the card, go to the folder given as first argument (default benchmarks/results).
 #
 #   bash benchmarks/gpu.sh [FOLDER]
+#   WHEELS=folder bash benchmarks/gpu.sh [FOLDER]    # first unpacks that folder's wheels beside the installed packages
+#
+# One failure does not hide the next: all parts run, and the exit code is 1 if one failed. ADALORA_GPU_PARTS picks some
+# (default "tests overhead 8b 70b"), in this order.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 out="${1:-benchmarks/results}"
+parts="${ADALORA_GPU_PARTS:-tests overhead 8b 70b}"
+python="${PYTHON:-$(command -v python || command -v python3)}"
 mkdir -p "$out"
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+# 70 B leaves little room beside the weights: blocks of differing sizes must not lie about unused.
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+
+if [[ -n "${WHEELS:-}" ]]; then
+    site="$(mktemp -d)"
+    trap 'rm -rf "$site"' EXIT
+    # In a folder of its own and without what they need: the torch that fits the driver must not be replaced.
+    "$python" -m pip install --quiet --no-index --find-links "$WHEELS" --no-deps --no-compile --target "$site" \
+        "$WHEELS"/*.whl || exit 1
+    export PYTHONPATH="$site:$PYTHONPATH"
+fi
+
+"$python" - <<'PYTHON' || exit 1
+import importlib.util
+import sys
+
+needed = ("torch", "transformers", "accelerate", "safetensors", "bitsandbytes", "pydantic", "yaml", "tqdm", "pytest")
+lacking = [name for name in needed if importlib.util.find_spec(name) is None]
+if lacking:
+    sys.exit(f"gpu.sh: {sys.executable} lacks {', '.join(lacking)}; put their wheels into a folder and set WHEELS=folder.")
+import torch
+
+if not torch.cuda.is_available():
+    sys.exit(f"gpu.sh: torch {torch.__version__} sees no GPU here.")
+from transformers import __version__
+
+if tuple(map(int, __version__.split(".")[:2])) < (5, 20):
+    sys.exit(f"gpu.sh: transformers {__version__} is too old, 5.20 is needed; set WHEELS=folder with its wheel.")
+if importlib.util.find_spec("peft") is None:
+    print("gpu.sh: peft is not installed; step_overhead.py, which compares with it, will fail.")
+PYTHON
 
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv
-python -m pytest -q tests/gpu 2>&1 | tee "$out/tests.log"
+card="$("$python" -c 'import re, torch; print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()))')"
+failed=0
+part() {
+    local name="$1"
+    shift
+    [[ " $parts " == *" ${name%%:*} "* ]] || return 0
+    echo "== $name"
+    "$@" || { failed=1; echo "== $name failed"; }
+}
+
+gpu_tests() { "$python" -m pytest -q tests/gpu 2>&1 | tee "$out/tests_$card.log"; }
+part tests gpu_tests
 # An 8 B-like and a small shape: the first is about arithmetic, the second about kernel launches.
-python benchmarks/step_overhead.py --device cuda --dtype bfloat16 --hidden 4096 --layers 32 --tokens 4096 --r 12 \
-    --steps 20 --output "$out/step_overhead_8b.json"
-python benchmarks/step_overhead.py --device cuda --dtype bfloat16 --hidden 512 --layers 48 --tokens 512 --r 12 \
-    --steps 30 --output "$out/step_overhead_launches.json"
+part overhead:8b "$python" benchmarks/step_overhead.py --device cuda --dtype bfloat16 --hidden 4096 --layers 32 \
+    --tokens 4096 --r 12 --steps 20 --output "$out/step_overhead_8b_$card.json"
+part overhead:launches "$python" benchmarks/step_overhead.py --device cuda --dtype bfloat16 --hidden 512 --layers 48 \
+    --tokens 512 --r 12 --steps 30 --output "$out/step_overhead_launches_$card.json"
+# QAdaLoRA on one card, without and with gradient checkpointing; what does not fit is recorded as that.
+part 8b "$python" benchmarks/qlora_step.py --device cuda --shape 8b --tokens 2048 --steps 10 \
+    --output "$out/qlora_step_8b_2k_$card.json"
+part 8b:4k "$python" benchmarks/qlora_step.py --device cuda --shape 8b --tokens 4096 --steps 10 \
+    --output "$out/qlora_step_8b_4k_$card.json"
+part 70b "$python" benchmarks/qlora_step.py --device cuda --shape 70b --tokens 2048 --steps 5 \
+    --output "$out/qlora_step_70b_2k_$card.json"
+part 70b:4k "$python" benchmarks/qlora_step.py --device cuda --shape 70b --tokens 4096 --steps 5 \
+    --gradient-checkpointing --output "$out/qlora_step_70b_4k_$card.json"
+exit "$failed"

@@ -13,6 +13,10 @@ from adalora_scale.checkpoint.format import Checkpoint, CheckpointError
 from adalora_scale.checkpoint.writing import agree, rank_and_size
 from adalora_scale.errors import UserError
 
+NOTHING_TO_RESUME = (
+    "training.resume_from_checkpoint=true, but {} holds no complete checkpoint; with auto a run starts anew then."
+)
+
 
 def find_checkpoint(asked: str | bool | None, output_dir: Path) -> Checkpoint | None:
     """Return the verified checkpoint that `training.resume_from_checkpoint` asks for; a collective call.
@@ -34,10 +38,7 @@ def find_checkpoint(asked: str | bool | None, output_dir: Path) -> Checkpoint | 
     if not found:
         if asked == "auto":
             return None
-        raise UserError(
-            f"training.resume_from_checkpoint=true, but {output_dir} holds no complete checkpoint; use auto to start "
-            f"then."
-        )
+        raise UserError(NOTHING_TO_RESUME.format(output_dir))
     if asked is True:
         return _verified(Path(found[0]))
     problem = ""

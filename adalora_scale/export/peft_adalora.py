@@ -161,7 +161,8 @@ def saved_values(model: nn.Module, directory: str | Path) -> list[tuple[nn.Param
     for name, layer in adapter_layers(model):
         if pattern.get(f"{name}.lora_E") != layer.keep_mask:
             raise Unsupported(f"the adapter in {directory} was saved under another mask of '{name}' than the model's.")
-        keep = torch.tensor(layer.keep_mask or [True] * layer.r)
+        compacted = layer.keep_mask is not None and layer.r == sum(layer.keep_mask)
+        keep = torch.ones(layer.r, dtype=torch.bool) if compacted else torch.tensor(layer.keep_mask or [True] * layer.r)
         for factor, rows in (("lora_A", layer.in_features), ("lora_E", 1), ("lora_B", layer.out_features)):
             saved = tensors.pop(f"{_PREFIX}{name}.{factor}", None)
             shape = (rows, int(keep.sum())) if factor == "lora_B" else (int(keep.sum()), rows)
@@ -169,7 +170,8 @@ def saved_values(model: nn.Module, directory: str | Path) -> list[tuple[nn.Param
                 raise UserError(f"{directory / WEIGHTS_NAME} does not hold '{name}.{factor}' of shape {shape}.")
             whole = torch.zeros(rows, layer.r)
             whole[:, keep] = saved if factor == "lora_B" else saved.T
-            values.append((getattr(layer, factor), whole[0] if factor == "lora_E" else whole))
+            if layer.r:
+                values.append((getattr(layer, factor), whole[0] if factor == "lora_E" else whole))
     own = dict(unwrapped(model).named_parameters(remove_duplicate=False))
     for key, value in tensors.items():
         parameter = own.get(key.removeprefix(_PREFIX))

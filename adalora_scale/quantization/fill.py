@@ -19,6 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from adalora_scale.errors import Unsupported
 from adalora_scale.quantization import functional
 from adalora_scale.quantization.linear import Linear4bit
+from adalora_scale.quantization.memory import CPU_PIECE, PIECE, block_pieces, give_back_freed, row_pieces
 from adalora_scale.quantization.plan import LoadingPlan, Slot
 from adalora_scale.quantization.prequantized import stored_blocks, stored_nested
 
@@ -43,8 +44,10 @@ def fill(
             local, start, stop, _ = own_rows(target, slot.name)
             if target.dim() == 0:
                 local.copy_(plan.checkpoint.whole(slot.source))
-            elif stop > start:
-                local.copy_(plan.checkpoint.rows(slot.source, start, stop))
+            else:
+                for first, last in row_pieces(start, stop, local[:1].numel(), PIECE):
+                    local[first - start : last - start].copy_(plan.checkpoint.rows(slot.source, first, last))
+        give_back_freed()
         on_slot(slot)
 
 
@@ -92,21 +95,25 @@ def _fill_quantized(plan: LoadingPlan, slot: Slot, device: torch.device) -> None
     packed, start, stop, group = own_rows(layer.weight, slot.name)
     scales, *_ = own_rows(layer.scales, slot.name)
     if slot.parts:
-        if stop > start:
-            stored = stored_blocks(checkpoint, slot.source, slot.parts, spec, start, stop)
-            packed.copy_(stored[0])
-            scales.copy_(stored[1])
+        for first, last in block_pieces(start, stop, spec.blocksize, layer.in_features, PIECE):
+            stored = stored_blocks(checkpoint, slot.source, slot.parts, spec, first, last)
+            packed[first - start : last - start].copy_(stored[0])
+            scales[first - start : last - start].copy_(stored[1])
         layer.nested.copy_(stored_nested(checkpoint, slot.name, slot.parts, spec))
         return
-    weights = checkpoint.weights(
-        slot.source,
-        start * spec.blocksize,
-        stop * spec.blocksize,
-        in_features=layer.in_features,
-        transposed=layer.transposed,
-    )
-    codes, absmax = functional.quantize_blocks(weights.to(device, plan.dtype), spec)
-    packed.copy_(codes)
+    absmax = torch.empty(stop - start, dtype=torch.float32, device=device)
+    piece = CPU_PIECE if device.type == "cpu" else PIECE
+    for first, last in block_pieces(start, stop, spec.blocksize, layer.in_features, piece):
+        weights = checkpoint.weights(
+            slot.source,
+            first * spec.blocksize,
+            last * spec.blocksize,
+            in_features=layer.in_features,
+            transposed=layer.transposed,
+        )
+        codes, largest = functional.quantize_blocks(weights.to(device, plan.dtype), spec)
+        packed[first - start : last - start].copy_(codes)
+        absmax[first - start : last - start].copy_(largest)
     if not spec.double_quant:
         scales.copy_(functional.encode_scales(absmax, spec)[0])
         return

@@ -30,6 +30,7 @@ __all__ = [
     "StepReduction",
     "StepSums",
     "adapter_tensors",
+    "base_optimizer",
     "sharding_for",
     "trained_parameters",
     "whole_shape",
@@ -66,6 +67,12 @@ def sharding_for(model: nn.Module, target: object) -> tuple[Sharding, Optimizer]
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return DTensorSharding(model, optimizer), optimizer
     return ReplicatedSharding(model, optimizer), optimizer
+
+
+def base_optimizer(target: object) -> Optimizer:
+    """Return the torch optimizer behind a wrapper or an engine."""
+    optimizer: Optimizer = _chain(target)[-1]
+    return optimizer
 
 
 def _chain(target: Any) -> list[Any]:

@@ -132,6 +132,41 @@ def restore_direct(model: nn.Module, optimizer: Optimizer, states: Mapping[str, 
                 local(optimizer.state[parameter][kind]).view(-1).copy_(value)
 
 
+Place = tuple[int, int, int, int]
+"""(flat partition, offset in it, start in the tensor, length) of a piece."""
+
+
+def flat_pieces(flats: list[Tensor], placed: Mapping[str, Place], optimizer: Optimizer) -> list[Piece]:
+    """Return pieces that are views into flat partitions: ZeRO."""
+    states = [split_state(optimizer, flat) for flat in flats]
+    found = []
+    for name, (group, offset, start, length) in placed.items():
+        part = slice(offset, offset + length)
+        state, scalars = states[group]
+        views = {kind: value.view(-1)[part] for kind, value in state.items()}
+        found.append(Piece(name, start, flats[group].detach()[part], views, scalars))
+    return found
+
+
+@torch.no_grad()
+def restore_flat(
+    flats: list[Tensor], placed: Mapping[str, Place], optimizer: Optimizer, states: Mapping[str, PieceState]
+) -> None:
+    """Put optimizer state back where `flat_pieces` found it.
+
+    Raises:
+        Unsupported: parameters of one partition took different numbers of steps.
+    """
+    for index, flat in enumerate(flats):
+        own = [(place, states[name]) for name, place in placed.items() if place[0] == index and name in states]
+        if not own:
+            continue
+        make_state(optimizer, flat, list(own[0][1].state), common_scalars([given for _, given in own]))
+        for (_, offset, _, length), given in own:
+            for kind, value in given.state.items():
+                optimizer.state[flat][kind].view(-1)[offset : offset + length].copy_(value)
+
+
 def common_scalars(states: list[PieceState]) -> dict[str, float]:
     """Return the numbers that all parameters of one flat partition share.
 

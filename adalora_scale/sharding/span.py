@@ -118,6 +118,8 @@ def adapter_tensors(model: nn.Module) -> list[tuple[AdapterTensor, nn.Parameter]
     """Return every adapter tensor with its parameter, ordered by (layer, factor) with factors as in `FACTORS`."""
     result = []
     for index, (name, layer) in enumerate(adapter_layers(model)):
+        if layer.r == 0:  # built without triplets after the final allocation
+            continue
         rows = {"lora_A": layer.in_features, "lora_E": 1, "lora_B": layer.out_features}
         for factor in FACTORS:
             tensor = AdapterTensor(layer=index, module=name, factor=factor, rows=rows[factor], r=layer.r)

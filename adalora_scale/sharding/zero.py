@@ -12,7 +12,7 @@ The only file that touches DeepSpeed's internals; names in use, as of DeepSpeed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adalora_scale.errors import Unsupported, UserError
-from adalora_scale.sharding.pieces import (
-    Piece,
-    PieceState,
-    common_scalars,
-    make_state,
-    split_state,
-    trained_parameters,
-)
+from adalora_scale.sharding.pieces import Piece, PieceState, Place, flat_pieces, restore_flat, trained_parameters
 from adalora_scale.sharding.span import AdapterTensor, Span, adapter_tensors, gathered_extents
 
 
@@ -147,37 +140,19 @@ class ZeroSharding:
 
     def pieces(self) -> list[Piece]:
         """Return this rank's non-empty pieces of every trained parameter."""
-        states = [split_state(self._zero.optimizer, flat) for flat in self._flats]
-        found = []
-        for name, (group, offset, start, length) in self._placed():
-            part = slice(offset, offset + length)
-            state, scalars = states[group]
-            views = {kind: value.view(-1)[part] for kind, value in state.items()}
-            found.append(Piece(name, start, self._flats[group].detach()[part], views, scalars))
-        return found
+        return flat_pieces(self._flats, self._placed(), self._zero.optimizer)
 
     def restore(self, states: Mapping[str, PieceState]) -> None:
         """Put optimizer state into the flat partitions."""
-        base, placed = self._zero.optimizer, list(self._placed())
-        for index, flat in enumerate(self._flats):
-            own = [(place, states[name]) for name, place in placed if place[0] == index and name in states]
-            if not own:
-                continue
-            make_state(base, flat, list(own[0][1].state), common_scalars([given for _, given in own]))
-            for (_, offset, _, length), given in own:
-                for kind, value in given.state.items():
-                    base.state[flat][kind].view(-1)[offset : offset + length].copy_(value)
+        restore_flat(self._flats, self._placed(), self._zero.optimizer, states)
 
     def refresh(self) -> None:
         """Copy every master into the low-precision copies."""
         self._layout.refresh()
 
-    def _placed(self) -> Iterator[tuple[str, tuple[int, int, int, int]]]:
-        """Yield (name, (group, offset in its flat partition, start, length)) of pieces that are not empty."""
-        for name, parameter in trained_parameters(self._model).items():
-            place = self._layout.place(name, parameter)
-            if place[3]:
-                yield name, place
+    def _placed(self) -> dict[str, Place]:
+        found = {n: self._layout.place(n, p) for n, p in trained_parameters(self._model).items()}
+        return {name: place for name, place in found.items() if place[3]}
 
     def replicas(self) -> tuple[list[tuple[str, Tensor]], dist.ProcessGroup | None]:
         """Under ZeRO-1 and 2 every rank computes with whole low-precision copies; under ZeRO-3 nobody does."""
@@ -219,12 +194,12 @@ class ZeroSharding:
         from deepspeed.utils import safe_get_full_fp32_param
 
         for number, ((tensor, parameter), span) in enumerate(zip(tensors, self.spans, strict=True)):
-            mark = 1.0 if number == 0 else 0.0
-            span.weight.add_(mark)
+            before = span.weight.clone()
+            span.weight.add_(1.0 if number == 0 else 0.0)
             full = safe_get_full_fp32_param(parameter)
             seen = None if full is None else full.reshape(-1)[span.start : span.start + span.weight.numel()]
             same = seen is not None and torch.equal(seen.to(span.weight.device), span.weight)
-            span.weight.sub_(mark)
+            span.weight.copy_(before)  # subtracting would round
             agreed = torch.tensor(float(same), device=self._device)
             dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self._group)
             if not agreed:

@@ -17,7 +17,12 @@ from adalora_scale.errors import Unsupported, UserError, nearest
 from adalora_scale.training.batch import batch_sizes
 from adalora_scale.training.engines import Engine, join_deepspeed_on_cpu, join_on_cpu, refuse_mismatches
 
-OWN_KEYS = {"overwrite_output_dir": bool, "resume_allow_changed": list[str] | None, "global_batch_size": int}
+OWN_KEYS = {
+    "overwrite_output_dir": bool,
+    "resume_allow_changed": list[str] | None,
+    "resume_compact": bool | None,
+    "global_batch_size": int,
+}
 """Keys of the section that are not transformers'."""
 
 # Set through the `data:` section, once tokenisation is done; two places for one thing would disagree some day.

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
-from adalora_scale.adalora.injection import injected_module
-from adalora_scale.checkpoint.finding import find_checkpoint, set_aside
-from adalora_scale.checkpoint.format import Checkpoint
+from adalora_scale.adalora.compaction import compact
+from adalora_scale.adalora.injection import adapter_layers, injected_module
+from adalora_scale.checkpoint.finding import NOTHING_TO_RESUME, find_checkpoint, set_aside
+from adalora_scale.checkpoint.format import Checkpoint, checkpoints, read_manifest
 from adalora_scale.checkpoint.identity import plain, require_same_run
 from adalora_scale.checkpoint.rng import rng_state, set_rng_state
-from adalora_scale.checkpoint.state import allocator_position, gather, read_weights, scatter
+from adalora_scale.checkpoint.state import allocator_position, gather, masks_of, read_weights, scatter
 from adalora_scale.checkpoint.writing import agree, probe_shared, rank_and_size, rotate, write_checkpoint
 from adalora_scale.controller import RankAllocator
-from adalora_scale.errors import Interrupted
-from adalora_scale.sharding import sharding_for
+from adalora_scale.errors import Interrupted, UserError
+from adalora_scale.sharding import base_optimizer
 from adalora_scale.training.fingerprint import data_fingerprint
 from adalora_scale.training.loop_state import loop_state, restore_optimizer, restore_sums
 from adalora_scale.training.records import versions, write_json
@@ -35,6 +35,61 @@ _ARGUMENTS = (
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "seed", "data_seed", "label_smoothing_factor",
     "neftune_noise_alpha", "dataloader_drop_last", "train_sampling_strategy", "average_tokens_across_devices",
 )  # fmt: skip
+
+
+def check_asked_checkpoint(asked: str | bool | None, output_dir: Path) -> None:
+    """See before the model is loaded that there is something to resume from; no collective.
+
+    Raises:
+        UserError: there is no such checkpoint, or its manifest is damaged or of a newer version.
+    """
+    if asked is True and not (found := checkpoints(output_dir)):
+        raise UserError(NOTHING_TO_RESUME.format(output_dir))
+    if asked is True:
+        read_manifest(found[0])
+    elif asked and asked != "auto":
+        read_manifest(str(asked))
+
+
+def choose_checkpoint(asked: str | bool | None, output_dir: Path) -> Checkpoint | None:
+    """Decide what a run goes on from; a collective call.
+
+    Raises:
+        UserError: as `find_checkpoint`; or output_dir is not the same folder on all ranks.
+    """
+    probe_shared(output_dir)
+    return find_checkpoint(asked, output_dir)
+
+
+def compact_for(checkpoint: Checkpoint, model: nn.Module, *, asked: bool | None, exact: bool) -> bool:
+    """Build the adapters of a freshly injected model at the checkpoint's pruned ranks, where that is wanted.
+
+    Args:
+        checkpoint: what the run goes on from.
+        model: the model with adapters at init_r, not yet wrapped or sharded.
+        asked: `training.resume_compact`; None leaves it to `exact`.
+        exact: whether the run could continue bit for bit (same ranks, engine and micro-batch); fewer columns are the
+            same sums in another order of rounding.
+
+    Returns:
+        Whether the model was compacted.
+    """
+    position = checkpoint.manifest["allocator"]
+    masks = masks_of(position)
+    ranks = {name: layer.r for name, layer in adapter_layers(model)}
+    # Otherwise `load` refuses the checkpoint, and says which key differs.
+    fits = ranks == {name: len(mask) for name, mask in masks.items()}
+    # PEFT keeps the columns of pruned triplets, so its preset cannot leave them out.
+    possible = position["frozen"] and position["preset"] != "peft" and fits
+    if asked is True and not position["frozen"]:
+        raise UserError(
+            f"training.resume_compact=true, but {checkpoint.directory} is from before the final allocation: ranks may "
+            f"still return. Remove the key."
+        )
+    wanted = asked if asked is not None else checkpoint.manifest["compact"] or not exact
+    if possible and wanted:
+        compact(model, masks)
+    return possible and wanted
 
 
 class RunCheckpoints:
@@ -53,7 +108,6 @@ class RunCheckpoints:
         """Further keys of the run's config that must not change (`make_trainer` sets them)."""
         self.allowed_changes: list[str] = []
         """`training.resume_allow_changed`."""
-        self._chosen = False
         self._saved_step = -1
         self._fingerprint: str | None = None
 
@@ -63,18 +117,6 @@ class RunCheckpoints:
         return Path(self.trainer.args.output_dir or ".")
 
     # ---- going on -----------------------------------------------------------------------------------------------
-
-    def choose(self, asked: str | bool | None) -> Checkpoint | None:
-        """Decide what to go on from; a collective call, made once (the model is built to fit the answer).
-
-        Raises:
-            UserError: as `find_checkpoint`; or output_dir is not the same folder on all ranks.
-        """
-        if not self._chosen:
-            probe_shared(self.output_dir)
-            self.resumed = find_checkpoint(asked, self.output_dir)
-            self._chosen = True
-        return self.resumed
 
     def start(self) -> None:
         """Clear the way for this run's own checkpoints; rank 0 writes."""
@@ -87,7 +129,7 @@ class RunCheckpoints:
 
         agree(clear if rank_and_size()[0] == 0 else None, self.output_dir)
 
-    def load(self, base: Optimizer, allocator: RankAllocator) -> None:
+    def load(self, allocator: RankAllocator) -> None:
         """Put the chosen checkpoint into the wrapped model, its optimizer and the attached allocator.
 
         Raises:
@@ -101,13 +143,14 @@ class RunCheckpoints:
         own = self._identity(allocator)
         changed = agree(lambda: require_same_run(checkpoint, own, self.allowed_changes), checkpoint.directory)[0]
         scatter(checkpoint, trainer.model, allocator.sharding, allocator)
-        restore_optimizer(trainer, base, checkpoint.manifest["loop"], changed)
+        restore_optimizer(trainer, base_optimizer(trainer.optimizer), checkpoint.manifest["loop"], changed)
         if rank_and_size()[0] == 0:
             position = checkpoint.manifest["allocator"]
+            built = "; adapters built at their pruned ranks" if allocator.compact else ""
             note = f", although these changed: {', '.join(changed)}" if changed else ""
             print(
                 f"resumed from {checkpoint.directory} (step {position['step']} of {position['total_step']}, written by "
-                f"{checkpoint.manifest['engine']} on {checkpoint.world_size} ranks){note}",
+                f"{checkpoint.manifest['engine']} on {checkpoint.world_size} ranks){built}{note}",
                 flush=True,
             )
 
@@ -146,14 +189,16 @@ class RunCheckpoints:
         trainer, step = self.trainer, self.trainer.state.global_step
         if step == self._saved_step:
             return
-        base = sharding_for(trainer.model, trainer.optimizer)[1]
+        base = base_optimizer(trainer.optimizer)
         loop, tensors = loop_state(trainer, base)
         records = trainer.adalora_callback.records
         content = {
             "engine": trainer.engine,
+            "micro_batch": [trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps],
             "allocator": allocator_position(allocator),
             "identity": plain(self._identity(allocator)),
             "optimizer": {"class": type(base).__name__},
+            "compact": allocator.compact,
             "loop": loop,
             "records": {name: lines.lines for name, lines in records.items()},
             "base_model": getattr(injected_module(trainer.model), "name_or_path", None),
@@ -178,7 +223,7 @@ class RunCheckpoints:
         step = self.trainer.state.global_step
         if not self.stop.agreed(step):
             return
-        self.save(allocator)
+        self.trainer.write_checkpoint(allocator)
         said = self.stop.received or "a signal to another rank"
         if rank_and_size()[0] == 0:
             write_json(self.output_dir / REQUEUE_NAME, {"step": step, "signal": said})

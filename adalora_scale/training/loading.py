@@ -31,6 +31,7 @@ from adalora_scale.quantization.fill import copy_rows, draw_fresh, fill
 from adalora_scale.quantization.functional import check_kernels
 from adalora_scale.quantization.linear import Linear4bit, quantized_share
 from adalora_scale.quantization.materialize import materialize, materialize_shards
+from adalora_scale.quantization.memory import give_back_freed
 from adalora_scale.quantization.plan import LoadingPlan, Slot, make_plan
 from adalora_scale.quantization.spec import QuantSpec
 
@@ -137,6 +138,7 @@ def load_whole(loading: Loading) -> nn.Module:
     with progress(loading) as on_slot:
         fill(loading.plan, loading.plan.slots, device=loading.device, on_slot=on_slot)
     _fill_drawn(loading, loading.model)
+    give_back_freed()
     return loading.model
 
 
@@ -159,6 +161,7 @@ def load_sharded(loading: Loading, shard: Callable[[nn.Module], None], storage: 
     with progress(loading) as on_slot:
         fill(loading.plan, loading.plan.slots, device=loading.device, on_slot=on_slot)
     _fill_drawn(loading, loading.model)
+    give_back_freed()
     return loading.model
 
 
@@ -172,14 +175,15 @@ def load_partitioned(
 
     Args:
         loading: with adapters.
-        blocks: the transformer blocks; what is outside them follows module by module.
+        blocks: the transformer blocks; what is outside them comes first, module by module.
         partition: partitions parameters in place, with rank 0's values.
         dtype: what DeepSpeed computes in: it casts no model that is partitioned already; None keeps every dtype.
     """
     plan = loading.plan
     inside = {id(module) for block in blocks for module in block.modules()}
-    units = [list(block.modules()) for block in blocks]
-    units += [[module] for module in loading.model.modules() if id(module) not in inside]
+    # Embedding and head are the largest: they are whole for a moment while the rank's other partitions are not there.
+    units = [[module] for module in loading.model.modules() if id(module) not in inside]
+    units += [list(block.modules()) for block in blocks]
     reads = dist.get_rank() == 0
     with progress(loading) as on_slot:
         for unit in units:
@@ -197,6 +201,7 @@ def load_partitioned(
                 if isinstance(module, Linear4bit) and module.nested.numel():
                     dist.broadcast(module.nested, src=0)  # a buffer; parameters are broadcast as they are partitioned
             partition(own)
+            give_back_freed()
     return loading.model
 
 
@@ -254,9 +259,14 @@ class progress:
         if self._main and kind is None:
             read = self._loading.plan.checkpoint.bytes_read
             seconds = time.perf_counter() - self._started
-            print(f"base read: {read / 2**20:,.1f} MiB by this rank in {seconds:.1f} s", flush=True)
+            _note(f"base read: {read / 2**20:,.1f} MiB by this rank in {seconds:.1f} s")
             if ignored := self._loading.plan.ignored:
-                print(f"not used of the checkpoint: {', '.join(ignored[:3])}{' …' * (len(ignored) > 3)}", flush=True)
+                _note(f"not used of the checkpoint: {', '.join(ignored[:3])}{' …' * (len(ignored) > 3)}")
+
+
+def _note(line: str) -> None:
+    """Say something that is no result: standard output may be somebody's JSON."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def _samples(loading: Loading, adalora: AdaLoraConfig) -> Iterator[WeightSample]:

@@ -7,6 +7,7 @@ accuracy) restart at a resume, so a line whose steps lie on both sides of a chec
 from __future__ import annotations
 
 import json
+import warnings
 from typing import Any
 
 import torch
@@ -61,20 +62,22 @@ def restore_optimizer(trainer: Any, base: Optimizer, state: dict[str, Any], chan
         changed: keys that the user changed on purpose; a new learning rate or schedule must not be overwritten.
     """
     scheduler = trainer.lr_scheduler
-    if _LR_KEYS.isdisjoint(changed):
+    # DeepSpeed leaves out groups without parameters, so another engine may count them otherwise.
+    if _LR_KEYS.isdisjoint(changed) and len(base.param_groups) == len(state["param_groups"]):
         scheduler.load_state_dict(state["scheduler"])
-        if len(base.param_groups) == len(state["param_groups"]):
-            for group, saved in zip(base.param_groups, state["param_groups"], strict=True):
-                for key, value in saved.items():
-                    found = group.get(key)
-                    if isinstance(found, Tensor):
-                        found.fill_(value)
-                    else:
-                        group[key] = int(value) if key == "step" else value
+        for group, saved in zip(base.param_groups, state["param_groups"], strict=True):
+            for key, value in saved.items():
+                found = group.get(key)
+                if isinstance(found, Tensor):
+                    found.fill_(value)
+                else:
+                    group[key] = int(value) if key == "step" else value
     else:
         inner = getattr(scheduler, "scheduler", scheduler)
-        for _ in range(state["scheduler"]["last_epoch"]):
-            inner.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch misses the optimizer's own steps, which the checkpoint has seen
+            for _ in range(state["scheduler"]["last_epoch"]):
+                inner.step()
     if state["scaler"] is not None and trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     if state["loss_scaler"] is not None and (scaler := _deepspeed_scaler(trainer)) is not None:

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from adalora_scale.adalora.injection import coverage, inject_adalora, modules_to_save
+from adalora_scale.checkpoint.format import Checkpoint
 from adalora_scale.config import AdaLoraConfig, RunConfig
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.training import loading
@@ -39,6 +40,7 @@ from adalora_scale.training.arguments import (
     training_arguments,
 )
 from adalora_scale.training.chat_templates import resolve_chat_template
+from adalora_scale.training.checkpointing import check_asked_checkpoint, choose_checkpoint, compact_for
 from adalora_scale.training.console import use_console
 from adalora_scale.training.data import RawData, load_raw
 from adalora_scale.training.engines import (
@@ -95,6 +97,7 @@ def prepare(config: RunConfig) -> Inputs:
     engine = resolve_engine(config.engine)
     training = check_training_section(config)
     _check_output_dir(training)
+    check_asked_checkpoint(training.get("resume_from_checkpoint"), Path(training["output_dir"]))
     check_model_path(config)
     if config.model.load_in_4bit:
         loading.quant_spec(config.model)
@@ -172,7 +175,10 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
     set_seed(arguments.seed)  # a new classifier head and the adapters start equal on every rank
     zero3 = zero3_options()
     with whole_weights():
-        model = place_model(config, inputs, zero3)
+        training = check_training_section(config)
+        asked = training.get("resume_from_checkpoint")
+        checkpoint = choose_checkpoint(asked, Path(training["output_dir"]))
+        model = place_model(config, inputs, zero3, checkpoint)
     if arguments.process_index == 0:
         print(coverage(model), flush=True)
         if loading.is_streamed(config.model):
@@ -197,9 +203,26 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
         )
     trainer.asked_engine = inputs.engine.name
     trainer.checkpoints.run_identity = run_identity(config)
-    trainer.checkpoints.allowed_changes = check_training_section(config).get("resume_allow_changed") or []
+    trainer.checkpoints.allowed_changes = training.get("resume_allow_changed") or []
+    trainer.checkpoints.resumed = checkpoint
+    trainer.args.resume_from_checkpoint = None  # chosen above, for good
     use_console(trainer)
     return trainer
+
+
+def _fit_ranks(model: nn.Module, config: RunConfig, inputs: Inputs, checkpoint: Checkpoint | None) -> None:
+    if checkpoint is not None:
+        asked = check_training_section(config).get("resume_compact")
+        compact_for(checkpoint, model, asked=asked, exact=continues_exactly(checkpoint, inputs))
+
+
+def continues_exactly(checkpoint: Checkpoint, inputs: Inputs) -> bool:
+    """Return whether ranks, engine and micro-batch are those of the checkpoint, so that sums come in the same order."""
+    arguments, saved = inputs.arguments, checkpoint.manifest
+    names = {"ddp": ("one process", "ddp"), "fsdp2": ("fsdp2", "hsdp"), "deepspeed": ("zero1", "zero2", "zero3")}
+    batch = [arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps]
+    same_engine = saved["engine"] in names[inputs.engine.name]
+    return same_engine and saved["world_size"] == arguments.world_size and saved["micro_batch"] == batch
 
 
 def run_identity(config: RunConfig) -> dict[str, Any]:
@@ -216,8 +239,10 @@ def run_identity(config: RunConfig) -> dict[str, Any]:
     return keys | {"task": config.task, "training.bf16": bf16}
 
 
-def place_model(config: RunConfig, inputs: Inputs, zero3: dict[str, Any] | None) -> nn.Module:
-    """Return the base model with its adapters, where the engine wants it.
+def place_model(
+    config: RunConfig, inputs: Inputs, zero3: dict[str, Any] | None, checkpoint: Checkpoint | None = None
+) -> nn.Module:
+    """Return the base model with its adapters, where the engine wants it, at the ranks of a checkpoint to continue.
 
     4-bit bases, and bases that FSDP2 or ZeRO-3 shard, stream from their files; others, and 16-bit ones that cannot be
     streamed, are loaded whole by transformers.
@@ -233,10 +258,12 @@ def place_model(config: RunConfig, inputs: Inputs, zero3: dict[str, Any] | None)
     if started is None:
         model = load_model(config, inputs.raw.label_names)
         inject_adalora(model, adalora_config_for(config, model))
+        _fit_ranks(model, config, inputs, checkpoint)
         if fsdp2:
             shard(model)
         return model
     loading.inject(started, adalora_config_for(config, started.model))
+    _fit_ranks(started.model, config, inputs, checkpoint)
     if fsdp2:
         storage = torch.device("cpu") if inputs.engine.fsdp2.cpu_offload else device
         return loading.load_sharded(started, shard, storage)

@@ -21,10 +21,9 @@ from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter, saved_values, unwrapped
-from adalora_scale.sharding import sharding_for
 from adalora_scale.training.arguments import require_evaluation_at_budget
 from adalora_scale.training.callback import AdaLoraCallback
-from adalora_scale.training.checkpointing import RunCheckpoints
+from adalora_scale.training.checkpointing import RunCheckpoints, choose_checkpoint
 from adalora_scale.training.engines import check_engine, is_sharded, real_engine, refuse_mismatches
 from adalora_scale.training.packing import check_packing_isolated
 
@@ -106,9 +105,9 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.engine = check_engine(self.model_wrapped, self.asked_engine, world_size=self.args.world_size)
         allocator = self.adalora_callback.attach(self.model, self.optimizer, max_steps)  # type: ignore[arg-type]
-        base = sharding_for(self.model, self.optimizer)[1]  # type: ignore[arg-type]
+        self.state.compute_steps(self.args, max_steps)  # trainer_state.json would bring back the old intervals
         self.checkpoints.start()
-        self.checkpoints.load(base, allocator)
+        self.checkpoints.load(allocator)
         resumed = self.checkpoints.resumed
         self.adalora_callback.kept_lines = resumed.manifest["records"] if resumed else None
         return prepared
@@ -160,7 +159,9 @@ class AdaLoraTrainerMixin(_TrainerSeams):
             Interrupted: SIGTERM or SIGUSR1 arrived; a checkpoint was written.
         """
         asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        resumed = self.checkpoints.choose(asked)
+        if asked is not None and asked is not False and self.checkpoints.resumed is None:
+            self.checkpoints.resumed = choose_checkpoint(asked, self.checkpoints.output_dir)
+        resumed = self.checkpoints.resumed
         with self.checkpoints.stop.listening():
             return super().train(str(resumed.directory) if resumed else None, *args, **kwargs)
 
@@ -201,7 +202,11 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         """Write everything a run needs to go on; with save_only_model just the adapter, as transformers does."""
         if self.args.save_only_model or self.allocator is None:
             super()._save_checkpoint(model, trial)
-            return
+        else:
+            self.write_checkpoint(self.allocator)
+
+    def write_checkpoint(self, allocator: RankAllocator) -> None:
+        """Write everything a run needs to go on, now: after a completed step, on all ranks."""
         self.store_flos()
         if self.state.best_global_step == self.state.global_step:
             folder = self.checkpoints.output_dir / f"checkpoint-{self.state.global_step}"
@@ -210,7 +215,7 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 states[type(callback).__name__] = callback.state()
-        self.checkpoints.save(self.allocator)
+        self.checkpoints.save(allocator)
 
 
 class _AfterReset(TrainerCallback):

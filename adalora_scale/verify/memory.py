@@ -102,15 +102,15 @@ def _weigh(engine: str, problem: MemoryProblem) -> tuple[dict[str, int], int, in
     """Return this rank's bytes by kind, the number of elements of all adapters, and the base's bytes in one process."""
     model = problem.adapted_model()
     elements = adapter_elements(model)
-    base = _bytes(_frozen(model))
+    base = storage_bytes(_frozen(model))
     batch = problem.batches(model.config.vocab_size)[0]  # type: ignore[union-attr, arg-type]
     used = dict.fromkeys(("weights", "gradients"), 0)
 
     def weigh_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
         # Under ZeRO-3 one call a sub-group, each with the masters and gradients of that sub-group alone.
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        used["weights"] += _bytes(parameters)
-        used["gradients"] += _bytes(p.grad for p in parameters if p.grad is not None)
+        used["weights"] += storage_bytes(parameters)
+        used["gradients"] += storage_bytes(p.grad for p in parameters if p.grad is not None)
 
     with running(engine, "plain", problem, model) as runner:
         runner.optimizer.register_step_pre_hook(weigh_step)  # after the allocator's own
@@ -118,13 +118,13 @@ def _weigh(engine: str, problem: MemoryProblem) -> tuple[dict[str, int], int, in
         runner.backward(token_loss(runner.model, row))
         runner.step(last=True)
         states = [value for state in runner.optimizer.state.values() for value in state.values()]
-        used["moments"] = _bytes(value for value in states if isinstance(value, Tensor) and value.numel() > 1)
-        used["importance"] = _bytes([*runner.allocator.sensitivity, *runner.allocator.uncertainty])
+        used["moments"] = storage_bytes(value for value in states if isinstance(value, Tensor) and value.numel() > 1)
+        used["importance"] = storage_bytes([*runner.allocator.sensitivity, *runner.allocator.uncertainty])
         buffer = getattr(getattr(runner.model, "optimizer", None), "grad_partitions_flat_buffer", None)
         if buffer is not None:
-            used["accumulated gradients"] = _bytes([buffer])
+            used["accumulated gradients"] = storage_bytes([buffer])
         if problem.load_in_4bit:
-            used[BASE] = _bytes(_frozen(model))
+            used[BASE] = storage_bytes(_frozen(model))
     return used, elements, base
 
 
@@ -140,7 +140,7 @@ def _frozen(model: nn.Module) -> Iterator[Tensor]:
             yield module.nested
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Sum the storages behind the tensors, each once."""
     storages = {}
     for tensor in tensors:

@@ -154,7 +154,8 @@ SEEN_BEFORE_THE_MODEL = {
     "unknown scheduler": (["training.lr_scheduler_type=sine"], ["training", "sine"]),
     "unknown optimizer": (["training.optim=adamm"], ["training", "adamm"]),
     "no evaluation": (["training.load_best_model_at_end=true"], ["training", "load_best_model_at_end"]),
-    "resuming": (["training.resume_from_checkpoint=auto"], ["training.resume_from_checkpoint", "not supported"]),
+    "nothing to resume": (["training.resume_from_checkpoint=true"], ["resume_from_checkpoint", "no complete"]),
+    "no such checkpoint": (["training.resume_from_checkpoint=out/checkpoint-9"], ["out/checkpoint-9", "not complete"]),
 }
 
 
