@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from adalora_scale.cluster.launching.command import add_launch_check
 from adalora_scale.cluster.plan.arguments import add_parser as add_plan
 from adalora_scale.cluster.preflight.arguments import add_parser as add_preflight
 from adalora_scale.config import RunConfig, load_config
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     add_plan(verbs)
     add_preflight(verbs)
     add_quantize_verb(verbs, _quiet_start)
+    add_launch_check(verbs)
     return parser
 
 
