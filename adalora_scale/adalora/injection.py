@@ -84,7 +84,13 @@ def inject_adalora(model: nn.Module, config: AdaLoraConfig) -> nn.Module:
         )
     replace_modules(model, wrappers)
     for name in modules_to_save(model, config):
-        model.get_submodule(name).requires_grad_(True)
+        saved = model.get_submodule(name)
+        if any(isinstance(module, Linear4bit) for module in saved.modules()):
+            raise UserError(
+                f"adalora.modules_to_save: '{name}' is in 4 bits and cannot be trained in full; load a checkpoint that "
+                f"keeps it in 16 bits, or adapt it."
+            )
+        saved.requires_grad_(True)
     model.adalora_base_fingerprint = known or fingerprint(samples)  # type: ignore[assignment]  # ranks compare theirs
     model.adalora_base_digests = digests  # type: ignore[assignment]  # save_adapter writes them
     model.adalora_config = config  # type: ignore[assignment]  # a plain attribute; nn.Module's stub knows only tensors
@@ -214,8 +220,9 @@ def coverage(model: nn.Module) -> Coverage:
         elif _is_linear(module):
             features = linear_features(module)
             linear += features[0] * features[1]
-    linear += sum(parameter.numel() for _, _, parameter in expert_tensors(model))
-    other = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in owned)
+    linear += sum(_whole_shape(parameter).numel() for _, _, parameter in expert_tensors(model))
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in owned]
+    other = sum(_whole_shape(parameter).numel() for parameter in others)
     return Coverage(adapted, linear, adapter, other, matrices)
 
 
@@ -292,5 +299,10 @@ def expert_tensors(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
         if isinstance(module, nn.modules.conv._ConvNd):
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() >= 3:
+            if len(_whole_shape(parameter)) >= 3:
                 yield name, parameter_name, parameter
+
+
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Return a parameter's shape, also where ZeRO-3 has partitioned it."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

@@ -163,10 +163,18 @@ def partition_zero3(parameters: list[nn.Parameter], options: dict[str, Any]) -> 
     Args:
         parameters: whole, on this rank's device.
         options: DeepSpeed's configuration; its zero_optimization section decides where partitions are kept.
+
+    Raises:
+        Unsupported: parameters on NVMe, or quantised by DeepSpeed.
     """
     import deepspeed
 
     zero = {key: value for key, value in options["zero_optimization"].items() if value != "auto"}
+    if (zero.get("offload_param") or {}).get("device") == "nvme" or zero.get("zero_quantized_weights"):
+        raise Unsupported(
+            "a base cannot be streamed with zero_optimization.offload_param on nvme or zero_quantized_weights; remove "
+            "them from DeepSpeed's configuration (a 4-bit base needs neither)."
+        )
     holder = nn.ParameterList(parameters)  # zero.Init takes a module with all that is below it
     deepspeed.zero.Init(
         module=holder, config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ def load_model(config: RunConfig, label_names: list[str] | None = None) -> nn.Mo
     model_config = config.model
     if loading.is_streamed(model_config):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return loading.load_whole(loading.begin(config, device=device, label_names=label_names))
+        started = loading.begin(config, device=device, label_names=label_names, new_heads=partial(new_heads, config))
+        return loading.load_whole(started)
     options: dict[str, Any] = {
         "dtype": model_config.torch_dtype,
         "revision": model_config.revision,
@@ -137,20 +139,22 @@ def _begin_streaming(
     config: RunConfig, arguments: TrainingArguments, label_names: list[str] | None
 ) -> loading.Loading | None:
     """Begin to stream the base; None, with a note, for a 16-bit base whose files need transformers to load them."""
-
-    def new_heads(model: nn.Module) -> list[str]:
-        if config.task != "sequence_classification":
-            return []
-        return modules_to_save(model, adalora_config_for(config, model))
-
+    heads = partial(new_heads, config)
     try:
-        return loading.begin(config, device=arguments.device, label_names=label_names, new_heads=new_heads)
+        return loading.begin(config, device=arguments.device, label_names=label_names, new_heads=heads)
     except Unsupported as reason:
         if loading.is_streamed(config.model):
             raise
         if arguments.process_index == 0:
             print(f"every rank loads the base whole: {reason}", flush=True)
         return None
+
+
+def new_heads(config: RunConfig, model: nn.Module) -> list[str]:
+    """Name the modules that a classifier's checkpoint need not hold, and that are never quantised."""
+    if config.task != "sequence_classification":
+        return []
+    return modules_to_save(model, adalora_config_for(config, model))
 
 
 def adalora_config_for(config: RunConfig, model: nn.Module) -> AdaLoraConfig:
