@@ -14,8 +14,11 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from adalora_scale.cluster.plan.arguments import add_parser as add_plan
+from adalora_scale.cluster.preflight.arguments import add_parser as add_preflight
 from adalora_scale.config import RunConfig, load_config
 from adalora_scale.errors import Interrupted, Unsupported, UserError, run_reporting_errors
+from adalora_scale.export.command import add_verbs as add_export_verbs
 from adalora_scale.training.quantize import add_verb as add_quantize_verb
 
 _OVERRIDES = """
@@ -35,7 +38,12 @@ NCCL is used where every rank has a GPU of its own, else gloo on the CPU.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `adalora-scale` and return its exit code."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest:  # argparse's verbs take overrides in one place only; people put them anywhere
+        if not hasattr(arguments, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.overrides += rest
     return run_reporting_errors(lambda: arguments.run(arguments))
 
 
@@ -100,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--load-in-4bit", action="store_true", help="over a 4-bit base (nf4, double quantisation)")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
     verify.set_defaults(run=_verify_engines)
+    add_export_verbs(verbs, _quiet_start)
+    add_plan(verbs)
+    add_preflight(verbs)
     add_quantize_verb(verbs, _quiet_start)
     return parser
 
@@ -112,6 +123,7 @@ def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     _add_config_arguments(parser)
     parser.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed configuration (same as engine.config)")
+    parser.add_argument("--skip-preflight", action="store_true", help="do not compare the ranks before training starts")
     # Launchers such as deepspeed's add this to every rank's command line; the rank is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
 
@@ -126,6 +138,13 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 def _train(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
     _quiet_start()
+    from adalora_scale.cluster.preflight.quick import Unhealthy, quick_check
+
+    try:
+        # The store must live as long as the process group that meets there.
+        store = None if arguments.skip_preflight else quick_check(config.training["output_dir"])
+    except Unhealthy:
+        return 1
     from adalora_scale.training.run import train
 
     try:
@@ -139,6 +158,7 @@ def _train(arguments: argparse.Namespace) -> int:
             )
     finally:
         _leave_process_group()
+        del store
     return 0
 
 

@@ -77,7 +77,7 @@ def resolve_engine(config: EngineConfig) -> Engine:
         if config.config is not None:
             raise UserError("engine.config and accelerate's configuration both configure DeepSpeed; keep one.")
         return Engine(name="deepspeed")
-    return Engine(name="deepspeed", deepspeed=_deepspeed_config(config.config))
+    return Engine(name="deepspeed", deepspeed=deepspeed_config(config.config))
 
 
 def shard_fsdp2(model: nn.Module, options: Fsdp2Config, *, device_type: str, bf16: bool) -> None:
@@ -265,7 +265,7 @@ def _fsdp2_options(config: EngineConfig, *, from_accelerate: bool) -> Fsdp2Confi
     return fsdp2_config_from_dict(options)
 
 
-def _deepspeed_config(source: str | dict[str, Any] | None) -> dict[str, Any]:
+def deepspeed_config(source: str | dict[str, Any] | None) -> dict[str, Any]:
     """Read DeepSpeed's configuration, and let the training section fill in what it leaves out."""
     if source is None:
         raise UserError("engine.name=deepspeed needs engine.config (or --deepspeed FILE), see configs/deepspeed/.")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,10 +23,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.pytorch_utils import Conv1D
 
 from adalora_scale.adalora.fingerprint import LEADING, WeightSample, fingerprint, sample
-from adalora_scale.adalora.injection import coverage, expert_tensors, find_targets, inject_adalora
+from adalora_scale.adalora.injection import (
+    coverage,
+    digest_places,
+    expert_tensors,
+    find_targets,
+    inject_adalora,
+    modules_to_save,
+)
 from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.config import AdaLoraConfig, ModelConfig, RunConfig
 from adalora_scale.errors import UserError
+from adalora_scale.export.tensor_files import TensorFile
 from adalora_scale.quantization.checkpoint import FLOATS, Checkpoint
 from adalora_scale.quantization.fill import copy_rows, draw_fresh, fill
 from adalora_scale.quantization.functional import check_kernels
@@ -145,7 +154,29 @@ def load_whole(loading: Loading) -> nn.Module:
 def inject(loading: Loading, adalora: AdaLoraConfig) -> nn.Module:
     """Put adapters on the meta device around the base, whose fingerprint comes from its files."""
     loading.model.adalora_base_fingerprint = fingerprint(list(_samples(loading, adalora)))  # type: ignore[assignment]
+    targets, saved = find_targets(loading.model, adalora), modules_to_save(loading.model, adalora)
+    loading.model.adalora_base_digests = digests(loading, targets, saved)  # type: ignore[assignment]
     return inject_adalora(loading.model, adalora)
+
+
+def digests(loading: Loading, targets: Iterable[str], saved: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Do what `digest_base` does, from the files, before injection: weights count as they are before quantisation."""
+    model, plan = loading.model, loading.plan
+    sources = {(id(slot.module), slot.leaf): slot for slot in plan.slots}
+    files: dict[Path, TensorFile] = {}
+
+    def look(module: nn.Module, leaf: str) -> tuple[tuple[int, ...], Tensor | None]:
+        slot = sources.get((id(module), leaf))
+        if slot is None or slot.parts:  # tied to another's, or stored in 4 bits
+            return (), None
+        stored = plan.checkpoint.tensors[slot.source]
+        if stored.file not in files:
+            files[stored.file] = TensorFile(stored.file)
+        seen = files[stored.file].samples(slot.source)
+        return stored.shape, None if seen is None else seen.to(plan.dtype)
+
+    names = {name for name, _ in model.named_modules()}
+    return digest_places(model, [target for target in targets if target in names], saved, look)
 
 
 def load_sharded(loading: Loading, shard: Callable[[nn.Module], None], storage: torch.device) -> nn.Module:

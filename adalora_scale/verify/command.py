@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from adalora_scale.cluster.ranks import launched, process_group
 from adalora_scale.errors import UserError, nearest
 from adalora_scale.verify import memory
 from adalora_scale.verify.engines import ENGINES, VARIANTS
@@ -73,7 +74,10 @@ def verify_engines(request: Request) -> int:
     Raises:
         UserError: not started on ranks, or an engine or variant does not exist.
     """
-    with _process_group() as device:
+    place = launched()
+    if place is None:
+        raise UserError("verify-engines runs on ranks: add --nproc N, or start it with torchrun, deepspeed or srun.")
+    with process_group(place) as device:
         problem = Problem(
             model=request.model,
             device=device,
@@ -102,27 +106,6 @@ def verify_engines(request: Request) -> int:
                 rows = {"cells": [cell.as_dict() for cell in cells], "memory": [usage.as_dict() for usage in usages]}
                 request.json_file.write_text(json.dumps(header | rows | {"passed": not failed}, indent=2) + "\n")
         return 1 if failed else 0
-
-
-@contextlib.contextmanager
-def _process_group() -> Iterator[torch.device]:
-    """Join the launcher's ranks: NCCL where every rank of this machine has a GPU of its own, else gloo on the CPU."""
-    if "RANK" not in os.environ:
-        raise UserError("verify-engines runs on ranks: add --nproc N, or start it with torchrun, deepspeed or srun.")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
-    if torch.cuda.device_count() >= local_ranks:
-        device, backend = torch.device("cuda", local_rank), "nccl"
-        torch.cuda.set_device(device)
-    else:
-        device, backend = torch.device("cpu"), "gloo"
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    dist.init_process_group(backend)
-    try:
-        yield device
-    finally:
-        if sys.exc_info()[0] is None:
-            dist.destroy_process_group()
 
 
 def _measure_memory(device: torch.device, request: Request) -> list[memory.Usage]:

@@ -26,7 +26,7 @@ from adalora_scale.quantization.checkpoint import INDEX_NAME, SINGLE_NAME
 from adalora_scale.quantization.linear import Linear4bit, quantize_model
 from adalora_scale.quantization.spec import QuantSpec
 from adalora_scale.training import loading
-from adalora_scale.training.run import load_model
+from adalora_scale.training.placing import load_model
 
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 IDS = torch.arange(3, 40).unsqueeze(0)

@@ -1,0 +1,1 @@
+"""Before and around a run on a cluster: does it fit, are the hosts healthy."""
