@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from adalora_scale.adalora.injection import coverage, inject_adalora
     from adalora_scale.config import AdaLoraConfig
     from adalora_scale.controller import RankAllocator
+    from adalora_scale.export.continual import start_from_adapter
     from adalora_scale.export.peft_adalora import load_adapter, save_adapter
     from adalora_scale.training.callback import AdaLoraCallback
     from adalora_scale.training.trainers import AdaLoraSFTTrainer, AdaLoraTrainer
@@ -28,6 +29,7 @@ _HOME = {
     "inject_adalora": "adalora.injection",
     "load_adapter": "export.peft_adalora",
     "save_adapter": "export.peft_adalora",
+    "start_from_adapter": "export.continual",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "inject_adalora",
     "load_adapter",
     "save_adapter",
+    "start_from_adapter",
 ]
 
 

@@ -14,10 +14,12 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from adalora_scale.cluster.launching.command import add_launch_check
 from adalora_scale.cluster.plan.arguments import add_parser as add_plan
 from adalora_scale.cluster.preflight.arguments import add_parser as add_preflight
 from adalora_scale.config import RunConfig, load_config
-from adalora_scale.errors import Unsupported, UserError, run_reporting_errors
+from adalora_scale.errors import Interrupted, Unsupported, UserError, run_reporting_errors
+from adalora_scale.export.command import add_verbs as add_export_verbs
 from adalora_scale.training.quantize import add_verb as add_quantize_verb
 
 _OVERRIDES = """
@@ -107,9 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--load-in-4bit", action="store_true", help="over a 4-bit base (nf4, double quantisation)")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
     verify.set_defaults(run=_verify_engines)
+    add_export_verbs(verbs, _quiet_start)
     add_plan(verbs)
     add_preflight(verbs)
     add_quantize_verb(verbs, _quiet_start)
+    add_launch_check(verbs)
     return parser
 
 
@@ -225,7 +229,7 @@ def _quiet_start() -> None:
 def _leave_process_group() -> None:
     import torch.distributed as dist
 
-    if sys.exc_info()[0] is None and dist.is_available() and dist.is_initialized():
+    if sys.exc_info()[0] in (None, Interrupted) and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 

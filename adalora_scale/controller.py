@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adalora_scale.adalora.allocation import keep_best, mask_digest, relative_gap
+from adalora_scale.adalora.compaction import is_compact
 from adalora_scale.adalora.importance import update_importance
 from adalora_scale.adalora.injection import adapter_layers, injected_module
 from adalora_scale.adalora.schedule import BudgetSchedule
@@ -70,9 +71,8 @@ class RankAllocator:
         self.modules = list(layers)
         self.r = config.init_r
         self._layers = list(layers.values())
-        for name, layer in layers.items():
-            if layer.r != self.r:
-                raise UserError(f"'{name}' has rank {layer.r} but adalora.init_r is {self.r}; inject with this config.")
+        self.compact = is_compact(layers, self.r)
+        """Whether the adapters were built at the ranks of a final mask."""
         self.schedule = BudgetSchedule.from_config(config, matrices=len(layers), total_step=total_step)
         if (injected := injected_module(model)) is not None:
             injected.adalora_total_step = total_step  # type: ignore[assignment]  # save_adapter writes it
@@ -82,6 +82,9 @@ class RankAllocator:
         self.last_allocation: Allocation | None = None
         self.mask = torch.ones(len(layers) * self.r, dtype=torch.bool, device=self._layers[0].lora_E.device)
         """(modules · r,) bool, ordered by (module, k): the triplets of the current allocation."""
+        if self.compact:
+            rows = [layer.keep_mask or [] for layer in self._layers]
+            self.mask, self.frozen = torch.tensor(rows, device=self.mask.device).view(-1), True
         self._sharding: Sharding | None = None
         self._reduction: StepReduction | None = None
         self._allocation_due = False
@@ -124,10 +127,11 @@ class RankAllocator:
             )
         base.adalora_allocator = self  # type: ignore[attr-defined]
         self._sharding = sharding
-        self._reduction = StepReduction(sharding, self.r, self.config.orth_reg_weight)
+        self._reduction = StepReduction(sharding, len(self.modules), self.config.orth_reg_weight)
         self.mask = self.mask.to(sharding.spans[0].weight.device)
-        self.sensitivity = [torch.zeros_like(span.weight) for span in sharding.spans]
-        self.uncertainty = [torch.zeros_like(span.weight) for span in sharding.spans]
+        if not self.frozen:
+            self.sensitivity = [torch.zeros_like(span.weight) for span in sharding.spans]
+            self.uncertainty = [torch.zeros_like(span.weight) for span in sharding.spans]
         base.register_step_pre_hook(self._before_update)
         base.register_step_post_hook(self._after_update)
         return self
@@ -138,6 +142,11 @@ class RankAllocator:
     def budget(self) -> int:
         """Triplets that the last allocation kept (all of them before the first)."""
         return self.last_allocation.budget if self.last_allocation else self.schedule.init_budget
+
+    @property
+    def sharding(self) -> Sharding:
+        """Where the engine keeps this rank's pieces; raises UserError before `attach`."""
+        return self._attached()
 
     def ranks(self) -> dict[str, int]:
         """Return the number of kept triplets of every module."""
@@ -234,7 +243,7 @@ class RankAllocator:
         if found_inf is not None:
             everything = everything + torch.where(found_inf.to(everything.device) > 0, torch.inf, 0.0).sum()
         squares = torch.stack([sum_of_squares(gradients).to(everything.device), everything])
-        keep = self.mask if self.frozen and self._prunes_whole_triplets() else None
+        keep = self.mask if self.frozen and self._prunes_whole_triplets() and not self.compact else None
         sums = self._attached_reduction().run(squares.to(self.mask.device), keep)
         self._penalty, self._orth_norm = sums.penalty, sums.penalty_gradient_norm
         self._task_norm = sums.adapter_squares.sqrt() / self._scale
@@ -276,7 +285,7 @@ class RankAllocator:
             return
         if self._allocation_due:
             self._allocate()
-        elif self.frozen:
+        elif self.frozen and not self.compact:
             zero_lambda(sharding, self.mask)
             if self._columns_may_move:
                 zero_triplets(sharding, self.mask)
@@ -310,7 +319,7 @@ class RankAllocator:
         rows = self.mask.view(-1, self.r).tolist()
         for layer, row in zip(self._layers, rows, strict=True):
             layer.keep_mask = row
-        if self._prunes_whole_triplets():
+        if self._prunes_whole_triplets() and not self.compact:
             self._columns_may_move = zero_triplets(self._attached(), self.mask)
         self.sensitivity, self.uncertainty = [], []
 
@@ -368,6 +377,7 @@ class RankAllocator:
                 f"the saved state has {state['mask'].numel()} triplets, this model {self.mask.numel()}; resume with "
                 f"the same model and adalora section."
             )
+        before = self.rank_pattern()
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
         self._allocation_due = state["allocation_due"]
         self.mask = state["mask"].to(self.mask.device)
@@ -376,6 +386,8 @@ class RankAllocator:
             self.last_allocation = Allocation(
                 state["allocation_step"], state["budget"], self.ranks(), state["allocation_gap"]
             )
+        if self.compact and not (state["frozen"] and self.rank_pattern() == before):
+            raise UserError("the adapters were built at other ranks than the saved mask's; build the model anew.")
         if state["frozen"]:
             self._freeze()
             return

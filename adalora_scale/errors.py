@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterable
 
 USER_ERROR_EXIT_CODE = 2
+INTERRUPTED_EXIT_CODE = 85
+"""A signal stopped the run, a checkpoint is there, and `training.resume_from_checkpoint=auto` goes on from it."""
 
 
 class UserError(ValueError):
@@ -21,6 +23,17 @@ class UserError(ValueError):
 
 class Unsupported(NotImplementedError):
     """The request is well-formed but not supported; the message names it and what to use instead."""
+
+
+class Interrupted(SystemExit):
+    """A signal stopped training after a checkpoint; uncaught, it ends the process with `INTERRUPTED_EXIT_CODE`."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(INTERRUPTED_EXIT_CODE)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -41,7 +41,7 @@ from adalora_scale.config import AdaLoraConfig, DataConfig, EngineConfig, ModelC
 from adalora_scale.errors import UserError, run_reporting_errors
 from adalora_scale.quantization.checkpoint import INDEX_NAME
 from adalora_scale.quantization.functional import bitsandbytes
-from adalora_scale.training import loading, run
+from adalora_scale.training import loading, placing
 from adalora_scale.training.arguments import training_arguments
 from adalora_scale.training.engines import resolve_engine, whole_weights, zero3_options
 from adalora_scale.training.records import hardware, versions, write_json
@@ -230,12 +230,8 @@ def _rank(job: SimpleNamespace) -> int:
     if job.four_bit:
         bitsandbytes()
     dist.all_reduce(torch.ones(1))
-    inputs = cast(
-        run.Inputs, SimpleNamespace(engine=engine, arguments=arguments, raw=SimpleNamespace(label_names=None))
-    )
-
     begun: list[loading.Loading] = []
-    begin, advance, partition = loading.begin, loading.progress._advance, run.partition_zero3
+    begin, advance, partition = loading.begin, loading.progress._advance, placing.partition_zero3
     started, baseline = time.perf_counter(), _status("VmRSS")
     meter = PeakMeter()
 
@@ -256,10 +252,10 @@ def _rank(job: SimpleNamespace) -> int:
     with (
         mock.patch.object(loading, "begin", noted_begin),
         mock.patch.object(loading.progress, "_advance", noted_advance),
-        mock.patch.object(run, "partition_zero3", noted_partition),
+        mock.patch.object(placing, "partition_zero3", noted_partition),
         whole_weights(),
     ):
-        model = run.place_model(config, inputs, zero3)
+        model = placing.place_model(config, engine, arguments, zero3=zero3)
     meter.mark("the end")
     own = {
         "baseline_bytes": baseline,

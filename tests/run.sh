@@ -14,6 +14,12 @@ venv="${ADALORA_VENV:-$PWD/.venv}"
 echo "== set-up"
 bash launch/setup.sh --test || exit
 
+# In CI the programs of the cluster tests (SLURM, sshd, pdsh) are installed too; elsewhere that is the user's choice, and
+# tests that lack them are skipped.
+if [[ "${CI:-}" == true && $EUID -eq 0 ]] && command -v apt-get >/dev/null; then
+    bash tests/cluster/install.sh >/dev/null || echo "cluster programs could not be installed; their tests are skipped"
+fi
+
 export PATH="$venv/bin:$PATH"  # DeepSpeed looks for ninja there
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 # One thread a process: the models are tiny, ranks share the cores, and OpenMP threads that wait for a busy core spin

@@ -19,6 +19,7 @@ LAYERS = {
     "": 4,
     "cli": 4,
     "training": 3,
+    "checkpoint": 3,
     "export": 3,
     "cluster": 3,
     "report": 3,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from adalora_scale.adalora.base_digest import WeightsDigest, tensor_samples
 from adalora_scale.adalora.fingerprint import fingerprint, sample
 from adalora_scale.adalora.layer import AdaLoraLayer, linear_features
 from adalora_scale.config import AdaLoraConfig
@@ -64,6 +66,9 @@ def inject_adalora(model: nn.Module, config: AdaLoraConfig) -> nn.Module:
     targets = find_targets(model, config)
     known = getattr(model, "adalora_base_fingerprint", None)  # a loader that streams weights in later knows it
     samples = [sample(name, cast(Tensor, model.get_submodule(name).weight).detach()) for name in targets]
+    digests = getattr(model, "adalora_base_digests", None)
+    if digests is None:
+        digests = digest_base(model, targets, modules_to_save(model, config))
     model.requires_grad_(False)
     wrappers: dict[nn.Module, AdaLoraLayer] = {}
     seed = int(torch.randint(2**48, (1,), device="cpu"))
@@ -79,8 +84,15 @@ def inject_adalora(model: nn.Module, config: AdaLoraConfig) -> nn.Module:
         )
     replace_modules(model, wrappers)
     for name in modules_to_save(model, config):
-        model.get_submodule(name).requires_grad_(True)
+        saved = model.get_submodule(name)
+        if any(isinstance(module, Linear4bit) for module in saved.modules()):
+            raise UserError(
+                f"adalora.modules_to_save: '{name}' is in 4 bits and cannot be trained in full; load a checkpoint that "
+                f"keeps it in 16 bits, or adapt it."
+            )
+        saved.requires_grad_(True)
     model.adalora_base_fingerprint = known or fingerprint(samples)  # type: ignore[assignment]  # ranks compare theirs
+    model.adalora_base_digests = digests  # type: ignore[assignment]  # save_adapter writes them
     model.adalora_config = config  # type: ignore[assignment]  # a plain attribute; nn.Module's stub knows only tensors
     return model
 
@@ -117,7 +129,7 @@ def find_targets(model: nn.Module, config: AdaLoraConfig) -> list[str]:
     if config.target_modules == ALL_LINEAR:
         head = _output_head(model)
         linear = {name for name in names if _is_linear(model.get_submodule(name))}
-        selected = {name for name in linear if model.get_submodule(name) is not head and not _inside(name, saved)}
+        selected = {name for name in linear if model.get_submodule(name) is not head and not is_inside(name, saved)}
         _refuse_unreachable_weights(model, excluded)
     else:
         selected = _matches(names, config.target_modules, "adalora.target_modules")
@@ -129,7 +141,7 @@ def find_targets(model: nn.Module, config: AdaLoraConfig) -> list[str]:
         raise UserError("adalora.target_modules selects no module after adalora.exclude_modules was applied.")
     for name in targets:
         linear_features(model.get_submodule(name))
-        if _inside(name, saved):
+        if is_inside(name, saved):
             raise UserError(
                 f"'{name}' is in both adalora.target_modules and adalora.modules_to_save; keep it in one of them."
             )
@@ -149,6 +161,52 @@ def modules_to_save(model: nn.Module, config: AdaLoraConfig) -> list[str]:
     return [name for name in names if name in matched]
 
 
+def digest_base(model: nn.Module, targets: Iterable[str], saved: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return digests of a base model's weights, for adapters to record and to compare.
+
+    Args:
+        model: the base model, with or without adapters, before sharding.
+        targets: names of the adapted layers.
+        saved: names of the modules that are trained in full; they are no part of the base.
+    """
+
+    def look(module: nn.Module, leaf: str) -> tuple[tuple[int, ...], Tensor | None]:
+        tensor = cast(Tensor, getattr(module, leaf))
+        return tuple(tensor.shape), tensor_samples(tensor)
+
+    return digest_places(model, targets, saved, look)
+
+
+def digest_places(
+    model: nn.Module,
+    targets: Iterable[str],
+    saved: Iterable[str],
+    look: Callable[[nn.Module, str], tuple[tuple[int, ...], Tensor | None]],
+) -> dict[str, dict[str, str]]:
+    """Do what `digest_base` does with whatever `look` sees of (module, parameter's leaf): shape and samples."""
+    embedding = None
+    if callable(getter := getattr(model, "get_input_embeddings", None)):
+        with contextlib.suppress(NotImplementedError):  # models without token embeddings
+            embedding = getattr(getter(), "weight", None)
+    kept = list(saved)
+    digests = {"adapted": WeightsDigest(), "rest": WeightsDigest()}
+    for name in targets:
+        digests["adapted"].add(f"{name}.weight", *look(model.get_submodule(name), "weight"))
+    for full, parameter in model.named_parameters():
+        if not parameter.is_floating_point():  # a 4-bit layer's scales are none
+            continue
+        name = full.replace(".base_layer.", ".")
+        if is_digested(name, parameter.dim(), kept) or (parameter is embedding and not is_inside(name, kept)):
+            parent, _, leaf = full.rpartition(".")
+            digests["rest"].add(name, *look(model.get_submodule(parent), leaf))
+    return {part: result for part, digest in digests.items() if (result := digest.result())}
+
+
+def is_digested(name: str, dimensions: int, saved: Iterable[str]) -> bool:
+    """Return whether a parameter is one of the small ones that a base's digest covers beside the adapted weights."""
+    return dimensions == 1 and "lora_" not in name and not is_inside(name, saved)
+
+
 def coverage(model: nn.Module) -> Coverage:
     """Measure which share of the linear weights has an adapter."""
     adapted = linear = adapter = matrices = 0
@@ -162,8 +220,9 @@ def coverage(model: nn.Module) -> Coverage:
         elif _is_linear(module):
             features = linear_features(module)
             linear += features[0] * features[1]
-    linear += sum(parameter.numel() for _, _, parameter in expert_tensors(model))
-    other = sum(p.numel() for p in model.parameters() if p.requires_grad and id(p) not in owned)
+    linear += sum(_whole_shape(parameter).numel() for _, _, parameter in expert_tensors(model))
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in owned]
+    other = sum(_whole_shape(parameter).numel() for parameter in others)
     return Coverage(adapted, linear, adapter, other, matrices)
 
 
@@ -184,7 +243,8 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return getter() if callable(getter) else None
 
 
-def _inside(name: str, parents: Iterable[str]) -> bool:
+def is_inside(name: str, parents: Iterable[str]) -> bool:
+    """Return whether a module or parameter is one of `parents` or below one."""
     return any(name == parent or name.startswith(parent + ".") for parent in parents)
 
 
@@ -225,7 +285,7 @@ def _keep_layers(names: set[str], layers: list[int] | int) -> set[str]:
 def _refuse_unreachable_weights(model: nn.Module, excluded: set[str]) -> None:
     """`all-linear` promises all linear weights; experts stored as one 3-D tensor would be left out silently."""
     for name, parameter_name, parameter in expert_tensors(model):
-        if not _inside(name, excluded):
+        if not is_inside(name, excluded):
             raise UserError(
                 f"adalora.target_modules=all-linear cannot reach '{name}.{parameter_name}' "
                 f"(a {parameter.dim()}-D expert tensor). Add '{name.split('.')[-1]}' to adalora.exclude_modules to "
@@ -239,5 +299,10 @@ def expert_tensors(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
         if isinstance(module, nn.modules.conv._ConvNd):
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() >= 3:
+            if len(_whole_shape(parameter)) >= 3:
                 yield name, parameter_name, parameter
+
+
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Return a parameter's shape, also where ZeRO-3 has partitioned it."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

@@ -12,6 +12,7 @@ file format (PEFT's) has A as (r, in) and E as (r, 1); shapes turn only there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -65,6 +66,8 @@ class AdaLoraLayer(nn.Module):
         self.init_std, self.seed = init_std, seed
         self.keep_mask: list[bool] | None = None
         """After the final allocation: which triplets are kept; None before it."""
+        self.earlier: Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
+        """Gives an earlier adapter's A (in, k), E (k,) and B (out, k), k ≤ r, which training goes on from."""
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         device = self.weight.device
         self.lora_A = nn.Parameter(torch.empty(self.in_features, r, dtype=torch.float32, device=device))
@@ -81,13 +84,20 @@ class AdaLoraLayer(nn.Module):
             parameter.copy_(value)
 
     def initial_factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Draw A and B from N(0, init_std²) and return them with E = 0, whole, float32, on the CPU."""
+        """Return the A, E and B that training starts with, whole, float32, on the CPU.
+
+        A and B are drawn from N(0, init_std²) and E is zero; an earlier adapter's triplets take the first places.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         a, b = (
             torch.randn(rows, self.r, generator=generator, dtype=torch.float32, device="cpu") * self.init_std
             for rows in (self.in_features, self.out_features)
         )
-        return a, torch.zeros(self.r, device="cpu"), b
+        e = torch.zeros(self.r, device="cpu")
+        if self.earlier is not None:
+            for new, old in zip((a, e, b), self.earlier(), strict=True):
+                new[..., : old.shape[-1]] = old
+        return a, e, b
 
     # Some model code asks a linear layer for its weight's dtype or device (T5's `wo`, for one).
     @property

@@ -138,6 +138,8 @@ class ModelConfig:
     """A local directory in transformers format, or a hub id."""
     tokenizer_name_or_path: str | None = None
     """Where the tokenizer is, when not with the model."""
+    adapter_path: str | None = None
+    """Folder of an earlier adapter (AdaLoRA or plain LoRA) that training goes on from, with its ranks reopened."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     torch_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

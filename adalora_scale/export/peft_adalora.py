@@ -14,21 +14,37 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from adalora_scale.adalora.injection import adapter_layers, injected_module, modules_to_save, replace_modules
+from adalora_scale.adalora.base_digest import same_base
+from adalora_scale.adalora.injection import (
+    adapter_layers,
+    digest_base,
+    injected_module,
+    modules_to_save,
+    replace_modules,
+)
 from adalora_scale.adalora.layer import AdaLoraLayer, linear_features
 from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
 from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.export.adapter_file import (
+    CONFIG_NAME,
+    PEFT_SCALE,
+    RECORD_KEY,
+    WEIGHTS_NAME,
+    parse_record,
+    peft_scale,
+    read_adapter_config,
+    weights_path,
+)
+from adalora_scale.export.adapter_file import PREFIX as _PREFIX
+from adalora_scale.export.dequantise import quantised_base
+from adalora_scale.export.tensor_files import save_file
 from adalora_scale.sharding.full import full_parameter
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _FACTORS = ("lora_A", "lora_E", "lora_B")
 _CAUSAL_LMS = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
@@ -75,10 +91,11 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
-    text = json.dumps(_peft_config(base, config, layers, pattern), indent=2) + "\n"
+    peft_config = _peft_config(base, config, layers, pattern)
+    text = json.dumps(peft_config, indent=2) + "\n"
     # Both files are complete before either takes its place: what can fail, fails while the old pair still stands.
     partial = {name: directory / f".{name}.partial" for name in (WEIGHTS_NAME, CONFIG_NAME)}
-    save_file(tensors, partial[WEIGHTS_NAME], metadata={"format": "pt"})
+    save_file(tensors, partial[WEIGHTS_NAME], metadata=_record(base, peft_config["task_type"]))
     partial[CONFIG_NAME].write_text(text, encoding="utf-8")
     for name, temporary in partial.items():
         os.replace(temporary, directory / name)
@@ -102,8 +119,8 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
     directory = Path(directory)
     if any(True for _ in adapter_layers(model)):
         raise UserError("the model already has AdaLoRA layers; load an adapter onto a fresh base model.")
-    saved = _read_config(directory)
-    tensors = _read_weights(directory)
+    saved = read_adapter_config(directory)
+    tensors, record = _read_weights(directory)
     layers = dict.fromkeys(key.removeprefix(_PREFIX).rpartition(".")[0] for key in tensors if key.endswith(_FACTORS))
     if not layers:
         raise UserError(f"{directory / WEIGHTS_NAME} holds no AdaLoRA tensors (no key ends in .lora_E).")
@@ -118,16 +135,23 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
         heads = [head for head in heads if any(name == head or name.endswith("." + head) for name in names)]
         known["modules_to_save"] = heads or None
     config = adalora_config_from_dict(known)
+    digests = digest_base(model, layers, modules_to_save(model, config))
+    if not same_base(record.get("base") or {}, digests):
+        raise UserError(
+            f"the adapter in {directory} was trained on another base model (shapes agree, weights differ); load the "
+            f"one it was trained on{f': {named}' if (named := saved.get('base_model_name_or_path')) else ''}."
+        )
 
     model.requires_grad_(False)
     pattern = saved.get("rank_pattern") or {}
     wrappers: dict[nn.Module, AdaLoraLayer] = {}
     scaling = saved["lora_alpha"] / saved["init_r"]
+    lowered = 1 / peft_scale(saved["init_r"]) if record.get(PEFT_SCALE) else 1.0
     for name, (a, e, b) in checked.items():
         layer = AdaLoraLayer(
             model.get_submodule(name), r=e.numel(), scaling=scaling, dropout=saved.get("lora_dropout", 0.0)
         )
-        for parameter, value in ((layer.lora_A, a.T), (layer.lora_E, e.flatten()), (layer.lora_B, b)):
+        for parameter, value in ((layer.lora_A, a.T), (layer.lora_E, e.flatten() * lowered), (layer.lora_B, b)):
             parameter.copy_(value)
             parameter.requires_grad_(trainable)
         layer.keep_mask = pattern.get(f"{name}.lora_E")
@@ -141,6 +165,11 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
             if full == name or full.endswith("." + name):
                 module.requires_grad_(trainable)
     model.adalora_config = config  # type: ignore[assignment]  # a plain attribute
+    model.adalora_base_digests = record.get("base") or digests  # type: ignore[assignment]
+    labels = record.get("labels")
+    if isinstance(labels, list) and getattr(getattr(model, "config", None), "num_labels", None) == len(labels):
+        model.config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
+        model.config.label2id = {name: index for index, name in enumerate(labels)}  # type: ignore[union-attr]
     model.adalora_total_step = saved.get("total_step")  # type: ignore[assignment]
     return model
 
@@ -155,13 +184,14 @@ def saved_values(model: nn.Module, directory: str | Path) -> list[tuple[nn.Param
         Unsupported: they were saved under another mask than the model's.
     """
     directory = Path(directory)
-    pattern = _read_config(directory).get("rank_pattern") or {}
-    tensors = _read_weights(directory)
+    pattern = read_adapter_config(directory).get("rank_pattern") or {}
+    tensors, _ = _read_weights(directory)
     values: list[tuple[nn.Parameter, Tensor]] = []
     for name, layer in adapter_layers(model):
         if pattern.get(f"{name}.lora_E") != layer.keep_mask:
             raise Unsupported(f"the adapter in {directory} was saved under another mask of '{name}' than the model's.")
-        keep = torch.tensor(layer.keep_mask or [True] * layer.r)
+        compacted = layer.keep_mask is not None and layer.r == sum(layer.keep_mask)
+        keep = torch.ones(layer.r, dtype=torch.bool) if compacted else torch.tensor(layer.keep_mask or [True] * layer.r)
         for factor, rows in (("lora_A", layer.in_features), ("lora_E", 1), ("lora_B", layer.out_features)):
             saved = tensors.pop(f"{_PREFIX}{name}.{factor}", None)
             shape = (rows, int(keep.sum())) if factor == "lora_B" else (int(keep.sum()), rows)
@@ -169,7 +199,8 @@ def saved_values(model: nn.Module, directory: str | Path) -> list[tuple[nn.Param
                 raise UserError(f"{directory / WEIGHTS_NAME} does not hold '{name}.{factor}' of shape {shape}.")
             whole = torch.zeros(rows, layer.r)
             whole[:, keep] = saved if factor == "lora_B" else saved.T
-            values.append((getattr(layer, factor), whole[0] if factor == "lora_E" else whole))
+            if layer.r:
+                values.append((getattr(layer, factor), whole[0] if factor == "lora_E" else whole))
     own = dict(unwrapped(model).named_parameters(remove_duplicate=False))
     for key, value in tensors.items():
         parameter = own.get(key.removeprefix(_PREFIX))
@@ -244,29 +275,22 @@ def _is_transposed(base: nn.Module) -> bool:
     return isinstance(base, Conv1D) or bool(getattr(base, "transposed", False))  # Linear4bit
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / CONFIG_NAME
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"no {CONFIG_NAME} in {directory}; pass the folder that training wrote.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}).") from None
-    method = saved.get("peft_type") if isinstance(saved, dict) else None
-    if method != "ADALORA":
-        raise Unsupported(f"{path} holds a '{method}' adapter; only ADALORA adapters load here. Use PEFT for others.")
-    for key in ("init_r", "lora_alpha"):
-        if not isinstance(saved.get(key), int | float) or saved[key] <= 0:
-            raise UserError(f"{path}: '{key}' is {saved.get(key)!r}; it must be a positive number.")
-    return dict(saved)
+def _record(base: nn.Module, task_type: str | None) -> dict[str, str]:
+    """Return the metadata that says what PEFT's config has no key for: which base this is, and the classes' names."""
+    record: dict[str, Any] = {"base": getattr(base, "adalora_base_digests", None) or {}}
+    if task_type == "SEQ_CLS":
+        labels: dict[int, str] = base.config.id2label  # type: ignore[union-attr, assignment]
+        record["labels"] = [labels[index] for index in sorted(labels)]
+    if quantisation := quantised_base(base):
+        record["quantisation"] = quantisation
+    return {RECORD_KEY: json.dumps(record, sort_keys=True)}
 
 
-def _read_weights(directory: Path) -> dict[str, Tensor]:
-    path = directory / WEIGHTS_NAME
-    if not path.is_file():
-        raise UserError(f"no {WEIGHTS_NAME} in {directory}; pass the folder that training wrote.")
+def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    path = weights_path(directory)
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, parse_record(file.metadata())  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); copy it again.") from None
 

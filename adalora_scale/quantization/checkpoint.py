@@ -67,10 +67,7 @@ class Checkpoint:
             if (folder / SINGLE_NAME).is_file():
                 return cls([folder / SINGLE_NAME])
             if any(folder.glob("pytorch_model*.bin")):
-                raise Unsupported(
-                    f"{path} holds pytorch_model.bin files, which cannot be read in slices; save the model once with "
-                    f"save_pretrained (safetensors)."
-                )
+                raise _pickled(path)
             raise UserError(f"model.model_name_or_path={path} holds neither {SINGLE_NAME} nor {INDEX_NAME}.")
         try:
             found = cached_file(path, INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
@@ -78,7 +75,13 @@ class Checkpoint:
                 names = _index_files(Path(found))
                 located = {name: Path(str(cached_file(path, name, revision=revision))) for name in names}
                 return cls._from_index(Path(found), located)
-            return cls([Path(str(cached_file(path, SINGLE_NAME, revision=revision)))])
+            single = cached_file(path, SINGLE_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+            if single is None and any(
+                cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+                for name in ("pytorch_model.bin.index.json", "pytorch_model.bin")
+            ):
+                raise _pickled(path)
+            return cls([Path(str(single or cached_file(path, SINGLE_NAME, revision=revision)))])
         except OSError as error:
             raise UserError(f"model.model_name_or_path={path}: {str(error).strip().splitlines()[0]}") from None
 
@@ -139,6 +142,13 @@ class Checkpoint:
         first, last = start // in_features, -(-stop // in_features)
         rows = self.columns(name, first, last) if transposed else self.rows(name, first, last)
         return rows.view(-1)[start - first * in_features : stop - first * in_features]
+
+
+def _pickled(path: str) -> Unsupported:
+    return Unsupported(
+        f"{path} holds pytorch_model.bin files, which cannot be read in slices; save the model once with "
+        f"save_pretrained (safetensors)."
+    )
 
 
 def _index_map(index: Path) -> dict[str, str]:

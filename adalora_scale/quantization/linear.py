@@ -90,7 +90,8 @@ class Linear4bit(nn.Module):
         dtype = self.spec.compute_dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         shape = (self.out_features, self.in_features)
-        y = _Matmul4bit.apply(x.to(dtype), self.weight, self.scales, self.nested, bias, self.spec, shape)
+        with torch.autocast(x.device.type, enabled=False):  # compute_dtype is the user's word
+            y = _Matmul4bit.apply(x.to(dtype), self.weight, self.scales, self.nested, bias, self.spec, shape)
         return y.to(x.dtype)
 
     def extra_repr(self) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 Places = list[tuple[nn.Module, str]]
 """Modules and attributes that share one parameter."""
@@ -39,19 +38,28 @@ def materialize(modules: Iterable[nn.Module], device: torch.device, ties: list[P
                 module._buffers[leaf] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
 
 
-def materialize_shards(model: nn.Module, device: torch.device, ties: list[Places]) -> None:
-    """Allocate the shards of a model that `fully_shard` sharded on the meta device."""
+def materialize_shards(model: nn.Module, storage: torch.device, device: torch.device, ties: list[Places]) -> None:
+    """Allocate the shards of a model that `fully_shard` sharded on the meta device.
+
+    Args:
+        model: the sharded model.
+        storage: where shards are kept (the CPU under CPU offload).
+        device: where the model computes, and its buffers are.
+        ties: parameters that several modules share.
+    """
     real = {
         (id(module), leaf): buffer
         for module in model.modules()
         for leaf, buffer in module._buffers.items()
         if buffer is not None and not buffer.is_meta
     }
-    model.to_empty(device=device)
+    model.to_empty(device=storage)
     for module in model.modules():
-        for leaf, buffer in module._buffers.items():
+        for leaf, buffer in list(module._buffers.items()):
             if (kept := real.get((id(module), leaf))) is not None:
-                cast(Tensor, buffer).copy_(kept)
+                module._buffers[leaf] = kept.to(device)
+            elif buffer is not None:
+                module._buffers[leaf] = buffer.to(device)
     for (first, name), *others in ties:
         for module, leaf in others:  # to_empty gave each a tensor of its own
             module._parameters[leaf] = first._parameters[name]

@@ -17,7 +17,6 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from adalora_scale.errors import Unsupported
 
-STATE_SUFFIXES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _QUANT_STATE = re.compile(r"^(?P<weight>.+)\.(?P<suffix>absmax|quant_map|nested_absmax|nested_quant_map|"
                           r"quant_state\.bitsandbytes__(?:nf4|fp4))$")  # fmt: skip
 
@@ -46,7 +45,7 @@ def match_names(model: nn.Module, stored: Iterable[str]) -> Names:
     own = {name: True for name, _ in model.named_parameters(remove_duplicate=False)}
     own |= {name: True for name in model.state_dict()}
     prefix = getattr(model, "base_model_prefix", None) or None
-    ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
+    ignored = [re.compile(pattern) for pattern in _ignored_patterns(model)]
     names = Names()
     for key in stored:
         state = _QUANT_STATE.match(key)
@@ -54,9 +53,8 @@ def match_names(model: nn.Module, stored: Iterable[str]) -> Names:
         name, converted = rename_source_key(weight, renamings, converters, prefix, own)  # type: ignore[arg-type]
         if converted is not None:
             raise Unsupported(
-                f"'{key}' has to be converted while loading ({type(model).__name__}: {converted} becomes "
-                f"'{name}'), which streaming cannot do; use model.load_in_4bit=false with engine.name=ddp, or convert "
-                f"the checkpoint once with save_pretrained."
+                f"'{key}' has to be converted while loading ({type(model).__name__}: {converted} becomes '{name}'), "
+                f"which slices cannot be; the model trains over its 16-bit weights (model.load_in_4bit=false)."
             )
         if state:
             names.states.setdefault(name, {})[state["suffix"]] = key
@@ -65,3 +63,14 @@ def match_names(model: nn.Module, stored: Iterable[str]) -> Names:
         elif not any(pattern.search(name) for pattern in ignored):
             names.unexpected.append(name)
     return names
+
+
+def _ignored_patterns(model: nn.Module) -> list[str]:
+    """Return what transformers drops on purpose: see PreTrainedModel._adjust_missing_and_unexpected_keys."""
+    patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or [])
+    buffers = [name for name, _ in model.named_buffers()]
+    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+        patterns.append(r"rotary_emb\.inv_freq")
+    if any(name.endswith("position_ids") for name in buffers):
+        patterns.append(r"(^|\.)position_ids$")
+    return patterns

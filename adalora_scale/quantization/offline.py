@@ -25,7 +25,8 @@ from adalora_scale.quantization.plan import LoadingPlan, Slot
 from adalora_scale.quantization.prequantized import stored_form
 from adalora_scale.quantization.spec import QuantSpec
 
-_COPIED = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken")
+COPIED = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.py")
+"""Small files that go with the weights: tokenizer, generation config, model code."""
 _NOT_COPIED = {"config.json", INDEX_NAME}
 
 
@@ -42,7 +43,7 @@ class Quantized:
 def quantize_checkpoint(
     plan: LoadingPlan,
     config: dict[str, Any],
-    source: Path | None,
+    source: Path,
     target: Path,
     *,
     device: torch.device,
@@ -55,7 +56,7 @@ def quantize_checkpoint(
     Args:
         plan: from `make_plan`, of a model on the meta device; weights that are 4-bit already are refused.
         config: the model's config.json.
-        source: local folder of the original, whose tokenizer and other small files are copied; None copies nothing.
+        source: folder whose tokenizer and other small files are copied.
         target: an existing folder that is empty.
         device: where weights are quantised.
         skip_modules: names of the linear layers that stayed in 16 bits, for transformers.
@@ -79,11 +80,10 @@ def quantize_checkpoint(
         names.append(list(shard))
         written += _size(shard)
     _rename(target, names, written)
-    if source is not None:
-        for pattern in _COPIED:
-            for file in source.glob(pattern):
-                if file.name not in _NOT_COPIED:
-                    shutil.copyfile(file, target / file.name)
+    for pattern in COPIED:
+        for file in source.glob(pattern):
+            if file.name not in _NOT_COPIED:
+                shutil.copyfile(file, target / file.name)
     stated = config | {"quantization_config": quantization_config(spec, skip_modules)}
     stated["dtype"] = _dtype_name(plan.dtype)
     (target / "config.json").write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ Everything that can be wrong with a checkpoint is found here, from headers alone
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from adalora_scale.errors import UserError
 from adalora_scale.quantization.checkpoint import FLOATS, Checkpoint
 from adalora_scale.quantization.linear import Linear4bit, quantization_targets, replace_linears
+from adalora_scale.quantization.memory import PIECE, row_pieces
 from adalora_scale.quantization.naming import Names, match_names
-from adalora_scale.quantization.prequantized import stored_spec
+from adalora_scale.quantization.prequantized import check_stored, stored_spec
 from adalora_scale.quantization.spec import QuantSpec
 
 
@@ -53,6 +55,11 @@ class LoadingPlan:
     ignored: list[str]
     """Tensors of the checkpoint that belong to another head."""
 
+    @property
+    def stored_in_4bit(self) -> bool:
+        """Whether the checkpoint is in 4 bits already."""
+        return any(slot.parts for slot in self.slots)
+
 
 def make_plan(
     model: nn.Module,
@@ -80,7 +87,8 @@ def make_plan(
         Unsupported: a tensor would have to be converted while loading.
     """
     names = match_names(model, checkpoint.tensors)
-    _put_layers(model, checkpoint, names, spec, compute_dtype, [*(skip_modules or []), *new_heads])
+    _put_layers(model, checkpoint, names, spec, compute_dtype, skip_modules or [], new_heads)
+    _untie_what_differs(model, checkpoint, names)
     ties = _ties(model)
     twins = {name: group for group in _tied_names(model) for name in group}
     fresh = [head for head in new_heads if not _holds_any(names, head)]
@@ -102,7 +110,10 @@ def make_plan(
         _check(slot, tensor, checkpoint)
         slots.append(slot)
     if missing:
-        raise UserError(f"the checkpoint lacks {_listed(missing)} of {type(model).__name__}; {_fits}.")
+        raise UserError(
+            f"the checkpoint lacks {_listed(missing)} of {type(model).__name__}; {_fits}. A classifier's new layers "
+            f"are named in adalora.modules_to_save."
+        )
     unexpected, ignored = _sort_unexpected(model, names.unexpected, fresh)
     if unexpected:
         raise UserError(f"the checkpoint holds {_listed(unexpected)}, which {type(model).__name__} has not; {_fits}.")
@@ -120,6 +131,7 @@ def _put_layers(
     spec: QuantSpec | None,
     compute_dtype: torch.dtype,
     skip: list[str],
+    new_heads: Sequence[str],
 ) -> None:
     if names.states:
         for weight, parts in names.states.items():
@@ -134,9 +146,28 @@ def _put_layers(
         return
     if spec is None:
         return
-    existing = {name.split(".")[-1] for name, _ in model.named_modules()}
-    targets = quantization_targets(model, [entry for entry in skip if entry.split(".")[-1] in existing] or None)
-    replace_linears(model, spec, targets)
+    replace_linears(model, spec, quantization_targets(model, [*skip, *new_heads]))
+
+
+def _untie_what_differs(model: nn.Module, checkpoint: Checkpoint, names: Names) -> None:
+    """Keep weights apart that config.json ties but the files hold with different values, as transformers does."""
+    places = {name: (module, leaf) for name, module, leaf, _ in _own_tensors(model)}
+    for group in _tied_names(model):
+        first, *others = sorted((name for name in group if name in names.tensors), key=list(places).index) or [""]
+        for name in others:
+            if not _same_values(checkpoint, names.tensors[first], names.tensors[name]):
+                module, leaf = places[name]
+                tied = module._parameters[leaf]
+                if tied is not None:
+                    module._parameters[leaf] = nn.Parameter(torch.empty_like(tied), requires_grad=tied.requires_grad)
+
+
+def _same_values(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    one, other = checkpoint.tensors[first], checkpoint.tensors[second]
+    if one.shape != other.shape or not one.shape:
+        return one.shape == other.shape
+    pieces = row_pieces(0, one.shape[0], math.prod(one.shape[1:]), PIECE)
+    return all(torch.equal(checkpoint.rows(first, a, b), checkpoint.rows(second, a, b)) for a, b in pieces)
 
 
 def _own_tensors(model: nn.Module) -> list[tuple[str, nn.Module, str, Tensor]]:
@@ -169,7 +200,8 @@ def _ties(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
 def _check(slot: Slot, tensor: Tensor, checkpoint: Checkpoint) -> None:
     stored = checkpoint.tensors[slot.source]
     layer = slot.module
-    if slot.parts:
+    if slot.parts and isinstance(layer, Linear4bit):
+        check_stored(checkpoint, slot.source, slot.parts, layer.spec, layer.weight.shape[0])
         return
     if isinstance(layer, Linear4bit) and slot.leaf == "weight":
         sides = (layer.out_features, layer.in_features)

@@ -9,6 +9,7 @@ Source: bitsandbytes 0.50 functional.QuantState.as_dict(packed=True).
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -17,7 +18,10 @@ from torch import Tensor
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.quantization import functional
 from adalora_scale.quantization.checkpoint import Checkpoint
-from adalora_scale.quantization.spec import NESTED_BLOCK, QuantSpec
+from adalora_scale.quantization.spec import CODES, NESTED_BLOCK, QuantSpec
+
+_STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
+"""Bytes an element of the dtypes that packed codes are stored in."""
 
 
 def stored_spec(
@@ -30,25 +34,53 @@ def stored_spec(
         Unsupported: it was quantised with a code book or second level that bitsandbytes' kernels do not have.
     """
     state = _state(checkpoint, weight, parts)
-    spec = QuantSpec(
-        quant_type=state["quant_type"],
-        blocksize=int(state["blocksize"]),
-        double_quant="nested_offset" in state,
-        compute_dtype=compute_dtype,
-    )
+    try:
+        spec = QuantSpec(
+            quant_type=state["quant_type"],
+            blocksize=int(state["blocksize"]),
+            double_quant="nested_offset" in state,
+            compute_dtype=compute_dtype,
+        )
+        out_features, in_features = (int(side) for side in state["shape"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"the 4-bit state of '{weight}' is damaged ({error!r}); download the checkpoint again."
+        ) from None
     needed = {"absmax", "quant_map"} | ({"nested_absmax", "nested_quant_map"} if spec.double_quant else set())
     if missing := sorted(needed - parts.keys()):
         raise UserError(f"the checkpoint lacks '{weight}.{missing[0]}' of a 4-bit weight; download it again.")
     code = checkpoint.whole(parts["quant_map"])
     if not torch.equal(code, functional.bitsandbytes().get_4bit_type(spec.quant_type, device="cpu")):
         raise Unsupported(f"'{weight}' was quantised with a {spec.quant_type} code book of its own; quantise it again.")
-    if spec.double_quant and int(state["nested_blocksize"]) != NESTED_BLOCK:
+    if spec.double_quant and state.get("nested_blocksize") != NESTED_BLOCK:
         raise Unsupported(
-            f"'{weight}' has a second level of blocks of {state['nested_blocksize']}; bitsandbytes' kernels know "
+            f"'{weight}' has a second level of blocks of {state.get('nested_blocksize')}; bitsandbytes' kernels know "
             f"{NESTED_BLOCK}. Quantise it again."
         )
-    out_features, in_features = state["shape"]
-    return spec, (int(out_features), int(in_features))
+    return spec, (out_features, in_features)
+
+
+def check_stored(checkpoint: Checkpoint, tensor: str, parts: dict[str, str], spec: QuantSpec, blocks: int) -> None:
+    """Compare the sizes of a 4-bit weight's tensors with its number of blocks, from headers alone.
+
+    Raises:
+        UserError: one has another size or dtype.
+    """
+    stored = checkpoint.tensors[tensor]
+    width = _STORAGE.get(stored.dtype, 0)
+    sizes = {tensor: (math.prod(stored.shape) * width, blocks * spec.blocksize // 2)}
+    expected = {"absmax": (blocks, "U8" if spec.double_quant else "F32")}
+    if spec.double_quant:
+        expected |= {"nested_absmax": (-(-blocks // NESTED_BLOCK), "F32"), "nested_quant_map": (CODES, "F32")}
+    for part, (count, dtype) in expected.items():
+        own = checkpoint.tensors[parts[part]]
+        sizes[parts[part]] = (math.prod(own.shape) if own.dtype == dtype else -1, count)
+    for name, (found, needed) in sizes.items():
+        if found != needed:
+            raise UserError(
+                f"'{name}' in {checkpoint.tensors[name].file.name} does not hold the {needed} values of {blocks} "
+                f"blocks; download the checkpoint again."
+            )
 
 
 def stored_blocks(
@@ -117,5 +149,5 @@ def _state(checkpoint: Checkpoint, weight: str, parts: dict[str, str]) -> dict[s
         raise UserError(f"the checkpoint has no quant_state of '{weight}'; download it again.")
     try:
         return dict(json.loads(bytes(checkpoint.whole(packed[0]).tolist())))
-    except (ValueError, json.JSONDecodeError) as error:
+    except (ValueError, TypeError) as error:
         raise UserError(f"'{packed[0]}' is damaged ({error}); download the checkpoint again.") from None

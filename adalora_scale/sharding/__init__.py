@@ -15,12 +15,26 @@ from torch.optim import Optimizer
 from adalora_scale.adalora.injection import adapter_layers
 from adalora_scale.errors import UserError
 from adalora_scale.sharding.dtensor import DTensorSharding
+from adalora_scale.sharding.pieces import Piece, PieceState, trained_parameters, whole_shape
 from adalora_scale.sharding.replicated import ReplicatedSharding
 from adalora_scale.sharding.span import AdapterTensor, Sharding, Span, adapter_tensors
 from adalora_scale.sharding.step_sums import StepReduction, StepSums
 from adalora_scale.sharding.zero import ZeroSharding
 
-__all__ = ["AdapterTensor", "Sharding", "Span", "StepReduction", "StepSums", "adapter_tensors", "sharding_for"]
+__all__ = [
+    "AdapterTensor",
+    "Piece",
+    "PieceState",
+    "Sharding",
+    "Span",
+    "StepReduction",
+    "StepSums",
+    "adapter_tensors",
+    "base_optimizer",
+    "sharding_for",
+    "trained_parameters",
+    "whole_shape",
+]
 
 
 def sharding_for(model: nn.Module, target: object) -> tuple[Sharding, Optimizer]:
@@ -53,6 +67,12 @@ def sharding_for(model: nn.Module, target: object) -> tuple[Sharding, Optimizer]
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return DTensorSharding(model, optimizer), optimizer
     return ReplicatedSharding(model, optimizer), optimizer
+
+
+def base_optimizer(target: object) -> Optimizer:
+    """Return the torch optimizer behind a wrapper or an engine."""
+    optimizer: Optimizer = _chain(target)[-1]
+    return optimizer
 
 
 def _chain(target: Any) -> list[Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from adalora_scale.sharding.pieces import Piece, PieceState, direct_pieces, local, restore_direct
 from adalora_scale.sharding.span import Extent, Span
 
 
@@ -17,7 +19,8 @@ class DirectSharding:
     spans: list[Span]
     extents: list[list[Extent]]
 
-    def __init__(self, parameters: list[nn.Parameter], optimizer: Optimizer) -> None:
+    def __init__(self, model: nn.Module, parameters: list[nn.Parameter], optimizer: Optimizer) -> None:
+        self._model = model
         self._parameters = parameters
         self._optimizer = optimizer
 
@@ -67,10 +70,16 @@ class DirectSharding:
             for parameter in self._parameters
         ]
 
+    def pieces(self) -> list[Piece]:
+        """Return what this rank holds of every trained parameter."""
+        return direct_pieces(self._model, self._optimizer)
+
+    def restore(self, states: Mapping[str, PieceState]) -> None:
+        """Put optimizer state back."""
+        restore_direct(self._model, self._optimizer, states)
+
+    def refresh(self) -> None:
+        """Nothing to copy, as above."""
+
     def _held(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's piece of a DTensor, and any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

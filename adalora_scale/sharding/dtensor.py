@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 
 from adalora_scale.errors import Unsupported
 from adalora_scale.sharding.direct import DirectSharding
+from adalora_scale.sharding.pieces import local
 from adalora_scale.sharding.span import Span, adapter_tensors, check_held, gathered_extents
 
 
@@ -34,7 +34,7 @@ class DTensorSharding(DirectSharding):
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
         tensors = adapter_tensors(model)
         check_held(tensors, optimizer)
-        super().__init__([parameter for _, parameter in tensors], optimizer)
+        super().__init__(model, [parameter for _, parameter in tensors], optimizer)
         adapters: list[DTensor] = []
         self.spans: list[Span] = []
         for tensor, parameter in tensors:
@@ -42,8 +42,8 @@ class DTensorSharding(DirectSharding):
             _, offset = compute_local_shape_and_global_offset(placed.shape, placed.device_mesh, placed.placements)
             start = offset[0] * (1 if tensor.factor == "lora_E" else tensor.r)
             # Detached first: under grad mode to_local() is a view with a history, which in-place updates invalidate.
-            local = cast(DTensor, placed.detach()).to_local()
-            self.spans.append(Span(tensor=tensor, start=start if local.numel() else 0, weight=local.view(-1)))
+            rows = local(placed.detach())
+            self.spans.append(Span(tensor=tensor, start=start if rows.numel() else 0, weight=rows.view(-1)))
             adapters.append(placed)
         first = adapters[0]
         mesh = first.device_mesh

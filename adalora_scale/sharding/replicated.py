@@ -40,7 +40,7 @@ class ReplicatedSharding(DirectSharding):
                     f"'{tensor.name}' is on {parameter.device}, other adapters on {tensors[0][1].device}; a model "
                     f"split over devices by device_map is not supported. Use one device a process."
                 )
-        super().__init__([parameter for _, parameter in tensors], optimizer)
+        super().__init__(model, [parameter for _, parameter in tensors], optimizer)
         self.spans = [Span(tensor=t, start=0, weight=p.detach().view(-1)) for t, p in tensors]
         self.extents = gathered_extents(self.spans, None)
 

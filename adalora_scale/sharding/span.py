@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from adalora_scale.adalora.injection import adapter_layers
 from adalora_scale.adalora.layer import FACTORS
 from adalora_scale.errors import UserError
+from adalora_scale.sharding.pieces import Piece, PieceState
 
 Extent = tuple[int, int]
 """(start, length) of a span."""
@@ -95,11 +96,30 @@ class Sharding(Protocol):
     def moments(self) -> list[list[Tensor]]:
         """Return, for every span, (length,) views of the optimizer's state that has one element a weight."""
 
+    def pieces(self) -> list[Piece]:
+        """Return what this rank's optimizer holds of every trained parameter, the adapters and others.
+
+        Raises:
+            Unsupported: the optimizer keeps state that cannot be cut.
+        """
+
+    def restore(self, states: Mapping[str, PieceState]) -> None:
+        """Put optimizer state back: name of a parameter → state of this rank's piece of it.
+
+        Raises:
+            Unsupported: this engine cannot hold that state.
+        """
+
+    def refresh(self) -> None:
+        """Bring every copy that the engine made of the master weights up to date; between two steps, on all ranks."""
+
 
 def adapter_tensors(model: nn.Module) -> list[tuple[AdapterTensor, nn.Parameter]]:
     """Return every adapter tensor with its parameter, ordered by (layer, factor) with factors as in `FACTORS`."""
     result = []
     for index, (name, layer) in enumerate(adapter_layers(model)):
+        if layer.r == 0:  # built without triplets after the final allocation
+            continue
         rows = {"lora_A": layer.in_features, "lora_E": 1, "lora_B": layer.out_features}
         for factor in FACTORS:
             tensor = AdapterTensor(layer=index, module=name, factor=factor, rows=rows[factor], r=layer.r)

@@ -30,55 +30,109 @@ class StepSums:
     """Norm of its gradient."""
 
 
+class _Factors:
+    """The factors of one rank, with their places in the buffer; there is one such rank unless adapters were compacted.
+
+    Args:
+        sharding: where the adapters are.
+        indices: the spans of these factors.
+        r: their number of columns.
+    """
+
+    def __init__(self, sharding: Sharding, indices: list[int], r: int) -> None:
+        spans = sharding.spans
+        device = spans[0].weight.device
+        self.indices, self._r, self._sharding = indices, r, sharding
+        self._layer_of_factor = torch.tensor([spans[i].tensor.layer for i in indices], device=device)
+        self._rows = FactorRows(
+            own=[(spans[i].start, spans[i].weight.numel()) for i in indices],
+            extents=[[rank[i] for i in indices] for rank in sharding.extents],
+            r=r,
+            device=device,
+        )
+        self.size = len(indices) * r * r + self._rows.slots * r
+        self._multiplier = torch.zeros(0)
+        self._split = torch.zeros(0)
+
+    def fill(self, buffer: Tensor) -> None:
+        """Write Grams of whole rows and the elements of split rows into (size,) zeros."""
+        grams, split = self._parts(buffer)
+        weights = [self._sharding.spans[i].weight for i in self.indices]
+        grams.copy_(gram(self._rows.whole(weights), self._r))
+        self._rows.write_split(split, weights)
+
+    def complete(self, buffer: Tensor, weight: float, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return this rank's part of the penalty and of its gradient's norm, from the summed buffer."""
+        grams, split = self._parts(buffer)
+        if self._rows.slots:
+            grams.index_add_(0, self._rows.factor_of_slot, split.unsqueeze(2) * split.unsqueeze(1))
+        kept = None if keep is None else keep.view(-1, self._r)[self._layer_of_factor]
+        value, self._multiplier = penalty(grams, weight, kept)
+        self._split = split
+        return value, gradient_norm(grams, self._multiplier)
+
+    def add_gradient(self, given: dict[int, Tensor], scale: Tensor | float) -> None:
+        """Add the penalty's gradient to those of the gradients, span → (length,), that are these factors'."""
+        present = [number for number, index in enumerate(self.indices) if index in given]
+        targets = [given[self.indices[number]] for number in present]
+        weights = [self._sharding.spans[self.indices[number]].weight for number in present]
+        multiplier = self._multiplier[present]
+        whole_targets = self._rows.whole(targets, present)
+        add_penalty_gradient(whole_targets, self._rows.whole(weights, present), multiplier, scale)
+        if self._rows.slots:
+            updates = torch.bmm(self._split.unsqueeze(1), self._multiplier[self._rows.factor_of_slot]).squeeze(1)
+            self._rows.add_split(dict(zip(present, targets, strict=True)), updates * scale)
+
+    def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        n, r = len(self.indices), self._r
+        return buffer[: n * r * r].view(n, r, r), buffer[n * r * r :].view(-1, r)
+
+
 class StepReduction:
     """Sums over ranks, and the penalty's gradient for this rank's spans.
 
     Args:
         sharding: where the adapters are.
-        r: triplets of every matrix.
+        matrices: adapted matrices of the model, those without a triplet included.
         weight: orth_reg_weight; with 0 only the sums of squares are reduced.
     """
 
-    def __init__(self, sharding: Sharding, r: int, weight: float) -> None:
-        self._sharding, self._r, self._weight = sharding, r, weight
-        spans = sharding.spans
-        self._device = spans[0].weight.device
-        self._factors = [i for i, span in enumerate(spans) if span.tensor.factor != "lora_E"]
-        self._layer_of_factor = torch.tensor([spans[i].tensor.layer for i in self._factors], device=self._device)
-        self._rows = FactorRows(
-            own=[(spans[i].start, spans[i].weight.numel()) for i in self._factors],
-            extents=[[rank[i] for i in self._factors] for rank in sharding.extents],
-            r=r,
-            device=self._device,
-        )
-        self._multiplier = torch.zeros(0)
-        self._split = torch.zeros(0)
+    def __init__(self, sharding: Sharding, matrices: int, weight: float) -> None:
+        self._sharding, self._weight = sharding, weight
+        self._device = sharding.spans[0].weight.device
+        by_rank: dict[int, list[int]] = {}
+        for index, span in enumerate(sharding.spans):
+            if span.tensor.factor != "lora_E":
+                by_rank.setdefault(span.tensor.r, []).append(index)
+        self._groups = [_Factors(sharding, by_rank[r], r) for r in sorted(by_rank)]
+        self._shares = [weight * (len(group.indices) / (2 * matrices)) for group in self._groups]
 
     def run(self, squares: Tensor, keep: Tensor | None) -> StepSums:
         """Reduce over ranks and prepare the penalty's gradient.
 
         Args:
             squares: (2,) this rank's sums of squared gradients, of the adapters and of everything.
-            keep: (modules · r,) bool after the final allocation when pruned triplets are gone, else None.
+            keep: (modules · r,) bool after the final allocation when pruned triplets are zero, else None.
         """
-        n, r = len(self._factors), self._r
         zero = torch.zeros((), device=self._device)
         if self._weight == 0:
             self._sharding.all_reduce(squares)
             return StepSums(squares[0], squares[1], zero, zero)
-        weights = self._weights()
-        buffer = torch.zeros(n * r * r + self._rows.slots * r + 2, device=self._device)
-        grams, split = buffer[: n * r * r].view(n, r, r), buffer[n * r * r : -2].view(-1, r)
-        grams.copy_(gram(self._rows.whole(weights), r))
-        self._rows.write_split(split, weights)
+        sizes = [group.size for group in self._groups]
+        buffer = torch.zeros(sum(sizes) + 2, device=self._device)
+        parts = buffer[:-2].split(sizes)
+        for group, part in zip(self._groups, parts, strict=True):
+            group.fill(part)
         buffer[-2:] = squares
         self._sharding.all_reduce(buffer)
-        if self._rows.slots:
-            grams.index_add_(0, self._rows.factor_of_slot, split.unsqueeze(2) * split.unsqueeze(1))
-        kept = None if keep is None else keep.view(-1, r)[self._layer_of_factor]
-        value, self._multiplier = penalty(grams, self._weight, kept)
-        self._split = split
-        return StepSums(buffer[-2], buffer[-1], value, gradient_norm(grams, self._multiplier))
+        values, norms = [], []
+        for group, part, share in zip(self._groups, parts, self._shares, strict=True):
+            value, norm = group.complete(part, share, keep)
+            values.append(value)
+            norms.append(norm)
+        if len(values) == 1:
+            return StepSums(buffer[-2], buffer[-1], values[0], norms[0])
+        return StepSums(buffer[-2], buffer[-1], torch.stack(values).sum(), torch.stack(norms).norm())
 
     def add_penalty_gradient(self, indices: list[int], gradients: list[Tensor], scale: Tensor | float) -> None:
         """Add the penalty's gradient to these spans' gradients in place.
@@ -91,18 +145,8 @@ class StepReduction:
         if self._weight == 0:
             return
         given = dict(zip(indices, gradients, strict=True))
-        present = [number for number, index in enumerate(self._factors) if index in given]
-        targets = [given[self._factors[number]] for number in present]
-        weights = [self._sharding.spans[self._factors[number]].weight for number in present]
-        multiplier = self._multiplier[present]
-        whole_targets = self._rows.whole(targets, present)
-        add_penalty_gradient(whole_targets, self._rows.whole(weights, present), multiplier, scale)
-        if self._rows.slots:
-            updates = torch.bmm(self._split.unsqueeze(1), self._multiplier[self._rows.factor_of_slot]).squeeze(1)
-            self._rows.add_split(dict(zip(present, targets, strict=True)), updates * scale)
-
-    def _weights(self) -> list[Tensor]:
-        return [self._sharding.spans[i].weight for i in self._factors]
+        for group in self._groups:
+            group.add_gradient(given, scale)
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:

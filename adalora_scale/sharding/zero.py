@@ -12,7 +12,7 @@ The only file that touches DeepSpeed's internals; names in use, as of DeepSpeed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.sharding.pieces import Piece, PieceState, Place, flat_pieces, restore_flat, trained_parameters
 from adalora_scale.sharding.span import AdapterTensor, Span, adapter_tensors, gathered_extents
 
 
@@ -38,6 +39,7 @@ class ZeroSharding:
     """
 
     def __init__(self, model: nn.Module, zero_optimizer: Any, engine: Any = None) -> None:
+        self._model = model
         self._zero = zero_optimizer
         self._engine = engine
         self._layout = _layout(zero_optimizer)
@@ -136,6 +138,22 @@ class ZeroSharding:
             self._flats[group].detach()[offset : offset + length].copy_(piece)
         self._layout.refresh()
 
+    def pieces(self) -> list[Piece]:
+        """Return this rank's non-empty pieces of every trained parameter."""
+        return flat_pieces(self._flats, self._placed(), self._zero.optimizer)
+
+    def restore(self, states: Mapping[str, PieceState]) -> None:
+        """Put optimizer state into the flat partitions."""
+        restore_flat(self._flats, self._placed(), self._zero.optimizer, states)
+
+    def refresh(self) -> None:
+        """Copy every master into the low-precision copies."""
+        self._layout.refresh()
+
+    def _placed(self) -> dict[str, Place]:
+        found = {n: self._layout.place(n, p) for n, p in trained_parameters(self._model).items()}
+        return {name: place for name, place in found.items() if place[3]}
+
     def replicas(self) -> tuple[list[tuple[str, Tensor]], dist.ProcessGroup | None]:
         """Under ZeRO-1 and 2 every rank computes with whole low-precision copies; under ZeRO-3 nobody does."""
         if isinstance(self._layout, _PartitionedGroups):
@@ -176,12 +194,12 @@ class ZeroSharding:
         from deepspeed.utils import safe_get_full_fp32_param
 
         for number, ((tensor, parameter), span) in enumerate(zip(tensors, self.spans, strict=True)):
-            mark = 1.0 if number == 0 else 0.0
-            span.weight.add_(mark)
+            before = span.weight.clone()
+            span.weight.add_(1.0 if number == 0 else 0.0)
             full = safe_get_full_fp32_param(parameter)
             seen = None if full is None else full.reshape(-1)[span.start : span.start + span.weight.numel()]
             same = seen is not None and torch.equal(seen.to(span.weight.device), span.weight)
-            span.weight.sub_(mark)
+            span.weight.copy_(before)  # subtracting would round
             agreed = torch.tensor(float(same), device=self._device)
             dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self._group)
             if not agreed:

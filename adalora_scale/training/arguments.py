@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from datetime import timedelta
 from typing import Any, get_type_hints
 
 import torch
@@ -13,9 +14,15 @@ from trl import SFTConfig
 
 from adalora_scale.config import AdaLoraConfig, RunConfig, check_value
 from adalora_scale.errors import Unsupported, UserError, nearest
-from adalora_scale.training.engines import Engine, join_deepspeed_on_cpu, refuse_mismatches
+from adalora_scale.training.batch import batch_sizes
+from adalora_scale.training.engines import Engine, join_deepspeed_on_cpu, join_on_cpu, refuse_mismatches
 
-OWN_KEYS = {"overwrite_output_dir": bool}
+OWN_KEYS = {
+    "overwrite_output_dir": bool,
+    "resume_allow_changed": list[str] | None,
+    "resume_compact": bool | None,
+    "global_batch_size": int,
+}
 """Keys of the section that are not transformers'."""
 
 # Set through the `data:` section, once tokenisation is done; two places for one thing would disagree some day.
@@ -45,7 +52,7 @@ def check_training_section(config: RunConfig) -> dict[str, Any]:
         UserError: a key is unknown or belongs to another section, or a value has the wrong type.
         Unsupported: as `refuse_unsupported`.
     """
-    hints = get_type_hints(_arguments_class(config)) | OWN_KEYS
+    hints = get_type_hints(_arguments_class(config)) | OWN_KEYS | {"resume_from_checkpoint": bool | str | None}
     checked: dict[str, Any] = {}
     for key, value in config.training.items():
         if key in _MANAGED:
@@ -58,21 +65,7 @@ def check_training_section(config: RunConfig) -> dict[str, Any]:
     for key in _COUNTS:
         if checked.get(key, 1) < 1:
             raise UserError(f"training.{key} is {checked[key]}; it must be at least 1.")
-    refuse_resume(checked.get("resume_from_checkpoint"))
-    return checked
-
-
-def refuse_resume(resume_from_checkpoint: str | bool | None) -> None:
-    """Refuse what needs checkpoints that hold more than the adapter.
-
-    Raises:
-        Unsupported: resuming was asked for.
-    """
-    if resume_from_checkpoint:
-        raise Unsupported(
-            "training.resume_from_checkpoint is not supported yet: checkpoints hold the adapter, not the allocator's "
-            "state. Start a new run."
-        )
+    return checked | batch_sizes(checked, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def training_arguments(config: RunConfig, engine: Engine) -> TrainingArguments:
@@ -91,7 +84,9 @@ def training_arguments(config: RunConfig, engine: Engine) -> TrainingArguments:
         # TRL's 2e-5 suits full fine-tuning; λ-scaled updates need the paper's 5e-4 to 2e-3.
         "learning_rate": 1e-3,
         "report_to": "none",
-        "save_strategy": "no",
+        # Checkpoints are adapter-sized; a week's run without any is lost with its first broken machine.
+        "save_strategy": "steps",
+        "save_total_limit": 2,
         "logging_steps": 10,
         "disable_tqdm": not sys.stderr.isatty(),
         # accelerate starts a process group on CPU only when told that CPU is meant.
@@ -105,9 +100,7 @@ def training_arguments(config: RunConfig, engine: Engine) -> TrainingArguments:
     _settle_engine(options, engine)
     if "eval_steps" in options and "eval_strategy" not in options:
         options["eval_strategy"] = "steps"
-    if "save_strategy" not in checked and "save_steps" in checked:
-        options["save_strategy"] = "steps"
-    elif "save_strategy" not in checked and checked.get("load_best_model_at_end"):
+    if "save_strategy" not in checked and "save_steps" not in checked and checked.get("load_best_model_at_end"):
         options["save_strategy"] = "best"
     if config.task == "causal_lm":
         # Rows arrive tokenised, masked, cut and packed: the trainer only has to collate them.
@@ -121,6 +114,8 @@ def training_arguments(config: RunConfig, engine: Engine) -> TrainingArguments:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     # Without a GPU accelerate needs to be told that CPU is meant; asked here, before transformers warns about it.
     alone = launched > 1 and not torch.cuda.is_available() and not options["use_cpu"]
+    if launched > 1 and options["use_cpu"] and engine.name != "deepspeed":
+        join_on_cpu(_timeout(options))
     try:
         arguments = None if alone else _arguments_class(config)(**options)
     except (ValueError, TypeError) as error:
@@ -176,7 +171,7 @@ def _settle_engine(options: dict[str, Any], engine: Engine) -> None:
             raise Unsupported("training.use_cpu=true would switch DeepSpeed off; hide the GPUs instead.")
         options["deepspeed"] = engine.deepspeed
         if not torch.cuda.is_available():
-            join_deepspeed_on_cpu()
+            join_deepspeed_on_cpu(_timeout(options))
             options["accelerator_config"] = (options.get("accelerator_config") or {}) | {"use_configured_state": True}
         return
     if options.get("fp16"):
@@ -184,6 +179,10 @@ def _settle_engine(options: dict[str, Any], engine: Engine) -> None:
     options["bf16"] = False
     if engine.fsdp2.cpu_offload and not options["use_cpu"]:
         options.setdefault("ddp_backend", "cuda:nccl,cpu:gloo")  # gradient norms of shards on the host
+
+
+def _timeout(options: dict[str, Any]) -> timedelta:
+    return timedelta(seconds=options.get("ddp_timeout", TrainingArguments.ddp_timeout))
 
 
 def total_steps(args: TrainingArguments, examples: int) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adalora_scale.controller import RankAllocator
-from adalora_scale.errors import UserError
+from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter, unwrapped
 from adalora_scale.training.records import JsonLines
 
@@ -31,8 +31,11 @@ class AdaLoraCallback(TrainerCallback):
         """Make a callback; a trainer whose checkpoints hold the adapter already passes saves_checkpoints=False."""
         self._saves_checkpoints = saves_checkpoints
         self.allocator: RankAllocator | None = None
-        self._metrics: JsonLines | None = None
-        self._ranks: JsonLines | None = None
+        self.records: dict[str, JsonLines] = {}
+        """The files of lines that rank 0 writes."""
+        self.kept_lines: dict[str, int] | None = None
+        """Of a continued run: how many lines of each of the files stay."""
+        self._attached_early = False
         self._last_written = 0
         self._clock = time.perf_counter()
         self._tokens = 0.0
@@ -52,12 +55,30 @@ class AdaLoraCallback(TrainerCallback):
                 f"the process group has {dist.get_world_size()} processes, TrainingArguments {args.world_size}: each "
                 f"would train alone. On machines without a GPU pass use_cpu=True."
             )
-        self.allocator = RankAllocator(model, config, total_step=state.max_steps).attach(kwargs["optimizer"])
+        allocator = self.allocator
+        if allocator is None or not self._attached_early:
+            if state.global_step > 0:
+                raise Unsupported(
+                    f"training goes on at step {state.global_step}, but AdaLoraCallback alone cannot restore masks and "
+                    f"importance; resume with AdaLoraTrainer or AdaLoraSFTTrainer."
+                )
+            allocator = self.attach(model, kwargs["optimizer"], state.max_steps)
+        self._attached_early = False
         if state.is_world_process_zero:
-            output_dir = Path(args.output_dir or ".")
-            self._metrics = JsonLines(output_dir / METRICS_NAME)
-            self._ranks = JsonLines(output_dir / RANKS_NAME)
-        self._clock, self._tokens = time.perf_counter(), 0.0
+            output_dir, kept = Path(args.output_dir or "."), self.kept_lines or {}
+            self.records = {
+                name: JsonLines(output_dir / name, keep=kept.get(name, 0)) for name in (METRICS_NAME, RANKS_NAME)
+            }
+        if allocator.last_allocation is not None:
+            self._last_written = allocator.last_allocation.step
+        self._clock, self._tokens = time.perf_counter(), float(state.num_input_tokens_seen)
+
+    def attach(self, model: nn.Module, optimizer: object, total_step: int) -> RankAllocator:
+        """Build the allocator and hook it into the optimizer; trainers that resume do so before training begins."""
+        config = unwrapped(model).adalora_config
+        self.allocator = RankAllocator(model, config, total_step=total_step).attach(optimizer)  # type: ignore[arg-type]
+        self._attached_early = True
+        return self.allocator
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count a step that a GradScaler dropped, and write the step's allocation if there was one."""
@@ -70,8 +91,10 @@ class AdaLoraCallback(TrainerCallback):
         allocation = self.allocator.last_allocation
         if allocation is not None and allocation.step != self._last_written:
             self._last_written = allocation.step
-            if self._ranks is not None:
-                self._ranks.write({"step": allocation.step, "budget": allocation.budget, "ranks": allocation.ranks})
+            if RANKS_NAME in self.records:
+                self.records[RANKS_NAME].write(
+                    {"step": allocation.step, "budget": allocation.budget, "ranks": allocation.ranks}
+                )
 
     def on_log(
         self,
@@ -82,14 +105,14 @@ class AdaLoraCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Write one object to metrics.jsonl: the trainer's figures with the allocator's beside them."""
-        if self._metrics is None or self.allocator is None or not logs:
+        if METRICS_NAME not in self.records or self.allocator is None or not logs:
             return
         figures = dict(logs)
         self._clock += logs.get("eval_runtime", 0.0)  # tokens_per_second is training's
         if "loss" in logs:
             figures.update(self._speed(logs, state))
             figures.update(self.allocator.metrics())
-        self._metrics.write({"step": state.global_step, **figures})
+        self.records[METRICS_NAME].write({"step": state.global_step, **figures})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the adapter beside what the trainer just wrote."""

@@ -12,10 +12,12 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -115,7 +117,16 @@ def shard_fsdp2(model: nn.Module, options: Fsdp2Config, *, device_type: str, bf1
         register_fsdp_forward_method(model, "generate")
 
 
-def join_deepspeed_on_cpu() -> None:
+def join_on_cpu(timeout: timedelta) -> None:
+    """Join the ranks of a run on CPU, before TrainingArguments is made.
+
+    transformers 5.23 leaves `ddp_timeout` out there: a lost rank would hold the others for torch's own 30 minutes.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timeout)
+
+
+def join_deepspeed_on_cpu(timeout: timedelta | None = None) -> None:
     """Join the ranks of a DeepSpeed run on machines without a GPU, before TrainingArguments is made.
 
     accelerate 1.15 names no backend there and takes every rank for a process alone. Pass
@@ -124,7 +135,7 @@ def join_deepspeed_on_cpu() -> None:
     before = os.environ.get("ACCELERATE_USE_DEEPSPEED")
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     try:
-        PartialState(backend="gloo")
+        PartialState(backend="gloo", **({} if timeout is None else {"timeout": timeout}))
     finally:
         if before is None:
             del os.environ["ACCELERATE_USE_DEEPSPEED"]
@@ -152,10 +163,18 @@ def partition_zero3(parameters: list[nn.Parameter], options: dict[str, Any]) -> 
     Args:
         parameters: whole, on this rank's device.
         options: DeepSpeed's configuration; its zero_optimization section decides where partitions are kept.
+
+    Raises:
+        Unsupported: parameters on NVMe, or quantised by DeepSpeed.
     """
     import deepspeed
 
     zero = {key: value for key, value in options["zero_optimization"].items() if value != "auto"}
+    if (zero.get("offload_param") or {}).get("device") == "nvme" or zero.get("zero_quantized_weights"):
+        raise Unsupported(
+            "a base cannot be streamed with zero_optimization.offload_param on nvme or zero_quantized_weights; remove "
+            "them from DeepSpeed's configuration (a 4-bit base needs neither)."
+        )
     holder = nn.ParameterList(parameters)  # zero.Init takes a module with all that is below it
     deepspeed.zero.Init(
         module=holder, config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}

@@ -12,7 +12,8 @@ from adalora_scale.errors import UserError
 from adalora_scale.export.peft_adalora import load_adapter
 from adalora_scale.training.data import load_raw
 from adalora_scale.training.metrics import ExactMatch, exact_match
-from adalora_scale.training.run import check_model_path, load_model, load_tokenizer
+from adalora_scale.training.placing import load_model
+from adalora_scale.training.run import check_model_path, load_tokenizer
 
 
 def evaluate_exact_match(

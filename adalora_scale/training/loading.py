@@ -7,10 +7,12 @@ each block at once, elsewhere every rank holds the base whole, in 4 bits if aske
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,14 +20,28 @@ import torch.distributed as dist
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PretrainedConfig,
+)
 from transformers.pytorch_utils import Conv1D
 
 from adalora_scale.adalora.fingerprint import LEADING, WeightSample, fingerprint, sample
-from adalora_scale.adalora.injection import coverage, expert_tensors, find_targets, inject_adalora
+from adalora_scale.adalora.injection import (
+    coverage,
+    digest_places,
+    expert_tensors,
+    find_targets,
+    inject_adalora,
+    modules_to_save,
+)
 from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.config import AdaLoraConfig, ModelConfig, RunConfig
 from adalora_scale.errors import UserError
+from adalora_scale.export.tensor_files import TensorFile
 from adalora_scale.quantization.checkpoint import FLOATS, Checkpoint
 from adalora_scale.quantization.fill import copy_rows, draw_fresh, fill
 from adalora_scale.quantization.functional import check_kernels
@@ -88,9 +104,12 @@ def begin(
         dtype=dtype,
         spec=spec if config.model.load_in_4bit else None,
         compute_dtype=getattr(torch, config.model.bnb_4bit_compute_dtype),
-        skip_modules=config.model.bnb_4bit_skip_modules,
+        skip_modules=[*(config.model.bnb_4bit_skip_modules or []), *(config.adalora.modules_to_save or [])],
         new_heads=heads,
     )
+    if config.model.load_in_4bit and plan.stored_in_4bit:
+        stored = next(slot.module.spec for slot in plan.slots if isinstance(slot.module, Linear4bit))
+        _note(f"the checkpoint is in 4 bits already, as {stored}; the run's own bnb_4bit options do not apply")
     return Loading(model, plan, draw_fresh(plan, model), device)
 
 
@@ -114,6 +133,11 @@ def build_on_meta(
         model: nn.Module = factory.from_config(model_config, **options)
     model.tie_weights()  # type: ignore[operator]  # registering a parameter made a copy of it on the meta device
     model.name_or_path = config.model.model_name_or_path  # type: ignore[assignment]  # as from_pretrained does
+    if config.task == "causal_lm":
+        with contextlib.suppress(OSError):  # there is none: transformers derives one from config.json
+            model.generation_config = GenerationConfig.from_pretrained(  # type: ignore[assignment]
+                config.model.model_name_or_path, revision=config.model.revision or "main"
+            )
     _keep_float32(model, dtype)
     return model.eval()
 
@@ -145,7 +169,29 @@ def load_whole(loading: Loading) -> nn.Module:
 def inject(loading: Loading, adalora: AdaLoraConfig) -> nn.Module:
     """Put adapters on the meta device around the base, whose fingerprint comes from its files."""
     loading.model.adalora_base_fingerprint = fingerprint(list(_samples(loading, adalora)))  # type: ignore[assignment]
+    targets, saved = find_targets(loading.model, adalora), modules_to_save(loading.model, adalora)
+    loading.model.adalora_base_digests = digests(loading, targets, saved)  # type: ignore[assignment]
     return inject_adalora(loading.model, adalora)
+
+
+def digests(loading: Loading, targets: Iterable[str], saved: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Do what `digest_base` does, from the files, before injection: weights count as they are before quantisation."""
+    model, plan = loading.model, loading.plan
+    sources = {(id(slot.module), slot.leaf): slot for slot in plan.slots}
+    files: dict[Path, TensorFile] = {}
+
+    def look(module: nn.Module, leaf: str) -> tuple[tuple[int, ...], Tensor | None]:
+        slot = sources.get((id(module), leaf))
+        if slot is None or slot.parts:  # tied to another's, or stored in 4 bits
+            return (), None
+        stored = plan.checkpoint.tensors[slot.source]
+        if stored.file not in files:
+            files[stored.file] = TensorFile(stored.file)
+        seen = files[stored.file].samples(slot.source)
+        return stored.shape, None if seen is None else seen.to(plan.dtype)
+
+    names = {name for name, _ in model.named_modules()}
+    return digest_places(model, [target for target in targets if target in names], saved, look)
 
 
 def load_sharded(loading: Loading, shard: Callable[[nn.Module], None], storage: torch.device) -> nn.Module:
@@ -157,7 +203,7 @@ def load_sharded(loading: Loading, shard: Callable[[nn.Module], None], storage: 
         storage: where shards are kept (the CPU under CPU offload).
     """
     shard(loading.model)
-    materialize_shards(loading.model, storage, loading.plan.ties)
+    materialize_shards(loading.model, storage, loading.device, loading.plan.ties)
     with progress(loading) as on_slot:
         fill(loading.plan, loading.plan.slots, device=loading.device, on_slot=on_slot)
     _fill_drawn(loading, loading.model)
@@ -197,9 +243,8 @@ def load_partitioned(
             for parameter in own:
                 if dtype is not None and parameter.is_floating_point() and not hasattr(parameter, "ds_id"):
                     parameter.data = parameter.data.to(dtype)
-            for module in unit:
-                if isinstance(module, Linear4bit) and module.nested.numel():
-                    dist.broadcast(module.nested, src=0)  # a buffer; parameters are broadcast as they are partitioned
+            for buffer in _filled_buffers(unit):  # parameters are broadcast as they are partitioned
+                dist.broadcast(buffer, src=0)
             partition(own)
             give_back_freed()
     return loading.model
@@ -262,6 +307,15 @@ class progress:
             _note(f"base read: {read / 2**20:,.1f} MiB by this rank in {seconds:.1f} s")
             if ignored := self._loading.plan.ignored:
                 _note(f"not used of the checkpoint: {', '.join(ignored[:3])}{' …' * (len(ignored) > 3)}")
+
+
+def _filled_buffers(modules: list[nn.Module]) -> Iterator[Tensor]:
+    """Yield the buffers that come from the checkpoint: persistent ones, and the second level of 4-bit weights."""
+    for module in modules:
+        for leaf, buffer in module._buffers.items():
+            stored = leaf not in module._non_persistent_buffers_set or isinstance(module, Linear4bit)
+            if buffer is not None and stored and buffer.numel():
+                yield buffer
 
 
 def _note(line: str) -> None:

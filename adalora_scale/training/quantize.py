@@ -89,10 +89,9 @@ def _quantize(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     started = loading.begin(config, device=device)
-    source = Path(arguments.model) if Path(arguments.model).is_dir() else None
-    inputs = [source] if source is not None else []
+    source = _small_files(arguments.model, arguments.revision)
     with (
-        output_folder(arguments.output, overwrite=False, inputs=inputs) as folder,
+        output_folder(arguments.output, overwrite=False, inputs=[source]) as folder,
         loading.progress(started) as on_slot,
     ):
         done = quantize_checkpoint(
@@ -123,3 +122,14 @@ def _quantize(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int
             file=sys.stdout,
         )
     return 0
+
+
+def _small_files(model: str, revision: str | None) -> Path:
+    """Return a folder with the tokenizer and the other small files: the model's own, or a hub snapshot's."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    from adalora_scale.quantization.offline import COPIED
+
+    return Path(snapshot_download(model, revision=revision, allow_patterns=list(COPIED)))

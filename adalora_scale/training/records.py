@@ -15,28 +15,55 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from adalora_scale.errors import UserError
+
 _PACKAGES = ("adalora-scale", "torch", "transformers", "accelerate", "trl", "datasets", "deepspeed", "bitsandbytes")
 
 
 class JsonLines:
     """A file of one JSON object a line; every line is on disk when `write` returns, so a crash loses nothing."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, keep: int = 0) -> None:
+        """Open `path` for a run; a continued one keeps the first `keep` lines, those of steps it will not repeat."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        path.write_text("", encoding="utf-8")
+        kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep] if keep and path.exists() else []
+        if kept and not kept[-1].endswith("\n"):
+            kept.pop()  # the machine went down while it was written
+        self.lines = len(kept)
+        """Lines in the file."""
+        replace_text(path, "".join(kept))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append `record`; numbers that JSON cannot hold (NaN, infinity) become null."""
+        """Append `record`; numbers that JSON cannot hold (NaN, infinity) become null.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written any more.
+        """
+        line = json.dumps({key: _plain(value) for key, value in record.items()}) + "\n"
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise UserError(f"{self._path} cannot be written: {error.strerror}.") from None
+        self.lines += 1
+
+    def sync(self) -> None:
+        """Wait until the lines are on disk."""
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
+            os.fsync(file.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file; it appears complete or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write one JSON object; the file appears complete or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -13,44 +13,34 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
     TrainingArguments,
     set_seed,
 )
-from transformers.utils import logging as hf_logging
 
-from adalora_scale.adalora.injection import coverage, inject_adalora, modules_to_save
-from adalora_scale.config import AdaLoraConfig, RunConfig
-from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.adalora.injection import coverage
+from adalora_scale.config import RunConfig
+from adalora_scale.errors import UserError
+from adalora_scale.export.continual import check_start
 from adalora_scale.training import loading
 from adalora_scale.training.arguments import (
     check_training_section,
-    computes_in_bf16,
     require_evaluation_at_budget,
     total_steps,
     training_arguments,
 )
 from adalora_scale.training.chat_templates import resolve_chat_template
+from adalora_scale.training.checkpointing import check_asked_checkpoint, choose_checkpoint
 from adalora_scale.training.console import use_console
+from adalora_scale.training.continuing import run_identity
 from adalora_scale.training.data import RawData, load_raw
-from adalora_scale.training.engines import (
-    Engine,
-    partition_zero3,
-    resolve_engine,
-    shard_fsdp2,
-    transformer_blocks,
-    whole_weights,
-    zero3_options,
-)
+from adalora_scale.training.engines import Engine, resolve_engine, whole_weights, zero3_options
 from adalora_scale.training.metrics import accuracy
+from adalora_scale.training.placing import place_model
 from adalora_scale.training.records import hardware, peak_memory_by_rank, versions, write_json
 from adalora_scale.training.tokenization import Prepared, prepare_causal_lm, prepare_classification
 from adalora_scale.training.trainers import AdaLoraSFTTrainer, AdaLoraTrainer
@@ -95,7 +85,10 @@ def prepare(config: RunConfig) -> Inputs:
     engine = resolve_engine(config.engine)
     training = check_training_section(config)
     _check_output_dir(training)
+    check_asked_checkpoint(training.get("resume_from_checkpoint"), Path(training["output_dir"]))
     check_model_path(config)
+    if config.model.adapter_path:
+        check_start(config.model.adapter_path, config.adalora)
     if config.model.load_in_4bit:
         loading.quant_spec(config.model)
     seed = training.get("seed", 42)
@@ -120,59 +113,23 @@ def prepare(config: RunConfig) -> Inputs:
     return Inputs(engine, arguments, raw, tokenizer, data, steps)
 
 
-def load_model(config: RunConfig, label_names: list[str] | None = None) -> nn.Module:
-    """Load the base model whole, in the dtype, with the attention and in the 4 bits that `config.model` names."""
-    model_config = config.model
-    if loading.is_streamed(model_config):
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return loading.load_whole(loading.begin(config, device=device, label_names=label_names))
-    options: dict[str, Any] = {
-        "dtype": model_config.torch_dtype,
-        "revision": model_config.revision,
-        "trust_remote_code": model_config.trust_remote_code,
-    }
-    if model_config.attn_implementation:
-        options["attn_implementation"] = model_config.attn_implementation
-    factory: Any = AutoModelForCausalLM
-    if config.task == "sequence_classification":
-        if label_names is None:
-            raise UserError("task=sequence_classification needs the names of the classes.")
-        factory = AutoModelForSequenceClassification
-        options["num_labels"] = len(label_names)
-        options["id2label"] = dict(enumerate(label_names))
-        options["label2id"] = {name: index for index, name in enumerate(label_names)}
-    # transformers tables what does not fit over many lines; here it is one line, as an error or as a note.
-    verbosity = hf_logging.get_verbosity()
-    hf_logging.set_verbosity(hf_logging.CRITICAL)
-    try:
-        model, loaded = factory.from_pretrained(model_config.model_name_or_path, output_loading_info=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if isinstance(error, SafetensorError):
-            reason = f"damaged weights ({reason}); download the model again."
-        raise UserError(f"model.model_name_or_path={model_config.model_name_or_path}: {reason}") from None
-    except RuntimeError as error:
-        if "mismatched_sizes" not in str(error):
-            raise
-        raise UserError(
-            f"model.model_name_or_path={model_config.model_name_or_path}: the weights have other shapes than its "
-            f"config.json says; use a config.json and weights that belong together."
-        ) from None
-    finally:
-        hf_logging.set_verbosity(verbosity)
-    if missing := sorted(loaded["missing_keys"]):
-        rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        print(f"not in the checkpoint, newly initialised: {', '.join(missing[:3])}{rest}", flush=True)
-    return model
-
-
 def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLoraTrainer:
     """Load the model, inject the adapters, and build the trainer of the task."""
     arguments = inputs.arguments
     set_seed(arguments.seed)  # a new classifier head and the adapters start equal on every rank
     zero3 = zero3_options()
     with whole_weights():
-        model = place_model(config, inputs, zero3)
+        training = check_training_section(config)
+        asked = training.get("resume_from_checkpoint")
+        checkpoint = choose_checkpoint(asked, Path(training["output_dir"]))
+        model = place_model(
+            config,
+            inputs.engine,
+            arguments,
+            label_names=inputs.raw.label_names,
+            zero3=zero3,
+            checkpoint=checkpoint,
+        )
     if arguments.process_index == 0:
         print(coverage(model), flush=True)
         if loading.is_streamed(config.model):
@@ -196,71 +153,12 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
             compute_metrics=accuracy,
         )
     trainer.asked_engine = inputs.engine.name
+    trainer.checkpoints.run_identity = run_identity(config)
+    trainer.checkpoints.allowed_changes = training.get("resume_allow_changed") or []
+    trainer.checkpoints.resumed = checkpoint
+    trainer.args.resume_from_checkpoint = None  # chosen above, for good
     use_console(trainer)
     return trainer
-
-
-def place_model(config: RunConfig, inputs: Inputs, zero3: dict[str, Any] | None) -> nn.Module:
-    """Return the base model with its adapters, where the engine wants it.
-
-    4-bit bases, and bases that FSDP2 or ZeRO-3 shard, stream from their files; others, and 16-bit ones that cannot be
-    streamed, are loaded whole by transformers.
-    """
-    device = inputs.arguments.device
-    fsdp2 = inputs.engine.name == "fsdp2"
-
-    def shard(model: nn.Module) -> None:
-        bf16 = computes_in_bf16(check_training_section(config))
-        shard_fsdp2(model, inputs.engine.fsdp2, device_type=device.type, bf16=bf16)
-
-    started = _begin_streaming(config, inputs) if fsdp2 or zero3 or loading.is_streamed(config.model) else None
-    if started is None:
-        model = load_model(config, inputs.raw.label_names)
-        inject_adalora(model, adalora_config_for(config, model))
-        if fsdp2:
-            shard(model)
-        return model
-    loading.inject(started, adalora_config_for(config, started.model))
-    if fsdp2:
-        storage = torch.device("cpu") if inputs.engine.fsdp2.cpu_offload else device
-        return loading.load_sharded(started, shard, storage)
-    if zero3:
-        dtype = torch.bfloat16 if inputs.arguments.bf16 else torch.float16 if inputs.arguments.fp16 else None
-        blocks = transformer_blocks(started.model)
-        return loading.load_partitioned(started, blocks, lambda own: partition_zero3(own, zero3), dtype)
-    return loading.load_whole(started)
-
-
-def _begin_streaming(config: RunConfig, inputs: Inputs) -> loading.Loading | None:
-    """Begin to stream the base; None, with a note, for a 16-bit base whose files need transformers to load them."""
-
-    def new_heads(model: nn.Module) -> list[str]:
-        if config.task != "sequence_classification":
-            return []
-        return modules_to_save(model, adalora_config_for(config, model))
-
-    device, labels = inputs.arguments.device, inputs.raw.label_names
-    try:
-        return loading.begin(config, device=device, label_names=labels, new_heads=new_heads)
-    except Unsupported as reason:
-        if loading.is_streamed(config.model):
-            raise
-        if inputs.arguments.process_index == 0:
-            print(f"every rank loads the base whole: {reason}", flush=True)
-        return None
-
-
-def adalora_config_for(config: RunConfig, model: nn.Module) -> AdaLoraConfig:
-    """Return the adalora section, with a new classifier head in modules_to_save unless the user named some."""
-    adalora = config.adalora
-    if config.task != "sequence_classification" or adalora.modules_to_save is not None:
-        return adalora
-    heads = [name for name, _ in model.named_children() if name in ("classifier", "score", "classification_head")]
-    if not heads:
-        raise UserError(
-            f"cannot tell the classifier head of {type(model).__name__}; name it in adalora.modules_to_save."
-        )
-    return adalora.replace(modules_to_save=heads)
 
 
 def _check_output_dir(training: dict[str, Any]) -> None:
@@ -272,10 +170,10 @@ def _check_output_dir(training: dict[str, Any]) -> None:
         raise UserError(f"training.output_dir={directory} is a file; name a folder.")
     found = [name for name in _RUN_FILES if (directory / name).exists()]
     found += [path.name for path in directory.glob("checkpoint-*")]
-    if found and not training.get("overwrite_output_dir", False):
+    if found and not training.get("overwrite_output_dir", False) and not training.get("resume_from_checkpoint"):
         raise UserError(
-            f"training.output_dir={directory} holds another run ({found[0]}). Choose another folder, or pass "
-            f"training.overwrite_output_dir=true."
+            f"training.output_dir={directory} holds another run ({found[0]}). Go on with it by "
+            f"training.resume_from_checkpoint=auto, choose another folder, or pass training.overwrite_output_dir=true."
         )
     try:
         directory.mkdir(parents=True, exist_ok=True)

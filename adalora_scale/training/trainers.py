@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
 from adalora_scale.adalora.injection import adapter_layers, inject_adalora
@@ -20,9 +21,9 @@ from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter, saved_values, unwrapped
-from adalora_scale.sharding import sharding_for
-from adalora_scale.training.arguments import refuse_resume, require_evaluation_at_budget
+from adalora_scale.training.arguments import require_evaluation_at_budget
 from adalora_scale.training.callback import AdaLoraCallback
+from adalora_scale.training.checkpointing import RunCheckpoints, choose_checkpoint
 from adalora_scale.training.engines import check_engine, is_sharded, real_engine, refuse_mismatches
 from adalora_scale.training.packing import check_packing_isolated
 
@@ -34,7 +35,7 @@ else:
 
 
 class AdaLoraTrainerMixin(_TrainerSeams):
-    """Adds to a Trainer: injection, the allocator, adapter-sized saving, and AdaLoRA's figures in every log.
+    """Adds to a Trainer: injection, the allocator, checkpoints of its own, and AdaLoRA's figures in every log.
 
     Args:
         model: a base model, or one that `inject_adalora` prepared.
@@ -69,6 +70,8 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         self.is_distributed_loading_by_transformers |= is_sharded(model)
         self.adalora_callback = AdaLoraCallback(saves_checkpoints=False)
         self.add_callback(self.adalora_callback)
+        self.checkpoints = RunCheckpoints(self)
+        self.add_callback(_AfterReset(self.checkpoints))
 
     @property
     def allocator(self) -> RankAllocator | None:
@@ -94,14 +97,43 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         if not is_sharded(model):
             super()._move_model_to_device(model, device)
 
-    def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """Wrap the model, then see that what wraps it is what was asked for."""
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """Wrap the model, see that what wraps it is what was asked for, attach the hooks, go on from a checkpoint."""
         config = getattr(unwrapped(self.model), "adalora_config", None)  # type: ignore[arg-type]
         if config is not None:
             require_evaluation_at_budget(self.args, config, max_steps)
-        prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.engine = check_engine(self.model_wrapped, self.asked_engine, world_size=self.args.world_size)
+        allocator = self.adalora_callback.attach(self.model, self.optimizer, max_steps)  # type: ignore[arg-type]
+        self.state.compute_steps(self.args, max_steps)  # trainer_state.json would bring back the old intervals
+        self.checkpoints.start()
+        self.checkpoints.load(allocator)
+        resumed = self.checkpoints.resumed
+        self.adalora_callback.kept_lines = resumed.manifest["records"] if resumed else None
         return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load nothing yet: weights go into the engine's masters, once they exist."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Restore random numbers from the checkpoint's own files."""
+        if checkpoint is not None:
+            self.checkpoints.load_rng()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch, unless the checkpoint was the run's last: transformers would train one step too many."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            if self.model is not None:
+                self.model.train()  # SFTTrainer logs training's figures then
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Finish the step as transformers does, then stop if a signal asked for it."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.allocator is not None:
+            self.checkpoints.stop_if_asked(self.allocator)
 
     @contextlib.contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
@@ -117,16 +149,29 @@ class AdaLoraTrainerMixin(_TrainerSeams):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; see transformers' Trainer.train.
 
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; true for the newest of output_dir; "auto" for the newest
+                that is not damaged, or a new run where there is none. Default: the training arguments' value.
+            args, kwargs: what transformers' Trainer takes.
+
         Raises:
-            Unsupported: resuming was asked for.
+            UserError: the checkpoint is damaged, or of another run (the message names what changed).
+            Interrupted: SIGTERM or SIGUSR1 arrived; a checkpoint was written.
         """
-        refuse_resume(resume_from_checkpoint or self.args.resume_from_checkpoint)
-        return super().train(None, *args, **kwargs)
+        asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        if asked is not None and asked is not False and self.checkpoints.resumed is None:
+            self.checkpoints.resumed = choose_checkpoint(asked, self.checkpoints.output_dir)
+        resumed = self.checkpoints.resumed
+        with self.checkpoints.stop.listening():
+            return super().train(str(resumed.directory) if resumed else None, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put AdaLoRA's figures beside the loss, for every tracker the trainer reports to."""
         if self.allocator is not None and "loss" in logs:
             logs.update({k: v for k, v in self.allocator.metrics().items() if not isinstance(v, str)})
+        if "train_loss" in logs:
+            # transformers divides by the steps since the resume; the sum goes back to the run's first step.
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -145,20 +190,42 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         return super()._determine_best_metric(metrics, trial)
 
     def _load_best_model(self) -> None:
-        """Write the best checkpoint's adapter into the live parameters, wherever the engine keeps them."""
-        if self.model is None or self.state.best_model_checkpoint is None:
+        """Write the best checkpoint's weights into the live parameters, wherever the engine keeps them."""
+        if self.model is None or self.state.best_model_checkpoint is None or self.allocator is None:
             return
-        sharding, _ = sharding_for(self.model, self.optimizer)
-        sharding.write(saved_values(self.model, self.state.best_model_checkpoint))
+        if self.args.save_only_model:
+            self.allocator.sharding.write(saved_values(self.model, self.state.best_model_checkpoint))
+        else:
+            self.checkpoints.load_weights(self.state.best_model_checkpoint, self.allocator)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Write nothing: runs cannot be resumed yet, and stock saving writes the frozen base under DeepSpeed."""
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write everything a run needs to go on; with save_only_model just the adapter, as transformers does."""
+        if self.args.save_only_model or self.allocator is None:
+            super()._save_checkpoint(model, trial)
+        else:
+            self.write_checkpoint(self.allocator)
 
-    def _save_scaler(self, output_dir: str) -> None:
-        """Write nothing, as above."""
+    def write_checkpoint(self, allocator: RankAllocator) -> None:
+        """Write everything a run needs to go on, now: after a completed step, on all ranks."""
+        self.store_flos()
+        if self.state.best_global_step == self.state.global_step:
+            folder = self.checkpoints.output_dir / f"checkpoint-{self.state.global_step}"
+            self.state.best_model_checkpoint = str(folder)
+        states: Any = self.state.stateful_callbacks
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states[type(callback).__name__] = callback.state()
+        self.checkpoints.save(allocator)
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Write nothing, as above."""
+
+class _AfterReset(TrainerCallback):
+    """Training begins once the loop has set its sums to zero; a continued run then puts them back."""
+
+    def __init__(self, checkpoints: RunCheckpoints) -> None:
+        self._checkpoints = checkpoints
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._checkpoints.load_sums()
 
 
 class AdaLoraTrainer(AdaLoraTrainerMixin, Trainer):

@@ -1,11 +1,13 @@
 """Streaming a base from its files: the weights that transformers and bitsandbytes load, or an error that says why."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -26,7 +28,7 @@ from adalora_scale.quantization.checkpoint import INDEX_NAME, SINGLE_NAME
 from adalora_scale.quantization.linear import Linear4bit, quantize_model
 from adalora_scale.quantization.spec import QuantSpec
 from adalora_scale.training import loading
-from adalora_scale.training.run import load_model
+from adalora_scale.training.placing import load_model
 
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 IDS = torch.arange(3, 40).unsqueeze(0)
@@ -173,6 +175,52 @@ def test_the_share_counts_experts_that_stay_as_they_are():
     assert "model.layers.0.mlp.experts.gate_up_proj" in described
 
 
+def test_weights_that_differ_are_not_tied(tmp_path, run_config):
+    """config.json says tied, the files say otherwise: transformers believes the files."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    started = loading.begin(run_config(tmp_path / "model"), device=torch.device("cpu"))
+    ours = loading.load_whole(started)
+    assert torch.equal(logits(ours), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")))
+
+
+def test_what_transformers_drops_is_dropped_here(stories260k, tmp_path, run_config):
+    """Old Llama checkpoints carry rotary frequencies."""
+    shutil.copytree(stories260k, tmp_path / "old", copy_function=shutil.copyfile)
+    edit(tmp_path / "old", lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    begin(run_config(tmp_path / "old", load_in_4bit=True))
+
+
+def test_generation_config_comes_along(stories260k, tmp_path, run_config):
+    """Else evaluation does not stop where the 16-bit base stops."""
+    shutil.copytree(stories260k, tmp_path / "base", copy_function=shutil.copyfile)
+    file = tmp_path / "base" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [2, 9]}))
+    assert load_model(run_config(tmp_path / "base", load_in_4bit=True)).generation_config.eos_token_id == [2, 9]
+
+
+def test_classifier_without_a_head_loads_outside_training_too(stories260k, run_config):
+    """Evaluation and export see the base that training saw: the head is never quantised."""
+    config = run_config(stories260k, task="sequence_classification", load_in_4bit=True)
+    model = load_model(config, ["a", "b", "c"])
+    assert type(model.score) is nn.Linear
+
+
+def test_modules_trained_in_full_stay_in_16_bits(stories260k, run_config):
+    """Codes have no gradient."""
+    adalora = AdaLoraConfig(init_r=4, target_r=2, modules_to_save=["layers.0.mlp"])
+    config = dataclasses.replace(run_config(stories260k, load_in_4bit=True), adalora=adalora)
+    started = begin(config)
+    model = loading.inject(started, adalora)
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    with pytest.raises(UserError, match=r"modules_to_save: 'model\.layers\.1\.mlp' is in 4 bits"):
+        inject_adalora(begin(run_config(stories260k, load_in_4bit=True)).model,
+                       adalora.replace(modules_to_save=["layers.1.mlp"]))  # fmt: skip
+
+
 # ---- bad input: one error, before memory fills
 
 
@@ -255,6 +303,36 @@ def test_incomplete_4_bit_states_are_refused(llama, run_config, tmp_path, part):
     edit(tmp_path / "theirs", lambda t: t.pop(f"{UP}.{part}"))
     with pytest.raises(UserError, match=r"up_proj"):
         load_model(run_config(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda t: t.update({f"{UP}.absmax": t[f"{UP}.absmax"][3:].clone()}), "absmax"),
+        (lambda t: t.update({f"{UP}.absmax": t[f"{UP}.absmax"].repeat(2)}), "absmax"),
+        (lambda t: t.update({UP: t[UP].repeat(2, 1)}), "up_proj.weight"),
+        (lambda t: t.update({f"{UP}.nested_absmax": t[f"{UP}.nested_absmax"].repeat(2)}), "nested_absmax"),
+        (lambda t: t.update({f"{UP}.quant_state.bitsandbytes__nf4": as_json({"quant_type": "nf4"})}), "state"),
+        (lambda t: t.update({f"{UP}.quant_state.bitsandbytes__nf4": as_json([1])}), "state"),
+    ],
+    ids=["short absmax", "long absmax", "long weight", "long nested", "no shape", "a list"],
+)
+def test_4_bit_tensors_of_a_wrong_size_are_refused(llama, run_config, tmp_path, change, name):
+    """Twice as many scales would load without a word."""
+    bnb_model(llama).save_pretrained(tmp_path / "theirs")
+    edit(tmp_path / "theirs", change)
+    with pytest.raises(UserError, match=rf"{name}.*download the checkpoint again"):
+        begin(run_config(tmp_path / "theirs"))
+
+
+def as_json(value):
+    return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def test_a_typo_among_skipped_modules_is_an_error(llama, run_config):
+    """Else what the user wanted to keep is quantised."""
+    with pytest.raises(UserError, match=r"bnb_4bit_skip_modules: 'upproj' matches no module"):
+        begin(run_config(llama, load_in_4bit=True, bnb_4bit_skip_modules=["upproj"]))
 
 
 def test_experts(tmp_path, run_config):

@@ -16,7 +16,7 @@ import transformers
 import yaml
 
 from adalora_scale.cli import main, train_main
-from adalora_scale.training import run as run_module
+from adalora_scale.training import placing
 from tests.conftest import ROOT
 from tests.distributed.launcher import RankFailure, run_ranks
 
@@ -64,7 +64,7 @@ def model_stays_on_disk(monkeypatch):
     def trip(*args, **kwargs):
         raise AssertionError("the model was loaded before the mistake was reported")
 
-    monkeypatch.setattr(run_module, "load_model", trip)
+    monkeypatch.setattr(placing, "load_model", trip)
 
 
 def files_in(folder):
@@ -154,7 +154,8 @@ SEEN_BEFORE_THE_MODEL = {
     "unknown scheduler": (["training.lr_scheduler_type=sine"], ["training", "sine"]),
     "unknown optimizer": (["training.optim=adamm"], ["training", "adamm"]),
     "no evaluation": (["training.load_best_model_at_end=true"], ["training", "load_best_model_at_end"]),
-    "resuming": (["training.resume_from_checkpoint=auto"], ["training.resume_from_checkpoint", "not supported"]),
+    "nothing to resume": (["training.resume_from_checkpoint=true"], ["resume_from_checkpoint", "no complete"]),
+    "no such checkpoint": (["training.resume_from_checkpoint=out/checkpoint-9"], ["out/checkpoint-9", "not complete"]),
 }
 
 

@@ -102,12 +102,19 @@ def test_adapter_on_the_output_head_is_refused(make):
         make(adalora_config=CONFIG.replace(target_modules=["q_proj", "lm_head"]))
 
 
-def test_resume_is_refused(make):
-    """Stock resume fails in the middle with a size mismatch, or restarts the statistics without a word."""
-    with pytest.raises(Unsupported, match="resume_from_checkpoint"):
+def test_resume_as_transformers_users_write_it(make, tmp_path):
+    """`train(resume_from_checkpoint=True)` and the argument must both go on from the trainer's own checkpoint."""
+    with pytest.raises(UserError, match="no complete checkpoint"):
         make().train(resume_from_checkpoint=True)
-    with pytest.raises(Unsupported, match="resume_from_checkpoint"):
-        make(resume_from_checkpoint="checkpoint-5").train()
+    straight = trained(make(save_strategy="steps", save_steps=6))
+    final = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    for asked, given in ((True, None), (None, str(tmp_path / "out" / "checkpoint-6"))):
+        trainer = make(save_strategy="steps", save_steps=6, resume_from_checkpoint=given)
+        trainer.train(resume_from_checkpoint=asked)
+        assert trainer.state.global_step == STEPS
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert losses == straight
+        assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == final
 
 
 def test_bf16_autocast_trains_float32_adapters(make):

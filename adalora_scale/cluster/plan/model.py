@@ -19,7 +19,7 @@ from adalora_scale.errors import Unsupported
 from adalora_scale.quantization.linear import Linear4bit, quantization_targets, replace_linears
 from adalora_scale.training.engines import transformer_blocks
 from adalora_scale.training.loading import build_on_meta, quant_spec
-from adalora_scale.training.run import adalora_config_for
+from adalora_scale.training.placing import adalora_config_for
 
 KINDS = (
     "4-bit weights",

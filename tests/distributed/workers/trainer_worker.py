@@ -25,7 +25,8 @@ from adalora_scale.config import load_config
 from adalora_scale.sharding.full import full_parameter
 from adalora_scale.training.callback import AdaLoraCallback
 from adalora_scale.training.engines import whole_weights
-from adalora_scale.training.run import load_model, make_trainer, prepare
+from adalora_scale.training.placing import load_model
+from adalora_scale.training.run import make_trainer, prepare
 from tests.conftest import ROOT
 
 STEPS, GLOBAL_BATCH, FINAL_STEP = 16, 8, 12

@@ -1,0 +1,100 @@
+"""Which checkpoint a run goes on from: chosen by rank 0, verified by all ranks together, the same on all of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from adalora_scale.checkpoint import format as files
+from adalora_scale.checkpoint.format import Checkpoint, CheckpointError
+from adalora_scale.checkpoint.writing import agree, rank_and_size
+from adalora_scale.errors import UserError
+
+NOTHING_TO_RESUME = (
+    "training.resume_from_checkpoint=true, but {} holds no complete checkpoint; with auto a run starts anew then."
+)
+
+
+def find_checkpoint(asked: str | bool | None, output_dir: Path) -> Checkpoint | None:
+    """Return the verified checkpoint that `training.resume_from_checkpoint` asks for; a collective call.
+
+    Args:
+        asked: a folder; true for the newest complete one of output_dir; "auto" for the newest that is not damaged, or
+            none at all; None or false to start anew.
+        output_dir: the run's folder.
+
+    Raises:
+        CheckpointError: the folder is damaged, incomplete or of a newer version; with "auto" when none is left.
+        UserError: there is no checkpoint to resume from.
+    """
+    if asked is None or asked is False:
+        return None
+    if asked is not True and asked != "auto":
+        return _verified(Path(asked))
+    found = _from_rank_0([str(path) for path in files.checkpoints(output_dir)])
+    if not found:
+        if asked == "auto":
+            return None
+        raise UserError(NOTHING_TO_RESUME.format(output_dir))
+    if asked is True:
+        return _verified(Path(found[0]))
+    problem = ""
+    for path in found:
+        try:
+            return _verified(Path(path))
+        except CheckpointError as error:
+            problem = problem or str(error)
+            if rank_and_size()[0] == 0:
+                print(f"skipped: {error}", flush=True)
+    raise CheckpointError(
+        f"no checkpoint of {output_dir} can be used, and starting anew would overwrite the run: {problem}"
+    )
+
+
+def set_aside(output_dir: Path, taken: Checkpoint | None) -> list[str]:
+    """Rename checkpoints that the run does not continue and clear what a crash left of others; rank 0 calls it.
+
+    A run that goes on from step 8 will write its own checkpoint-12; one from before, damaged or of a branch that is
+    left, must not be found by the next `auto`. It is renamed to `abandoned-checkpoint-12`, not deleted.
+
+    Returns:
+        The names that were set aside.
+    """
+    for partial in output_dir.glob(".checkpoint-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+    step = -1 if taken is None else int(taken.manifest["step"])
+    renamed = []
+    for path in output_dir.glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        same = taken is not None and path.resolve() == taken.directory.resolve()
+        if number.isdigit() and (int(number) > step or (int(number) == step and not same)):
+            target = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            path.rename(target)
+            renamed.append(path.name)
+    return sorted(renamed)
+
+
+def _verified(path: Path) -> Checkpoint:
+    """Open a checkpoint on every rank; each verifies its share of the files."""
+    rank, world_size = rank_and_size()
+
+    def verify() -> Checkpoint:
+        checkpoint = Checkpoint(path)
+        checkpoint.verify(checkpoint.files[rank::world_size])
+        return checkpoint
+
+    opened: list[Checkpoint] = []
+    agree(lambda: opened.append(verify()), path)
+    return opened[0]
+
+
+def _from_rank_0(value: Any) -> Any:
+    if rank_and_size()[1] == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]

@@ -1,0 +1,46 @@
+"""What must not change between a run and its continuation, and the refusal that names what did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from adalora_scale.checkpoint.format import Checkpoint
+from adalora_scale.errors import UserError, nearest
+
+
+def plain(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values as they come back from JSON, so that a saved identity compares equal."""
+    return dict(json.loads(json.dumps(dict(identity), default=str)))
+
+
+def require_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
+    """Compare a run's identity with its checkpoint's.
+
+    Args:
+        checkpoint: what the run goes on from.
+        identity: key → value of everything that decides what is trained; keys that one side lacks are left out.
+        allowed: keys that may differ (`training.resume_allow_changed`).
+
+    Returns:
+        The allowed keys that did change.
+
+    Raises:
+        UserError: another key differs, with both values and the way out; or an allowed key does not exist.
+    """
+    saved, now = checkpoint.manifest["identity"], plain(identity)
+    keys = [*now, *(key for key in saved if key not in now)]
+    for key in allowed:
+        if key not in keys:
+            raise UserError(f"training.resume_allow_changed: '{key}' is not compared at resume.{nearest(key, keys)}")
+    common = [key for key in keys if key in now and key in saved]
+    changed = {key: (saved[key], now[key]) for key in common if saved[key] != now[key]}
+    refused = [key for key in changed if key not in allowed]
+    if refused:
+        diff = ", ".join(f"{key}: {changed[key][0]} → {changed[key][1]}" for key in refused)
+        raise UserError(
+            f"the checkpoint {checkpoint.directory} is of another run ({diff}). Resume with the old values, or allow "
+            f"these keys: training.resume_allow_changed=[{','.join(refused)}]."
+        )
+    return list(changed)

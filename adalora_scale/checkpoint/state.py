@@ -1,0 +1,215 @@
+"""From a live model and optimizer to intervals, and back: this rank's pieces only, nothing is gathered.
+
+Two groups of tensors: `adapter` (A, E, B of every adapted module, with Ī and Ū until the final allocation) and `other`
+(whatever else is trained). A tensor of which several ranks hold the same piece is written by one of them.
+
+After the final allocation adapters may be built at their pruned ranks (`adalora/compaction.py`), so a factor can have
+fewer columns in the file than in the model or the other way round; the masks say which column is which triplet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adalora_scale.checkpoint.format import Checkpoint, CheckpointError, Group
+from adalora_scale.controller import RankAllocator
+from adalora_scale.sharding import Piece, PieceState, Sharding, adapter_tensors, trained_parameters, whole_shape
+
+ADAPTER, OTHER = "adapter", "other"
+_IMPORTANCE = ("sensitivity", "uncertainty")
+
+
+@dataclass
+class Gathered:
+    """This rank's share of a checkpoint."""
+
+    groups: dict[str, Group] = field(default_factory=lambda: {ADAPTER: Group(), OTHER: Group()})
+    shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    """group → name → whole shape; the same on every rank."""
+    scalars: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Name of a parameter → its optimizer's numbers (the step count)."""
+
+
+def gather(model: nn.Module, sharding: Sharding, allocator: RankAllocator) -> Gathered:
+    """Collect views of what this rank has to write.
+
+    Raises:
+        Unsupported: the optimizer keeps state that cannot be cut.
+    """
+    gathered = Gathered(shapes=shapes_of(model))
+    state = allocator.state_dict()
+    pieces = sharding.pieces()
+    kinds: dict[str, set[str]] = {ADAPTER: set(), OTHER: set()}
+    for piece in pieces:
+        kinds[_group(piece, gathered.shapes)].update(piece.state)
+    for number, piece in enumerate(pieces):
+        which, count = piece.copies
+        if number % count != which:
+            continue
+        name = _group(piece, gathered.shapes)
+        group = gathered.groups[name]
+        group.intervals.append((piece.name, piece.start, piece.weight.numel()))
+        values = {"weight": piece.weight}
+        # A parameter that never had a gradient has no state yet; zeros with step 0 are what it would begin with.
+        values |= {kind: piece.state.get(kind, torch.zeros_like(piece.weight)) for kind in sorted(kinds[name])}
+        if name == ADAPTER and not allocator.frozen:
+            values |= {kind: state[f"{kind}.{piece.name}"] for kind in _IMPORTANCE}
+        for kind, value in values.items():
+            group.values.setdefault(kind, []).append(value)
+        if piece.scalars:
+            gathered.scalars[piece.name] = piece.scalars
+    return gathered
+
+
+def shapes_of(model: nn.Module) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return group → name → whole shape of everything that is trained."""
+    adapters: dict[str, tuple[int, ...]] = {
+        t.name: (t.r,) if t.factor == "lora_E" else (t.rows, t.r) for t, _ in adapter_tensors(model)
+    }
+    others = {name: whole_shape(p) for name, p in trained_parameters(model).items() if name not in adapters}
+    return {ADAPTER: adapters, OTHER: others}
+
+
+def allocator_position(allocator: RankAllocator) -> dict[str, Any]:
+    """Return the allocator's position as the manifest holds it: JSON values, the mask as 0 and 1 for each module."""
+    state = {key: value for key, value in allocator.state_dict().items() if not isinstance(value, Tensor)}
+    rows = allocator.mask.view(len(allocator.modules), -1).int().tolist()
+    masks = {name: "".join(map(str, row)) for name, row in zip(state.pop("modules"), rows, strict=True)}
+    return state | {"init_r": allocator.r, "preset": allocator.config.preset, "mask": masks}
+
+
+def masks_of(position: Mapping[str, Any]) -> dict[str, list[bool]]:
+    """Return module → which triplets are in the current mask, from the manifest's `allocator`."""
+    return {module: [bit == "1" for bit in bits] for module, bits in position["mask"].items()}
+
+
+@torch.no_grad()
+def scatter(checkpoint: Checkpoint, model: nn.Module, sharding: Sharding, allocator: RankAllocator) -> None:
+    """Fill this rank's pieces of weights, optimizer state, Ī and Ū from a checkpoint, and set the allocator's position.
+
+    Every rank calls it, between two steps, with the allocator attached.
+
+    Raises:
+        CheckpointError: the checkpoint is of a model that trains other tensors, or its files do not belong together.
+    """
+    reader = _Reader(checkpoint, shapes_of(model))
+    states: dict[str, PieceState] = {}
+    scalars: dict[str, dict[str, float]] = checkpoint.manifest["optimizer"]["scalars"]
+    for piece in sharding.pieces():
+        piece.weight.copy_(reader.values(piece, "weight"))
+        kinds = reader.optimizer_kinds(piece)
+        numbers = scalars.get(piece.name, scalars.get("", {}))
+        if kinds or numbers:
+            states[piece.name] = PieceState({kind: reader.values(piece, kind) for kind in kinds}, numbers)
+    sharding.restore(states)
+    sharding.refresh()
+    position = dict(checkpoint.manifest["allocator"])
+    masks = masks_of(position)
+    state = position | {"modules": list(masks), "mask": torch.tensor([bit for row in masks.values() for bit in row])}
+    if not position["frozen"]:
+        for span in sharding.spans:
+            piece = Piece(span.tensor.name, span.start, span.weight, {}, {})
+            state |= {f"{kind}.{piece.name}": reader.values(piece, kind) for kind in _IMPORTANCE}
+    allocator.load_state_dict(state)
+
+
+@torch.no_grad()
+def read_weights(checkpoint: Checkpoint, model: nn.Module, sharding: Sharding) -> None:
+    """Fill this rank's pieces of the weights alone, and every copy the engine made of them.
+
+    Raises:
+        CheckpointError: as `scatter`.
+    """
+    reader = _Reader(checkpoint, shapes_of(model))
+    for piece in sharding.pieces():
+        piece.weight.copy_(reader.values(piece, "weight"))
+    sharding.refresh()
+
+
+def merged_scalars(everyone: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Put the ranks' numbers together; the most usual ones stand once, under the empty name."""
+    merged = {name: numbers for own in everyone for name, numbers in own.items()}
+    if not merged:
+        return {}
+    every = list(merged.values())
+    usual = max(every, key=every.count) if len(set(map(str, every))) > 1 else every[0]
+    return {"": usual} | {name: numbers for name, numbers in merged.items() if numbers != usual}
+
+
+class _Reader:
+    """Reads the intervals that live pieces need, with columns matched where ranks were removed."""
+
+    def __init__(self, checkpoint: Checkpoint, live: dict[str, dict[str, tuple[int, ...]]]) -> None:
+        self._checkpoint, self._live = checkpoint, live
+        self._saved = {group: checkpoint.shapes(group) for group in (ADAPTER, OTHER)}
+        self._kinds = {group: checkpoint.kinds(group) for group in (ADAPTER, OTHER)}
+        self._masks = masks_of(checkpoint.manifest["allocator"])
+        self._frozen = checkpoint.manifest["allocator"]["frozen"]
+        for name, shape in live[OTHER].items():
+            if self._saved[OTHER].get(name) != shape:
+                raise CheckpointError(
+                    f"the checkpoint {checkpoint.directory} has shape {self._saved[OTHER].get(name)} for '{name}', the "
+                    f"model trains {shape}; resume with the same model and adalora.modules_to_save."
+                )
+
+    def optimizer_kinds(self, piece: Piece) -> list[str]:
+        return sorted(self._kinds[_group(piece, self._live)] - {"weight", *_IMPORTANCE})
+
+    def values(self, piece: Piece, kind: str) -> Tensor:
+        """Return a kind's elements of a live piece, (length,) on the CPU."""
+        group, start, length = _group(piece, self._live), piece.start, piece.weight.numel()
+        live = self._live[group][piece.name]
+        saved = self._saved[group].get(piece.name)
+        if saved == live:
+            found = self._checkpoint.read(group, kind, piece.name, start, length)
+            if found is None:
+                raise CheckpointError(f"the checkpoint {self._checkpoint.directory} has no '{kind}' of '{piece.name}'.")
+            return found
+        return self._matched(group, kind, piece.name, saved, live)(start, length)
+
+    def _matched(
+        self, group: str, kind: str, name: str, saved: tuple[int, ...] | None, live: tuple[int, ...]
+    ) -> Callable[[int, int], Tensor]:
+        """Return a reader of intervals of a factor that has other columns in the file than in the model."""
+        mask = self._masks.get(name.rpartition(".")[0])
+        kept = [k for k, bit in enumerate(mask or []) if bit]
+        columns_saved = self._columns(0 if saved is None else saved[-1], kept, mask)
+        columns_live = self._columns(live[-1], kept, mask)
+        rows = None if saved is None else saved[:-1]
+        if columns_saved is None or columns_live is None or not self._frozen or rows not in (None, live[:-1]):
+            raise CheckpointError(
+                f"the checkpoint {self._checkpoint.directory} has shape {saved} for '{name}', the model {live}; resume "
+                f"with the same model and adalora section."
+            )
+        place = {column: index for index, column in enumerate(columns_saved)}
+        pairs = [(index, place[column]) for index, column in enumerate(columns_live) if column in place]
+        width_saved, width = len(columns_saved), len(columns_live)
+
+        def read(start: int, length: int) -> Tensor:
+            first, last = start // width, math.ceil((start + length) / width)
+            whole = torch.zeros(last - first, width)
+            if pairs and last > first:
+                flat = self._checkpoint.read(group, kind, name, first * width_saved, (last - first) * width_saved)
+                if flat is not None:
+                    into, out_of = zip(*pairs, strict=True)
+                    whole[:, list(into)] = flat.view(-1, width_saved)[:, list(out_of)]
+            return whole.view(-1)[start - first * width : start - first * width + length]
+
+        return read
+
+    @staticmethod
+    def _columns(width: int, kept: list[int], mask: list[bool] | None) -> list[int] | None:
+        """Return which triplet each column is, or None where the width fits neither the mask nor its kept part."""
+        if mask is not None and width == len(mask):
+            return list(range(width))
+        return kept if mask is not None and width == len(kept) else None
+
+
+def _group(piece: Piece, shapes: Mapping[str, Mapping[str, Any]]) -> str:
+    return ADAPTER if piece.name in shapes[ADAPTER] else OTHER

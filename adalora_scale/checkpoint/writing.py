@@ -1,0 +1,171 @@
+"""Writing a checkpoint with all ranks: complete or absent, and every rank learns which.
+
+Rank 0 makes a hidden folder, every rank writes its own file there and waits until it is on disk, all tell each other
+how it went, and only then rank 0 writes the manifest and gives the folder its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from adalora_scale.checkpoint import format as files
+from adalora_scale.checkpoint.format import CheckpointError
+from adalora_scale.checkpoint.state import Gathered, merged_scalars
+from adalora_scale.errors import UserError
+
+_SETTLES_S = 20.0
+"""How long a network file system may take to show one machine what another wrote."""
+
+
+def write_checkpoint(
+    output_dir: Path,
+    step: int,
+    gathered: Gathered,
+    extras: Mapping[str, Tensor],
+    content: Mapping[str, Any],
+    texts: Mapping[str, str],
+) -> Path:
+    """Write `checkpoint-<step>`; every rank calls it, and it is complete when any of them returns.
+
+    Args:
+        output_dir: one shared folder.
+        step: completed optimizer steps.
+        gathered: this rank's pieces.
+        extras: this rank's further tensors.
+        content: rank 0's further entries of the manifest.
+        texts: rank 0's further files, name → text.
+
+    Raises:
+        CheckpointError: the disk is full, the folder cannot be written, or ranks do not see the same folder. Raised on
+            all ranks; nothing is left behind, and checkpoints from before are untouched.
+    """
+    rank, world_size = rank_and_size()
+    final, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
+    names = {group: list(shapes) for group, shapes in gathered.shapes.items()}
+    own = partial / files.pieces_name(rank, world_size)
+
+    def make_folder() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    def finish(everyone: list[Any]) -> None:
+        entries = {files.pieces_name(number, world_size): part["entry"] for number, part in enumerate(everyone)}
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+            files.sync(partial / name)
+            entries[name] = files.file_entry(partial / name)
+        optimizer = content.get("optimizer", {}) | {"scalars": merged_scalars([part["scalars"] for part in everyone])}
+        whole = {"step": step, "world_size": world_size, **content, "optimizer": optimizer}
+        files.write_manifest(partial, whole | {"tensors": gathered.shapes, "files": entries})
+        files.publish(partial, final)
+
+    try:
+        agree(make_folder if rank == 0 else None, partial)
+        agree(lambda: _must_see(partial), partial)
+        everyone = agree(
+            lambda: {
+                "entry": files.write_pieces(own, gathered.groups, names, extras),
+                "scalars": gathered.scalars,
+            },
+            own,
+        )
+        agree((lambda: finish(everyone)) if rank == 0 else None, final)
+    except CheckpointError:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def agree(action: Callable[[], Any] | None, path: Path) -> list[Any]:
+    """Run `action` on this rank and return what it returned on every rank; a collective call.
+
+    Raises:
+        CheckpointError: it failed on some rank, with the operating system's reason; raised on all ranks alike.
+    """
+    value, problem = None, None
+    try:
+        value = action() if action is not None else None
+    except (OSError, UserError) as error:
+        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        problem = reason if isinstance(error, UserError) else f"{path} cannot be written: {reason}."
+    world_size = rank_and_size()[1]
+    everyone: list[tuple[Any, str | None]] = [(value, problem)]
+    if world_size > 1:
+        everyone = [(None, None)] * world_size
+        dist.all_gather_object(everyone, (value, problem))
+    for number, (_, said) in enumerate(everyone):
+        if said is not None:
+            where = f" (rank {number})" if world_size > 1 else ""
+            raise CheckpointError(f"{said}{where}")
+    return [value for value, _ in everyone]
+
+
+def probe_shared(output_dir: Path) -> None:
+    """See that every rank's output_dir is the same folder, before hours are spent; a collective call.
+
+    Raises:
+        CheckpointError: a rank does not see what rank 0 wrote, or the folder cannot be written.
+    """
+    rank, world_size = rank_and_size()
+    if world_size == 1:
+        return
+    probe = [output_dir / f".shared-{socket.gethostname()}-{os.getpid()}"]
+
+    def write() -> None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe[0].touch()
+
+    agree(write if rank == 0 else None, output_dir)
+    name: list[Any] = [probe[0].name]
+    dist.broadcast_object_list(name, src=0)
+    try:
+        agree(lambda: _must_see(output_dir / name[0]), output_dir)
+    finally:
+        if rank == 0:
+            with contextlib.suppress(OSError):
+                probe[0].unlink()
+
+
+def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest complete checkpoints beyond `limit`; never the newest, nor the best one. Rank 0 calls it.
+
+    Half checkpoints don't count, so one of those can never push out the last good one.
+    """
+    if limit is None or limit < 1:
+        return
+    found = files.checkpoints(output_dir)
+    protected = {found[0]} if found else set()
+    if best is not None:
+        protected |= {path for path in found if path.resolve() == Path(best).resolve()}
+    spare = [path for path in found if path not in protected]
+    for path in spare[max(limit - len(protected), 0) :]:
+        files.remove(path)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Return this process's rank and the number of ranks; (0, 1) without a process group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _must_see(path: Path) -> None:
+    deadline = time.monotonic() + _SETTLES_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{socket.gethostname()} does not see {path}, which rank 0 made: training.output_dir must be one file "
+                f"system that all machines share."
+            )
+        time.sleep(0.05)

@@ -1,0 +1,1 @@
+"""What the launch scripts check before any rank starts: hosts, ports, batch sizes, sbatch files."""

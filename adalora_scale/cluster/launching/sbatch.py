@@ -1,0 +1,73 @@
+"""Checks the `#SBATCH` lines of a job script for what SLURM silently takes as it stands or never reads.
+
+SLURM reads these lines itself, before any shell: `#SBATCH --nodes=$NODES` asks for a number of nodes called `$NODES`,
+and an output folder that does not exist makes a job vanish without a file.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from adalora_scale.errors import UserError
+
+_PATTERNS = set("AaJjNnstuxbr%")  # sbatch(1), "filename pattern"; digits may stand between
+_PATHS = ("--output", "-o", "--error", "-e")
+
+
+def check_sbatch(path: Path) -> None:
+    """Check a job script's directives.
+
+    Raises:
+        UserError: naming the first line that SLURM would misread, and what to write.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"the job script {path} cannot be read: {error.strerror}.") from None
+    if not lines or not lines[0].startswith("#!"):
+        raise UserError(f"{path} line 1: sbatch takes scripts that begin with #!, for example #!/usr/bin/env bash.")
+    command = 0
+    for number, line in enumerate(lines, start=1):
+        place = f"{path} line {number}"
+        if not line.startswith("#"):
+            command = command or (number if line.strip() else 0)
+            if re.match(r"\s+#SBATCH\b", line):
+                raise UserError(
+                    f"{place}: an #SBATCH that does not begin its line is a comment to SLURM; move it left."
+                )
+            continue
+        if re.match(r"#\s*SBATCH\b", line, re.IGNORECASE) is None:
+            continue
+        if not re.match(r"#SBATCH\s", line):
+            raise UserError(f"{place}: SLURM reads `#SBATCH` only as it is written here, in capitals and in one word.")
+        if command:
+            raise UserError(f"{place}: SLURM stops reading #SBATCH at the first command (line {command}); move it up.")
+        _check_options(line.removeprefix("#SBATCH"), place, path)
+
+
+def _check_options(text: str, place: str, path: Path) -> None:
+    value = re.sub(r"\s#.*", "", text).strip()
+    if not value.startswith("-"):
+        raise UserError(f"{place}: `{value}` is no option; write for example --nodes=2.")
+    if found := re.search(r"\$\w*\{?\w*\}?|`|\$\(", value):
+        raise UserError(
+            f"{place}: SLURM does not expand `{found[0]}`, it reads it as it stands. Write the value, or give it to "
+            f"sbatch: sbatch {value.split('=')[0].split()[0]}=VALUE {path.name}"
+        )
+    name, _, rest = value.partition("=") if "=" in value.split()[0] else value.partition(" ")
+    if name not in _PATHS:
+        return
+    target = rest.strip().strip("\"'")
+    if target.startswith("~"):
+        raise UserError(f"{place}: SLURM does not expand `~`; write the whole path.")
+    for pattern in re.findall(r"%\d*(.)", target):
+        if pattern not in _PATTERNS:
+            raise UserError(
+                f"{place}: SLURM knows no `%{pattern}` in a file name; %x is the job's name, %j its number."
+            )
+    folder = Path(target).parent
+    if "%" not in str(folder) and not folder.is_dir():
+        raise UserError(
+            f"{place}: the folder {folder} does not exist, and SLURM makes none: the job would leave no output."
+        )

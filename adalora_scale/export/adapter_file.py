@@ -1,0 +1,267 @@
+"""An adapter folder as a file reader sees it: ours, PEFT's AdaLoRA, or plain LoRA; no model is needed.
+
+Only JSON and safetensors are read. Pickled weights can run code when they are opened and are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.export.tensor_files import FLOATING, TensorFile
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+RECORD_KEY = "adalora_scale"
+"""Entry of the weight file's metadata with what PEFT's config has no key for."""
+PEFT_SCALE = "peft_scale"
+"""Key of the record: λ was multiplied by `peft_scale(init_r)`, so that PEFT's function is exact."""
+_ADALORA = ("lora_A", "lora_E", "lora_B")
+_LORA = ("lora_A.weight", "lora_B.weight")
+_NOT_PLAIN = ("use_dora", "lora_bias", "use_qalora", "layer_replication", "megatron_config")
+
+
+@dataclass(frozen=True)
+class ModuleShape:
+    """One adapted matrix."""
+
+    rank: int
+    in_features: int
+    out_features: int
+
+    @property
+    def parameters(self) -> int:
+        """Elements of its two factors."""
+        return self.rank * (self.in_features + self.out_features)
+
+
+@dataclass(frozen=True)
+class Update:
+    """ΔW = B diag(e) A of one matrix, float32."""
+
+    a: Tensor  # (r, in_features)
+    e: Tensor  # (r,)
+    b: Tensor  # (out_features, r)
+
+    def delta(self, start: int, stop: int, *, transposed: bool) -> Tensor:
+        """Return rows [start, stop) of ΔW (out_features, in_features), or of its transpose (Conv1D's layout)."""
+        if transposed:
+            return (self.a[:, start:stop].T * self.e) @ self.b.T
+        return (self.b[start:stop] * self.e) @ self.a
+
+
+class AdapterFile:
+    """The adapter in a folder.
+
+    Args:
+        directory: where `adapter_config.json` and `adapter_model.safetensors` are.
+
+    Raises:
+        UserError: files are missing or damaged, pickled, or do not belong together.
+        Unsupported: the adapter is neither AdaLoRA nor plain LoRA.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.config = read_adapter_config(self.directory, methods=("ADALORA", "LORA"))
+        self.method: str = self.config["peft_type"]
+        self._file = TensorFile(weights_path(self.directory))
+        factors = _ADALORA if self.method == "ADALORA" else _LORA
+        self._refuse_variants()
+        self._scalings: dict[str, float] = {}
+        self.modules: dict[str, ModuleShape] = {}
+        """Adapted module → shape, in the order of the file."""
+        self.others: dict[str, tuple[int, ...]] = {}
+        """Tensors of modules that were trained in full, by their names in the model → shape."""
+        for key, entry in self._file.entries.items():
+            name = key.removeprefix(PREFIX)
+            if entry.dtype not in FLOATING and "lora_" in name:
+                raise UserError(f"{self._file.path} holds '{key}' as {entry.dtype}; adapters are floating point.")
+            if name.endswith(factors):
+                module = next(name.removesuffix("." + factor) for factor in factors if name.endswith("." + factor))
+                if module not in self.modules:
+                    self.modules[module] = self._shape(module)
+            elif "lora_" in name:
+                raise Unsupported(f"{self._file.path} holds '{key}', which is not part of a {self.method} update here.")
+            else:
+                self.others[name] = entry.shape
+        if not self.modules:
+            raise UserError(f"{self._file.path} holds no {self.method} tensors (no key ends in .{factors[0]}).")
+
+    @property
+    def base(self) -> str | None:
+        """The base model's path or hub id, as the config names it."""
+        return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's name of the task, such as CAUSAL_LM."""
+        return self.config.get("task_type")
+
+    @property
+    def final(self) -> bool:
+        """Whether the ranks are settled: plain LoRA, or AdaLoRA after its final allocation."""
+        return self.method == "LORA" or bool(self.config.get("rank_pattern"))
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether PEFT must take the base layers' weights as (in, out)."""
+        return bool(self.config.get("fan_in_fan_out"))
+
+    @property
+    def saved(self) -> list[str]:
+        """Names of the modules that were trained in full."""
+        return sorted({name.rpartition(".")[0] for name in self.others})
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What this project wrote beside PEFT's keys; empty for adapters of others."""
+        return parse_record(self._file.metadata)
+
+    def update(self, module: str) -> Update:
+        """Read one matrix's update.
+
+        Raises:
+            UserError: it is not finite.
+        """
+        raw = self.triplets(module)
+        return Update(raw.a, raw.e * self._scalings[module], raw.b)
+
+    def triplets(self, module: str) -> Update:
+        """Read one matrix's update without the scaling.
+
+        Raises:
+            UserError: it is not finite.
+        """
+        if self.method == "ADALORA":
+            a, e, b = (self._file.tensor(f"{PREFIX}{module}.{factor}").float() for factor in _ADALORA)
+            e = e.flatten()
+        else:
+            a, b = (self._file.tensor(f"{PREFIX}{module}.{factor}").float() for factor in _LORA)
+            e = torch.ones(a.shape[0])
+        for factor in (a, e, b):
+            if not bool(torch.isfinite(factor).all()):
+                raise UserError(f"{self._file.path}: the update of '{module}' is not finite; export another step.")
+        return Update(a, e, b)
+
+    def scaling(self, module: str) -> float:
+        """Return s of ΔW = s · Σ λ P Qᵀ."""
+        return self._scalings[module]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Read everything, under the names in the file."""
+        return {key: self._file.tensor(key) for key in self._file.entries}
+
+    def other(self, name: str) -> Tensor:
+        """Read a tensor of a module that was trained in full."""
+        return self._file.tensor(PREFIX + name if PREFIX + name in self._file.entries else name)
+
+    def _shape(self, module: str) -> ModuleShape:
+        entries = self._file.entries
+        parts = {factor: entries.get(f"{PREFIX}{module}.{factor}") for factor in _ADALORA + _LORA}
+        a, b = parts["lora_A"] or parts["lora_A.weight"], parts["lora_B"] or parts["lora_B.weight"]
+        e = parts["lora_E"]
+        if a is None or b is None or (self.method == "ADALORA" and e is None):
+            raise UserError(f"{self._file.path} has no complete triplets for '{module}'.")
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+            raise Unsupported(f"{self._file.path}: '{module}' has factors {a.shape} and {b.shape}, not two matrices.")
+        if e is not None and e.shape not in ((a.shape[0], 1), (a.shape[0],)):
+            raise UserError(f"{self._file.path}: '{module}' has λ of shape {e.shape} for {a.shape[0]} triplets.")
+        self._scalings[module] = self._scaling(module, a.shape[0])
+        return ModuleShape(a.shape[0], a.shape[1], b.shape[0])
+
+    def _scaling(self, module: str, rank: int) -> float:
+        if self.method == "ADALORA":
+            s = self.config["lora_alpha"] / self.config["init_r"]
+            return float(s / peft_scale(self.config["init_r"]) if self.record.get(PEFT_SCALE) else s)
+        r = _by_pattern(self.config.get("rank_pattern"), module, self.config["r"])
+        if r != rank:
+            raise UserError(f"{self._file.path}: '{module}' has rank {rank}, {CONFIG_NAME} says {r}.")
+        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
+        return float(alpha / (r**0.5 if self.config.get("use_rslora") else r))
+
+    def _refuse_variants(self) -> None:
+        path = self.directory / CONFIG_NAME
+        for key in _NOT_PLAIN:
+            if self.config.get(key):
+                raise Unsupported(f"{path} has {key}; only plain LoRA and AdaLoRA are read here.")
+        if self.config.get("bias", "none") != "none":
+            raise Unsupported(f"{path} has bias={self.config['bias']}; only 'none' is read here.")
+
+
+def read_adapter_config(directory: Path, *, methods: tuple[str, ...] = ("ADALORA",)) -> dict[str, Any]:
+    """Read `adapter_config.json` and check what every reader relies on.
+
+    Raises:
+        UserError: the file is missing, no JSON, or without a usable rank and alpha.
+        Unsupported: the adapter is of a method that is not in `methods`.
+    """
+    path = directory / CONFIG_NAME
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        way = "pass the folder that training wrote"
+        if any(directory.glob("manifest.json")):
+            way = f"it is a checkpoint, make an adapter of it first: adalora-scale export {directory} OUT"
+        raise UserError(f"no {CONFIG_NAME} in {directory}; {way}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}).") from None
+    method = saved.get("peft_type") if isinstance(saved, dict) else None
+    if method not in methods:
+        known = " and ".join(methods)
+        raise Unsupported(f"{path} holds a '{method}' adapter; only {known} adapters load here. Use PEFT for others.")
+    for key in ("init_r" if method == "ADALORA" else "r", "lora_alpha"):
+        if not isinstance(saved.get(key), int | float) or saved[key] <= 0:
+            raise UserError(f"{path}: '{key}' is {saved.get(key)!r}; it must be a positive number.")
+    return dict(saved)
+
+
+def weights_path(directory: Path) -> Path:
+    """Return the path of the adapter's weights.
+
+    Raises:
+        UserError: there are none, or only pickled ones.
+    """
+    path = directory / WEIGHTS_NAME
+    if path.is_file():
+        return path
+    if pickles := sorted(p.name for suffix in ("bin", "pt", "pth") for p in directory.glob(f"adapter_model.{suffix}")):
+        raise UserError(
+            f"{directory / pickles[0]} is a pickle, which can run code when it is opened, so it is not read. Let "
+            f"whoever made it save the adapter as {WEIGHTS_NAME}."
+        )
+    raise UserError(f"no {WEIGHTS_NAME} in {directory}; pass the folder that training wrote.")
+
+
+def parse_record(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """Return what `save_adapter` put into a weight file's metadata; empty when there is nothing readable."""
+    try:
+        record = json.loads((metadata or {}).get(RECORD_KEY, "{}"))
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def peft_scale(init_r: int) -> float:
+    """Return what PEFT's AdaLoRA divides an update by beyond init_r: it divides by (init_r + 1e-5)."""
+    return (init_r + 1e-5) / init_r
+
+
+def _by_pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's rule for rank_pattern and alpha_pattern (peft.utils.other.get_pattern_key)."""
+    for key, value in (pattern or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({key})$", module):
+                return value
+        except re.error as error:
+            raise UserError(f"{CONFIG_NAME}: the pattern '{key}' is no regular expression ({error}).") from None
+    return default

@@ -1,0 +1,218 @@
+"""A base model's safetensors checkpoint, and which parameter of the model each of its tensors becomes.
+
+transformers 5 renames and converts tensors while loading (`conversion_mapping`), so a checkpoint's names are not the
+model's. The renaming is asked of transformers itself, on a model without memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from adalora_scale.adalora.base_digest import WeightsDigest
+from adalora_scale.adalora.injection import is_digested, is_inside
+from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.export.tensor_files import FLOATING, TensorFile
+from adalora_scale.quantization.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+
+_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor of the checkpoint."""
+
+    key: str
+    """Its name in the files."""
+    file: TensorFile
+    parameter: str | None
+    """The model's parameter it becomes; None for tensors that the model ignores."""
+    converted: bool
+    """Whether transformers computes the parameter from this tensor (and others) instead of taking it over."""
+
+
+class BaseCheckpoint:
+    """The checkpoint in a folder.
+
+    Args:
+        directory: the base model's folder.
+        task_type: PEFT's name of the task; decides the class of the model.
+        num_labels: classes of a sequence classifier.
+        trust_remote_code: run model code that lies in the folder.
+
+    Raises:
+        UserError: files are missing, damaged or pickled.
+        Unsupported: transformers cannot build the model's class.
+    """
+
+    def __init__(
+        self, directory: Path, *, task_type: str | None, num_labels: int | None, trust_remote_code: bool = False
+    ) -> None:
+        self.directory = directory
+        self.config: dict[str, Any] = _read_json(directory / "config.json")
+        self.quantization: dict[str, Any] | None = self.config.get("quantization_config")
+        self.checkpoint = _open(directory)
+        files = {path: TensorFile(path) for path in dict.fromkeys(t.file for t in self.checkpoint.tensors.values())}
+        self.model = _meta_model(directory, task_type, num_labels, trust_remote_code)
+        self.parameters: dict[str, torch.Size] = {name: t.shape for name, t in self.model.state_dict().items()}
+        self.aliases = _aliases(self.model)
+        """Parameter → every name of the tensor that the model holds under several (tied embeddings)."""
+        self.sources = self._sources({key: file for file in files.values() for key in file.entries})
+        """Every tensor, in the order of the files."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(source.file.entries[source.key].size for source in self.sources)
+
+    def dtype(self) -> str:
+        """Return the dtype (format's naming) that most of the weights have."""
+        sizes: dict[str, int] = {}
+        for source in self.sources:
+            entry = source.file.entries[source.key]
+            if entry.dtype in FLOATING:
+                sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size
+        return max(sizes, key=lambda name: sizes[name], default="F32")
+
+    def transposed(self, module: str) -> bool:
+        """Return whether the module's weight lies as (in, out): transformers' Conv1D."""
+        return type(self.model.get_submodule(module)).__name__ == "Conv1D"
+
+    def same_module(self, first: str, second: str) -> bool:
+        """Return whether two parameter names belong to one module that the model holds twice."""
+        return self.model.get_submodule(first.rpartition(".")[0]) is self.model.get_submodule(second.rpartition(".")[0])
+
+    def digests(self, targets: list[str], saved: list[str]) -> dict[str, dict[str, str]]:
+        """Return what `digest_base` returns for the loaded model, from single elements of the files."""
+        embedding = self._embedding()
+        found: dict[str, Source] = {s.parameter: s for s in self.sources if s.parameter and not s.converted}
+        parts = {"adapted": WeightsDigest(), "rest": WeightsDigest()}
+        looked_at = [("adapted", f"{module}.weight") for module in targets]
+        for name, parameter in self.model.named_parameters():
+            if is_digested(name, parameter.dim(), saved) or (name == embedding and not is_inside(name, saved)):
+                looked_at.append(("rest", name))
+        for part, name in looked_at:
+            # A source may lack: what the checkpoint does not hold is newly initialised at loading.
+            source = next((found[alias] for alias in (name, *self.aliases.get(name, [])) if alias in found), None)
+            parts[part].add(name, self.parameters[name], source.file.samples(source.key) if source else None)
+        return {name: result for name, digest in parts.items() if (result := digest.result())}
+
+    def _embedding(self) -> str | None:
+        try:
+            embedding = self.model.get_input_embeddings()  # type: ignore[operator]
+        except NotImplementedError:
+            return None
+        return next((f"{name}.weight" for name, module in self.model.named_modules() if module is embedding), None)
+
+    def keeps_name(self, parameter: str) -> bool:
+        """Return whether a tensor stored under the parameter's own name is loaded into it."""
+        return self._rename([parameter])[parameter] == (parameter, False)
+
+    def _sources(self, where: dict[str, TensorFile]) -> list[Source]:
+        found = self._rename(where)
+        return [Source(key, file, *found[key]) for key, file in where.items()]
+
+    def _rename(self, keys: Iterable[str]) -> dict[str, tuple[str | None, bool]]:
+        mapping = get_model_conversion_mapping(self.model)  # type: ignore[arg-type]
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        prefix = getattr(self.model, "base_model_prefix", "")
+        state = self.model.state_dict()
+        found: dict[str, tuple[str | None, bool]] = {}
+        for key in sorted(keys, key=dot_natural_key):  # some renamings depend on what came before
+            name, pattern = rename_source_key(key, renamings, converters, prefix, state)
+            if name not in state and key in state:
+                name, pattern = rename_source_key(key, [], [], prefix, state)
+            known = name in state or pattern is not None
+            found[key] = (name if known else None, pattern is not None)
+        return found
+
+
+def local_base(name: str, revision: str | None = None) -> Path:
+    """Return the folder of a base model; a hub id is fetched (or found in the cache).
+
+    Raises:
+        UserError: there is no such folder or model.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"the base model {name} is not a folder; say where it is with --base.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_WANTED)))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the base model {name} cannot be fetched ({reason}); say where it is with --base.") from None
+
+
+def _open(directory: Path) -> Checkpoint:
+    if not (directory / INDEX_NAME).is_file() and not (directory / SINGLE_NAME).is_file():
+        if any(directory.glob("pytorch_model*.bin")):
+            raise UserError(
+                f"{directory} holds pickled weights, which can run code when they are opened; only safetensors are "
+                f"read. Save the model with transformers' save_pretrained where you trust it."
+            )
+        raise UserError(f"no {SINGLE_NAME} or {INDEX_NAME} in {directory}; pass the base model's folder to --base.")
+    return Checkpoint.open(str(directory))
+
+
+def _meta_model(directory: Path, task_type: str | None, num_labels: int | None, trust_remote_code: bool) -> nn.Module:
+    options: dict[str, Any] = {"num_labels": num_labels} if num_labels is not None else {}
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # what the model is, not how its weights are stored
+        config.dtype = torch.float32
+        with init_empty_weights(include_buffers=False):
+            model = _build(config, task_type, trust_remote_code)
+        model.tie_weights()  # type: ignore[operator]  # registering a parameter made a copy of it on the meta device
+        return model
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the base model in {directory} cannot be built: {reason}") from None
+
+
+def _build(config: PretrainedConfig, task_type: str | None, trust_remote_code: bool) -> nn.Module:
+    factory: Any = {"SEQ_CLS": AutoModelForSequenceClassification, "CAUSAL_LM": AutoModelForCausalLM}.get(
+        task_type or ""
+    )
+    if factory is not None:
+        built: nn.Module = factory.from_config(config, trust_remote_code=trust_remote_code)
+        return built
+    name = (config.architectures or [""])[0]
+    if not hasattr(transformers, name):
+        raise Unsupported(f"the base's config.json names the architecture '{name}', unknown to transformers.")
+    built = getattr(transformers, name)(config)
+    return built
+
+
+def _aliases(model: nn.Module) -> dict[str, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: group for group in names.values() if len(group) > 1 for name in group}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}).") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a JSON object.")
+    return tree

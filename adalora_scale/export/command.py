@@ -1,0 +1,96 @@
+"""The verbs `export` and `inspect`: their options, and what they print. Heavy imports wait until one runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FORMATS = ("peft-adalora", "peft-lora", "merged")
+
+_EXPORT_FORMATS = """
+formats:
+  peft-adalora  PEFT's AdaLoRA
+  peft-lora     plain LoRA, λ folded in, every matrix with its own rank (rank_pattern); with --uniform zero-padded to
+                one rank, for servers that know no rank_pattern (vLLM)
+  merged        the base with the adapter added to its weights, for plain transformers; written tensor by tensor, so
+                that memory does not grow with the model
+
+The output folder appears complete or not at all. It gets an export.json that says what was done.
+"""
+
+
+def add_verbs(verbs: Any, prepare: Callable[[], None]) -> None:
+    """Add the two verbs.
+
+    Args:
+        verbs: argparse's subparsers.
+        prepare: called before anything heavy is imported.
+    """
+    export = verbs.add_parser(
+        "export",
+        help="write an adapter in a form that others serve: PEFT AdaLoRA, plain LoRA, merged model",
+        description="Write a trained adapter in the form that others load.",
+        epilog=_EXPORT_FORMATS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    export.add_argument("adapter", type=Path, metavar="ADAPTER", help="adapter: output_dir or checkpoint-N")
+    export.add_argument("output", type=Path, metavar="OUT", help="folder to write")
+    export.add_argument("--format", required=True, choices=FORMATS, help="what to write, see below")
+    export.add_argument("--uniform", action="store_true", help="peft-lora: pad every matrix to one rank")
+    export.add_argument("--rank", type=int, metavar="R", help="with --uniform: that rank (default: the largest)")
+    export.add_argument("--base", metavar="MODEL", help="the base model, when it is not where the adapter says")
+    export.add_argument(
+        "--dequantise",
+        action="store_true",
+        help="merged: merge into the dequantised values of a 4-bit base instead of the original weights",
+    )
+    export.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="merged: largest file (default 5GB)")
+    export.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote to OUT")
+    export.add_argument(
+        "--fidelity",
+        action=argparse.BooleanOptionalAction,
+        help="compare logits with the live adapter's (default: where the model fits the memory in float32)",
+    )
+    export.add_argument("--text", type=Path, metavar="FILE", help="sample text of that comparison, one a line")
+    export.add_argument("--trust-remote-code", action="store_true", help="run model code that lies with the base")
+    export.add_argument("--json", action="store_true", help="print one JSON object")
+    export.set_defaults(run=lambda arguments: _export(arguments, prepare))
+
+    inspect = verbs.add_parser(
+        "inspect",
+        help="what an adapter or a checkpoint holds",
+        description="Print ranks by layer and type, parameters, the place in the schedule and the base of an adapter\n"
+        "(from here, PEFT's AdaLoRA or plain LoRA) or of a checkpoint-N folder.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inspect.add_argument("directory", type=Path, metavar="DIR", help="the folder")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    inspect.set_defaults(run=lambda arguments: _inspect(arguments, prepare))
+
+
+def _export(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int:
+    prepare()
+    from adalora_scale.export.exporting import Request, export_adapter
+
+    fields = {key: value for key, value in vars(arguments).items() if key not in ("run", "json")}
+    report = export_adapter(Request(**fields))
+    if arguments.json:
+        print(json.dumps(report))
+    else:
+        print(report["what"])
+        for note in report["notes"]:
+            print(f"note: {note}")
+        print(report["fidelity_text"])
+    return 1 if report["failed"] else 0
+
+
+def _inspect(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int:
+    prepare()
+    from adalora_scale.export.inspection import describe, inspect_folder
+
+    found = inspect_folder(arguments.directory)
+    print(json.dumps(found) if arguments.json else describe(found))
+    return 0

@@ -1,0 +1,118 @@
+"""A checkpoint-N folder as an adapter: what `export` reads of a run that has not ended, or ended badly."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adalora_scale.checkpoint.format import MANIFEST_NAME, Checkpoint
+from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
+from adalora_scale.errors import UserError
+from adalora_scale.export.adapter_file import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from adalora_scale.export.output import copy_tokenizer
+from adalora_scale.export.tensor_files import save_file
+
+_TASKS = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
+_FACTORS = ("lora_A", "lora_E", "lora_B")
+
+
+@contextlib.contextmanager
+def adapter_folder(directory: Path) -> Iterator[Path]:
+    """Give a folder with an adapter in PEFT's format: the one named, or a temporary one made of a checkpoint.
+
+    Raises:
+        UserError: the checkpoint is damaged, or not of a run.
+    """
+    if (directory / CONFIG_NAME).is_file() or not (directory / MANIFEST_NAME).is_file():
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="adalora_checkpoint_") as name:
+        folder = Path(name)
+        checkpoint = Checkpoint(directory)
+        checkpoint.verify()
+        write_adapter(checkpoint, folder)
+        for tokenizer in (directory.parent, directory):
+            copy_tokenizer(tokenizer, folder)
+        yield folder
+
+
+def adalora_options(checkpoint: Checkpoint) -> AdaLoraConfig:
+    """Return the method's options of the run that wrote a checkpoint.
+
+    Raises:
+        UserError: the manifest does not say.
+    """
+    known = {field.name for field in dataclasses.fields(AdaLoraConfig)}
+    saved = {key.removeprefix("adalora."): value for key, value in _part(checkpoint, "identity").items()}
+    return adalora_config_from_dict({key: value for key, value in saved.items() if key in known})
+
+
+def masks(checkpoint: Checkpoint) -> dict[str, list[bool]]:
+    """Return module → which triplets are in the current mask."""
+    return {module: [bit == "1" for bit in bits] for module, bits in _part(checkpoint, "allocator")["mask"].items()}
+
+
+def write_adapter(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the checkpoint's adapter in PEFT's format; after the final allocation only the kept triplets."""
+    position, options = _part(checkpoint, "allocator"), adalora_options(checkpoint)
+    tensors: dict[str, Tensor] = {}
+    kept = masks(checkpoint)
+    for module, mask in kept.items():
+        a, e, b = (_whole(checkpoint, "adapter", f"{module}.{factor}") for factor in _FACTORS)
+        if position["frozen"] and e.numel() == len(mask):
+            keep = torch.tensor(mask)
+            a, e, b = a[:, keep], e[keep], b[:, keep]
+        tensors[f"{PREFIX}{module}.lora_A"] = a.T.contiguous()
+        tensors[f"{PREFIX}{module}.lora_E"] = e.unsqueeze(1).contiguous()
+        tensors[f"{PREFIX}{module}.lora_B"] = b.contiguous()
+    for name in checkpoint.shapes("other"):
+        tensors[PREFIX + name] = _whole(checkpoint, "other", name)
+    tinit, tfinal = options.phase_steps(position["total_step"])
+    config: dict[str, Any] = {
+        "peft_type": "ADALORA",
+        "task_type": _TASKS.get(str(_part(checkpoint, "identity").get("task"))),
+        "base_model_name_or_path": checkpoint.manifest.get("base_model"),
+        "inference_mode": True,
+        "bias": "none",
+        "target_modules": list(kept),
+        "modules_to_save": sorted({n.rpartition(".")[0] for n in checkpoint.shapes("other")}) or None,
+        "fan_in_fan_out": False,
+        "init_r": options.init_r,
+        "target_r": options.target_r,
+        "lora_alpha": int(options.lora_alpha) if float(options.lora_alpha).is_integer() else options.lora_alpha,
+        "lora_dropout": options.lora_dropout,
+        "tinit": tinit,
+        "tfinal": tfinal,
+        "deltaT": options.deltaT,
+        "beta1": options.beta1,
+        "beta2": options.beta2,
+        "orth_reg_weight": options.orth_reg_weight,
+        "total_step": position["total_step"],
+        "rank_pattern": {f"{module}.lora_E": mask for module, mask in kept.items()} if position["frozen"] else None,
+    }
+    save_file(tensors, folder / WEIGHTS_NAME)
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _whole(checkpoint: Checkpoint, group: str, name: str) -> Tensor:
+    if name not in checkpoint.shapes(group):
+        raise UserError(f"the checkpoint {checkpoint.directory} holds no '{name}'; its files do not belong together.")
+    tensor = checkpoint.read_whole(group, "weight", name)
+    if tensor is None:
+        raise UserError(f"the checkpoint {checkpoint.directory} holds no weight of '{name}'; take another one.")
+    return tensor
+
+
+def _part(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
+    part = checkpoint.manifest.get(key)
+    if not isinstance(part, dict):
+        raise UserError(f"{checkpoint.directory / MANIFEST_NAME} has no '{key}'; it is not a training checkpoint.")
+    return part

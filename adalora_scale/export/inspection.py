@@ -1,0 +1,200 @@
+"""What an adapter or a checkpoint holds: ranks by layer and type, parameters, the place in the schedule, the base."""
+
+from __future__ import annotations
+
+import json
+import re
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from adalora_scale.checkpoint.format import MANIFEST_NAME, Checkpoint, checkpoints
+from adalora_scale.errors import UserError
+from adalora_scale.export.adapter_file import CONFIG_NAME, AdapterFile
+from adalora_scale.export.from_checkpoint import adalora_options, masks
+
+_LAYER = re.compile(r"^(?P<before>.*?)\.(?P<index>\d+)\.(?P<type>.+)$")
+_NO_LAYER = "–"
+
+
+def inspect_folder(directory: Path) -> dict[str, Any]:
+    """Return what `adalora-scale inspect --json` prints.
+
+    Raises:
+        UserError: the folder holds nothing that can be read, or is damaged.
+        Unsupported: it holds an adapter of another method.
+    """
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a folder; pass an adapter's or a checkpoint's.")
+    if (directory / CONFIG_NAME).is_file():
+        return inspect_adapter(AdapterFile(directory))
+    if (directory / MANIFEST_NAME).is_file():
+        return inspect_checkpoint(Checkpoint(directory))
+    inside = ", ".join(path.name for path in checkpoints(directory)[:3])
+    hint = f" (it holds {inside})" if inside else ""
+    raise UserError(f"{directory} holds no {CONFIG_NAME}; pass an adapter's or a checkpoint's folder{hint}.")
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Describe a checkpoint-N folder after comparing all its checksums.
+
+    Raises:
+        UserError: it is damaged; the message names the file.
+    """
+    checkpoint.verify()
+    manifest, options = checkpoint.manifest, adalora_options(checkpoint)
+    position = manifest["allocator"]
+    ranks = {module: sum(mask) for module, mask in masks(checkpoint).items()}
+    shapes, others = checkpoint.shapes("adapter"), checkpoint.shapes("other")
+    sides = {name: shapes[f"{name}.lora_A"][0] + shapes[f"{name}.lora_B"][0] + 1 for name in ranks}
+    total = position["total_step"]
+    tinit, tfinal = options.phase_steps(total)
+    return {
+        "kind": "checkpoint",
+        "directory": str(checkpoint.directory),
+        "base": manifest.get("base_model"),
+        "task_type": manifest["identity"].get("task"),
+        "final": position["frozen"],
+        "ranks": ranks,
+        "triplets": sum(ranks.values()),
+        "parameters": sum(rank * sides[name] for name, rank in ranks.items()),
+        "stored_parameters": sum(prod(shape) for shape in shapes.values()),
+        "trained_in_full": {name: list(shape) for name, shape in others.items()},
+        "trained_in_full_parameters": sum(prod(shape) for shape in others.values()),
+        "lora_alpha": options.lora_alpha,
+        "init_r": options.init_r,
+        "target_r": options.target_r,
+        "budget": position["budget"],
+        "schedule": {
+            "total_step": total,
+            "tinit": tinit,
+            "tfinal": tfinal,
+            "deltaT": options.deltaT,
+            "final_allocation": total - tfinal,
+            "step": position["step"],
+        },
+        "engine": manifest.get("engine"),
+        "world_size": checkpoint.world_size,
+        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+    }
+
+
+def inspect_adapter(adapter: AdapterFile) -> dict[str, Any]:
+    """Describe an adapter in PEFT's format."""
+    config = adapter.config
+    ranks = {name: shape.rank for name, shape in adapter.modules.items()}
+    lambdas = sum(ranks.values()) if adapter.method == "ADALORA" else 0
+    if not adapter.final:  # every triplet is stored; those of the current mask have a λ
+        live = {name: int((adapter.triplets(name).e != 0).sum()) for name in ranks}
+        ranks = live if any(live.values()) else ranks
+    found = {
+        "kind": "AdaLoRA adapter" if adapter.method == "ADALORA" else "plain LoRA adapter",
+        "directory": str(adapter.directory),
+        "base": adapter.base,
+        "base_digests": adapter.record.get("base"),
+        "base_quantisation": adapter.record.get("quantisation"),
+        "task_type": adapter.task_type,
+        "final": adapter.final,
+        "ranks": ranks,
+        "triplets": sum(ranks.values()),
+        "parameters": sum(shape.parameters for shape in adapter.modules.values()) + lambdas,
+        "trained_in_full": {name: list(shape) for name, shape in adapter.others.items()},
+        "trained_in_full_parameters": sum(prod(shape) for shape in adapter.others.values()),
+        "labels": adapter.record.get("labels"),
+        "lora_alpha": config["lora_alpha"],
+    }
+    if adapter.method == "ADALORA":
+        found |= {"init_r": config["init_r"], "target_r": config.get("target_r"), "schedule": _schedule(adapter)}
+    return found
+
+
+def describe(found: dict[str, Any]) -> str:
+    """Return the lines that a person reads."""
+    ranks: dict[str, int] = found["ranks"]
+    base = found["base"] or "not named"
+    if quantisation := found.get("base_quantisation"):
+        base += f" ({quantisation.get('quant_type')} in training)"
+    lines = [
+        f"{found['kind']} in {found['directory']}",
+        f"  base        {base}",
+        f"  task        {found['task_type'] or 'not named'}"
+        + (f", {len(found['labels'])} classes" if found.get("labels") else ""),
+    ]
+    if "init_r" in found:
+        lines.append(
+            f"  budget      init_r {found['init_r']}, target_r {found['target_r']}, alpha {found['lora_alpha']}"
+        )
+        lines.append(f"  schedule    {_said(found['schedule'], found['final'])}")
+    if "world_size" in found:
+        lines.append(f"  written by  {found['engine']} on {found['world_size']} ranks, {found['bytes']:,} bytes")
+    spread = f"ranks {min(ranks.values())} to {max(ranks.values())}, {list(ranks.values()).count(0)} of rank 0"
+    lines.append(f"  triplets    {found['triplets']:,} over {len(ranks)} matrices ({spread})")
+    extra = found["trained_in_full_parameters"]
+    also = f", and {extra:,} in {len(found['trained_in_full'])} tensors trained in full" if extra else ""
+    lines.append(f"  parameters  {found['parameters']:,}{also}")
+    return "\n".join([*lines, "", rank_table(ranks)])
+
+
+def rank_table(ranks: dict[str, int]) -> str:
+    """Return ranks as a table, a row a layer, a column a type, with sums.
+
+    Layers of one index in different stacks (an encoder's and a decoder's) stand in tables of their own.
+    """
+    stacks: dict[str, dict[str, dict[str, int]]] = {}
+    for name, rank in ranks.items():
+        match = _LAYER.match(name)
+        before, index, kind = (match["before"], match["index"], match["type"]) if match else ("", _NO_LAYER, name)
+        stacks.setdefault(before, {}).setdefault(index, {})[kind] = rank
+    return "\n\n".join(_stack_table(before, rows) for before, rows in stacks.items())
+
+
+def _stack_table(before: str, rows: dict[str, dict[str, int]]) -> str:
+    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row))
+    leaves = [kind.rpartition(".")[2] for kind in kinds]
+    heads = leaves if len(set(leaves)) == len(leaves) else kinds
+    # Stacks can be a hundred layers deep, so it is the sums that catch the eye: last column, last row.
+    table = [["layer", *heads, "sum"]]
+    for index, row in rows.items():
+        table.append([index, *(str(row.get(kind, "")) for kind in kinds), str(sum(row.values()))])
+    sums = [sum(row.get(kind, 0) for row in rows.values()) for kind in kinds]
+    table.append(["sum", *map(str, sums), str(sum(sums))])
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+    return "\n".join([f"ranks in {before}" if before else "ranks", *lines])
+
+
+def _schedule(adapter: AdapterFile) -> dict[str, Any]:
+    """Return total_step, the last allocation's step, and the step the files beside the adapter tell, if any."""
+    config = adapter.config
+    total = config.get("total_step")
+    known = isinstance(total, int) and total > 1
+    return {
+        "total_step": total if known else None,
+        "tinit": config.get("tinit"),
+        "tfinal": config.get("tfinal"),
+        "deltaT": config.get("deltaT"),
+        "final_allocation": total - config.get("tfinal", 0) if known else None,
+        "step": _step_beside(adapter.directory),
+    }
+
+
+def _step_beside(directory: Path) -> int | None:
+    """Read the step off what a run writes beside an adapter: a checkpoint's trainer state, or a finished run's."""
+    for name, key in (("trainer_state.json", "global_step"), ("run.json", "total_step")):
+        try:
+            step = json.loads((directory / name).read_text(encoding="utf-8"))[key]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(step, int):
+            return step
+    return None
+
+
+def _said(schedule: dict[str, Any], final: bool) -> str:
+    total, allocation, step = (schedule[key] for key in ("total_step", "final_allocation", "step"))
+    if total is None:
+        return "final" if final else "not recorded"
+    place = f"step {step} of {total}" if step is not None else f"a run of {total} steps"
+    if final:
+        return f"{place}; final, allocated at step {allocation}"
+    return f"{place}; not final, the last allocation comes at step {allocation}"

@@ -1,0 +1,253 @@
+"""A trainer's checkpoints: which one to go on from, putting it back, writing the next, stopping on a signal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from adalora_scale.adalora.compaction import compact
+from adalora_scale.adalora.injection import adapter_layers, injected_module
+from adalora_scale.checkpoint.finding import NOTHING_TO_RESUME, find_checkpoint, set_aside
+from adalora_scale.checkpoint.format import Checkpoint, checkpoints, read_manifest
+from adalora_scale.checkpoint.identity import plain, require_same_run
+from adalora_scale.checkpoint.rng import rng_state, set_rng_state
+from adalora_scale.checkpoint.state import allocator_position, gather, masks_of, read_weights, scatter
+from adalora_scale.checkpoint.writing import agree, probe_shared, rank_and_size, rotate, write_checkpoint
+from adalora_scale.controller import RankAllocator
+from adalora_scale.errors import Interrupted, UserError
+from adalora_scale.sharding import base_optimizer
+from adalora_scale.training.fingerprint import data_fingerprint
+from adalora_scale.training.loop_state import loop_state, restore_optimizer, restore_sums
+from adalora_scale.training.records import versions, write_json
+from adalora_scale.training.signals import StopRequest
+
+TRAINER_STATE_NAME = "trainer_state.json"
+REQUEUE_NAME = "requeue"
+"""A file in output_dir that says: a signal stopped the run, start it again with resume_from_checkpoint=auto."""
+
+# Fields of TrainingArguments that decide what is trained. Batch sizes count together, as the global batch.
+_ARGUMENTS = (
+    "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "seed", "data_seed", "label_smoothing_factor",
+    "neftune_noise_alpha", "dataloader_drop_last", "train_sampling_strategy", "average_tokens_across_devices",
+)  # fmt: skip
+
+
+def check_asked_checkpoint(asked: str | bool | None, output_dir: Path) -> None:
+    """See before the model is loaded that there is something to resume from; no collective.
+
+    Raises:
+        UserError: there is no such checkpoint, or its manifest is damaged or of a newer version.
+    """
+    if asked is True and not (found := checkpoints(output_dir)):
+        raise UserError(NOTHING_TO_RESUME.format(output_dir))
+    if asked is True:
+        read_manifest(found[0])
+    elif asked and asked != "auto":
+        read_manifest(str(asked))
+
+
+def choose_checkpoint(asked: str | bool | None, output_dir: Path) -> Checkpoint | None:
+    """Decide what a run goes on from; a collective call.
+
+    Raises:
+        UserError: as `find_checkpoint`; or output_dir is not the same folder on all ranks.
+    """
+    probe_shared(output_dir)
+    return find_checkpoint(asked, output_dir)
+
+
+def compact_for(checkpoint: Checkpoint, model: nn.Module, *, asked: bool | None, exact: bool) -> bool:
+    """Build the adapters of a freshly injected model at the checkpoint's pruned ranks, where that is wanted.
+
+    Args:
+        checkpoint: what the run goes on from.
+        model: the model with adapters at init_r, not yet wrapped or sharded.
+        asked: `training.resume_compact`; None leaves it to `exact`.
+        exact: whether the run could continue bit for bit (same ranks, engine and micro-batch); fewer columns are the
+            same sums in another order of rounding.
+
+    Returns:
+        Whether the model was compacted.
+    """
+    position = checkpoint.manifest["allocator"]
+    masks = masks_of(position)
+    ranks = {name: layer.r for name, layer in adapter_layers(model)}
+    # Otherwise `load` refuses the checkpoint, and says which key differs.
+    fits = ranks == {name: len(mask) for name, mask in masks.items()}
+    # PEFT keeps the columns of pruned triplets, so its preset cannot leave them out.
+    possible = position["frozen"] and position["preset"] != "peft" and fits
+    if asked is True and not position["frozen"]:
+        raise UserError(
+            f"training.resume_compact=true, but {checkpoint.directory} is from before the final allocation: ranks may "
+            f"still return. Remove the key."
+        )
+    wanted = asked if asked is not None else checkpoint.manifest["compact"] or not exact
+    if possible and wanted:
+        compact(model, masks)
+    return possible and wanted
+
+
+class RunCheckpoints:
+    """Checkpoints of one trainer.
+
+    Args:
+        trainer: an AdaLoRA trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+        self.stop = StopRequest()
+        self.resumed: Checkpoint | None = None
+        """What this run goes on from."""
+        self.run_identity: dict[str, Any] = {}
+        """Further keys of the run's config that must not change (`make_trainer` sets them)."""
+        self.allowed_changes: list[str] = []
+        """`training.resume_allow_changed`."""
+        self._saved_step = -1
+        self._fingerprint: str | None = None
+
+    @property
+    def output_dir(self) -> Path:
+        """The run's folder."""
+        return Path(self.trainer.args.output_dir or ".")
+
+    # ---- going on -----------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Clear the way for this run's own checkpoints; rank 0 writes."""
+
+        def clear() -> None:
+            (self.output_dir / REQUEUE_NAME).unlink(missing_ok=True)
+            aside = set_aside(self.output_dir, self.resumed)
+            if aside:
+                print(f"not continued, renamed to abandoned-…: {', '.join(aside)}", flush=True)
+
+        agree(clear if rank_and_size()[0] == 0 else None, self.output_dir)
+
+    def load(self, allocator: RankAllocator) -> None:
+        """Put the chosen checkpoint into the wrapped model, its optimizer and the attached allocator.
+
+        Raises:
+            UserError: it is of another run.
+            CheckpointError: its files do not hold what this model trains.
+        """
+        checkpoint = self.resumed
+        if checkpoint is None:
+            return
+        trainer = self.trainer
+        own = self._identity(allocator)
+        changed = agree(lambda: require_same_run(checkpoint, own, self.allowed_changes), checkpoint.directory)[0]
+        scatter(checkpoint, trainer.model, allocator.sharding, allocator)
+        restore_optimizer(trainer, base_optimizer(trainer.optimizer), checkpoint.manifest["loop"], changed)
+        if rank_and_size()[0] == 0:
+            position = checkpoint.manifest["allocator"]
+            built = "; adapters built at their pruned ranks" if allocator.compact else ""
+            note = f", although these changed: {', '.join(changed)}" if changed else ""
+            print(
+                f"resumed from {checkpoint.directory} (step {position['step']} of {position['total_step']}, written by "
+                f"{checkpoint.manifest['engine']} on {checkpoint.world_size} ranks){built}{note}",
+                flush=True,
+            )
+
+    def load_weights(self, directory: str, allocator: RankAllocator) -> None:
+        """Put the weights of another checkpoint of this run into the live parameters.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        checkpoint = find_checkpoint(directory, self.output_dir)
+        if checkpoint is not None:
+            read_weights(checkpoint, self.trainer.model, allocator.sharding)
+
+    def load_sums(self) -> None:
+        """Restore what the loop has just set to zero."""
+        if self.resumed is not None:
+            restore_sums(self.trainer, self.resumed, *rank_and_size())
+
+    def load_rng(self) -> None:
+        """Restore this rank's random numbers; ranks that the checkpoint does not know keep their own."""
+        checkpoint, rank = self.resumed, rank_and_size()[0]
+        if checkpoint is None or rank >= checkpoint.world_size:
+            return
+        keys = [f"rng.{name}" for name in ("python", "python_rest", "numpy", "numpy_rest", "torch", "cuda")]
+        found = {key: checkpoint.extra(rank, key) for key in keys}
+        set_rng_state({key: value for key, value in found.items() if value is not None})
+
+    # ---- writing ------------------------------------------------------------------------------------------------
+
+    def save(self, allocator: RankAllocator) -> None:
+        """Write `checkpoint-<step>`, once a step, and delete what `save_total_limit` allows; all ranks call it.
+
+        Raises:
+            CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+        """
+        trainer, step = self.trainer, self.trainer.state.global_step
+        if step == self._saved_step:
+            return
+        base = base_optimizer(trainer.optimizer)
+        loop, tensors = loop_state(trainer, base)
+        records = trainer.adalora_callback.records
+        content = {
+            "engine": trainer.engine,
+            "micro_batch": [trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps],
+            "allocator": allocator_position(allocator),
+            "identity": plain(self._identity(allocator)),
+            "optimizer": {"class": type(base).__name__},
+            "compact": allocator.compact,
+            "loop": loop,
+            "records": {name: lines.lines for name, lines in records.items()},
+            "base_model": getattr(injected_module(trainer.model), "name_or_path", None),
+            "versions": versions(),
+        }
+        gathered = gather(trainer.model, allocator.sharding, allocator)
+        state = json.dumps(dataclasses.asdict(trainer.state), sort_keys=True) + "\n"
+        texts = {TRAINER_STATE_NAME: state}
+        write_checkpoint(self.output_dir, step, gathered, tensors | rng_state(), content, texts)
+        self._saved_step = step
+        if rank_and_size()[0] == 0:
+            for lines in records.values():
+                lines.sync()
+            rotate(self.output_dir, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
+
+    def stop_if_asked(self, allocator: RankAllocator) -> None:
+        """After a completed step: when a signal asked for it, leave a checkpoint and end training on all ranks.
+
+        Raises:
+            Interrupted: a signal asked to stop.
+        """
+        step = self.trainer.state.global_step
+        if not self.stop.agreed(step):
+            return
+        self.trainer.write_checkpoint(allocator)
+        said = self.stop.received or "a signal to another rank"
+        if rank_and_size()[0] == 0:
+            write_json(self.output_dir / REQUEUE_NAME, {"step": step, "signal": said})
+            print(f"{said}: checkpoint-{step} is written; resume_from_checkpoint=auto goes on from it", flush=True)
+        raise Interrupted(f"stopped by {said} after step {step}")
+
+    # ---- what must stay the same --------------------------------------------------------------------------------
+
+    def _identity(self, allocator: RankAllocator) -> dict[str, Any]:
+        trainer = self.trainer
+        args = trainer.args
+        if self._fingerprint is None:
+            self._fingerprint = data_fingerprint(trainer.train_dataset) if rank_and_size()[0] == 0 else ""
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        model: nn.Module | None = injected_module(trainer.model)
+        own = {
+            **{f"adalora.{key}": value for key, value in dataclasses.asdict(allocator.config).items()},
+            **{f"training.{key}": getattr(args, key) for key in _ARGUMENTS if hasattr(args, key)},
+            **self.run_identity,
+            "total_step": allocator.schedule.total_step,
+            "global_batch": batch,
+            "base_fingerprint": getattr(model, "adalora_base_fingerprint", None),
+        }
+        own.pop("adalora.guard_every")
+        if self._fingerprint:
+            own["data_fingerprint"] = self._fingerprint
+        return own

@@ -1,0 +1,45 @@
+"""What a run's config says about going on from a checkpoint: what must not differ, and at which ranks to build."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+
+from adalora_scale.checkpoint.format import Checkpoint
+from adalora_scale.config import RunConfig
+from adalora_scale.training.arguments import check_training_section, computes_in_bf16
+from adalora_scale.training.checkpointing import compact_for
+
+
+def fit_ranks(
+    model: nn.Module, config: RunConfig, arguments: TrainingArguments, engine: str, checkpoint: Checkpoint | None
+) -> None:
+    """Build a freshly injected model's adapters at a checkpoint's pruned ranks, where the config wants it."""
+    if checkpoint is not None:
+        asked = check_training_section(config).get("resume_compact")
+        compact_for(checkpoint, model, asked=asked, exact=continues_exactly(checkpoint, arguments, engine))
+
+
+def continues_exactly(checkpoint: Checkpoint, arguments: TrainingArguments, engine: str) -> bool:
+    """Return whether ranks, engine and micro-batch are those of the checkpoint, so that sums come in the same order."""
+    saved = checkpoint.manifest
+    names = {"ddp": ("one process", "ddp"), "fsdp2": ("fsdp2", "hsdp"), "deepspeed": ("zero1", "zero2", "zero3")}
+    batch = [arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps]
+    same_engine = saved["engine"] in names[engine]
+    return same_engine and saved["world_size"] == arguments.world_size and saved["micro_batch"] == batch
+
+
+def run_identity(config: RunConfig) -> dict[str, Any]:
+    """Return the config's keys that decide what is trained, beside those a trainer knows; paths may move."""
+    tree = config.to_dict()
+    moving = ("model_name_or_path", "tokenizer_name_or_path", "train", "eval", "preprocessing_num_workers")
+    keys = {
+        f"{section}.{key}": value
+        for section in ("model", "data")
+        for key, value in tree[section].items()
+        if key not in moving and not key.startswith(("eval", "max_eval"))
+    }
+    bf16 = computes_in_bf16(check_training_section(config))
+    return keys | {"task": config.task, "training.bf16": bf16}

@@ -1,0 +1,170 @@
+"""The base model with its adapters, where a run's engine wants it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
+from transformers.utils import logging as hf_logging
+
+from adalora_scale.adalora.injection import inject_adalora, modules_to_save
+from adalora_scale.checkpoint.format import Checkpoint
+from adalora_scale.config import AdaLoraConfig, RunConfig
+from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.export.continual import check_start, start_from_adapter
+from adalora_scale.training import loading
+from adalora_scale.training.arguments import check_training_section, computes_in_bf16
+from adalora_scale.training.continuing import fit_ranks
+from adalora_scale.training.engines import Engine, partition_zero3, shard_fsdp2, transformer_blocks
+
+
+def load_model(config: RunConfig, label_names: list[str] | None = None) -> nn.Module:
+    """Load the base model whole, in the dtype, with the attention and in the 4 bits that `config.model` names."""
+    model_config = config.model
+    if loading.is_streamed(model_config):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        started = loading.begin(config, device=device, label_names=label_names, new_heads=partial(new_heads, config))
+        return loading.load_whole(started)
+    options: dict[str, Any] = {
+        "dtype": model_config.torch_dtype,
+        "revision": model_config.revision,
+        "trust_remote_code": model_config.trust_remote_code,
+    }
+    if model_config.attn_implementation:
+        options["attn_implementation"] = model_config.attn_implementation
+    factory: Any = AutoModelForCausalLM
+    if config.task == "sequence_classification":
+        if label_names is None:
+            raise UserError("task=sequence_classification needs the names of the classes.")
+        factory = AutoModelForSequenceClassification
+        options["num_labels"] = len(label_names)
+        options["id2label"] = dict(enumerate(label_names))
+        options["label2id"] = {name: index for index, name in enumerate(label_names)}
+    # transformers tables what does not fit over many lines; here it is one line, as an error or as a note.
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity(hf_logging.CRITICAL)
+    try:
+        model, loaded = factory.from_pretrained(model_config.model_name_or_path, output_loading_info=True, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if isinstance(error, SafetensorError):
+            reason = f"damaged weights ({reason}); download the model again."
+        raise UserError(f"model.model_name_or_path={model_config.model_name_or_path}: {reason}") from None
+    except RuntimeError as error:
+        if "mismatched_sizes" not in str(error):
+            raise
+        raise UserError(
+            f"model.model_name_or_path={model_config.model_name_or_path}: the weights have other shapes than its "
+            f"config.json says; use a config.json and weights that belong together."
+        ) from None
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    if missing := sorted(loaded["missing_keys"]):
+        rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        print(f"not in the checkpoint, newly initialised: {', '.join(missing[:3])}{rest}", flush=True)
+    return model
+
+
+def place_model(
+    config: RunConfig,
+    engine: Engine,
+    arguments: TrainingArguments,
+    *,
+    label_names: list[str] | None = None,
+    zero3: dict[str, Any] | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> nn.Module:
+    """Return the base model with its adapters, where the engine wants it, at the ranks of a checkpoint to continue.
+
+    4-bit bases, and bases that FSDP2 or ZeRO-3 shard, stream from their files; others, and 16-bit ones that cannot be
+    streamed, are loaded whole by transformers.
+
+    Args:
+        config: the run's.
+        engine, arguments: as resolved from it.
+        label_names: names of the classes, for a classifier.
+        zero3: DeepSpeed's configuration where it asks for ZeRO-3.
+        checkpoint: what is continued.
+    """
+    device = arguments.device
+    fsdp2 = engine.name == "fsdp2"
+
+    def shard(model: nn.Module) -> None:
+        bf16 = computes_in_bf16(check_training_section(config))
+        shard_fsdp2(model, engine.fsdp2, device_type=device.type, bf16=bf16)
+
+    started = (
+        _begin_streaming(config, arguments, label_names)
+        if fsdp2 or zero3 or loading.is_streamed(config.model)
+        else None
+    )
+    if started is None:
+        model = load_model(config, label_names)
+        inject_adalora(model, adalora_config_for(config, model))
+        if config.model.adapter_path and checkpoint is None:
+            start_from_adapter(model, config.model.adapter_path)
+        fit_ranks(model, config, arguments, engine.name, checkpoint)
+        if fsdp2:
+            shard(model)
+        return model
+    _inject_streamed(config, started, continues=checkpoint is not None)
+    fit_ranks(started.model, config, arguments, engine.name, checkpoint)
+    if fsdp2:
+        storage = torch.device("cpu") if engine.fsdp2.cpu_offload else device
+        return loading.load_sharded(started, shard, storage)
+    if zero3:
+        dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+        blocks = transformer_blocks(started.model)
+        return loading.load_partitioned(started, blocks, lambda own: partition_zero3(own, zero3), dtype)
+    return loading.load_whole(started)
+
+
+def _inject_streamed(config: RunConfig, started: loading.Loading, *, continues: bool) -> None:
+    """Put adapters on the meta device around a base, with the triplets of an earlier adapter if the run has one."""
+    adalora, path = adalora_config_for(config, started.model), config.model.adapter_path
+    if not path or continues:  # a checkpoint brings its own values
+        loading.inject(started, adalora)
+        return
+    earlier = check_start(path, adalora)
+    base = loading.digests(started, earlier.modules, earlier.saved)  # before layers are wrapped
+    loading.inject(started, adalora)
+    started.fresh += start_from_adapter(started.model, path, base=base)
+
+
+def _begin_streaming(
+    config: RunConfig, arguments: TrainingArguments, label_names: list[str] | None
+) -> loading.Loading | None:
+    """Begin to stream the base; None, with a note, for a 16-bit base whose files need transformers to load them."""
+    heads = partial(new_heads, config)
+    try:
+        return loading.begin(config, device=arguments.device, label_names=label_names, new_heads=heads)
+    except Unsupported as reason:
+        if loading.is_streamed(config.model):
+            raise
+        if arguments.process_index == 0:
+            print(f"every rank loads the base whole: {reason}", flush=True)
+        return None
+
+
+def new_heads(config: RunConfig, model: nn.Module) -> list[str]:
+    """Name the modules that a classifier's checkpoint need not hold, and that are never quantised."""
+    if config.task != "sequence_classification":
+        return []
+    return modules_to_save(model, adalora_config_for(config, model))
+
+
+def adalora_config_for(config: RunConfig, model: nn.Module) -> AdaLoraConfig:
+    """Return the adalora section, with a new classifier head in modules_to_save unless the user named some."""
+    adalora = config.adalora
+    if config.task != "sequence_classification" or adalora.modules_to_save is not None:
+        return adalora
+    heads = [name for name, _ in model.named_children() if name in ("classifier", "score", "classification_head")]
+    if not heads:
+        raise UserError(
+            f"cannot tell the classifier head of {type(model).__name__}; name it in adalora.modules_to_save."
+        )
+    return adalora.replace(modules_to_save=heads)
