@@ -31,7 +31,7 @@ def write_shape(folder, **changes):
     shape = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
     shape |= {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6}
     shape |= {"num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 1024}
-    path = folder / "shape.json"
+    path = folder / f"shape{len(list(folder.iterdir()))}.json"
     path.write_text(json.dumps(shape | changes))
     return str(path)
 
@@ -69,22 +69,23 @@ def peak_total(tracker):
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "bits", "ranks"),
+    ("checkpointing", "bits", "ranks", "vocabulary"),
     [
-        ("true", "true", 16),
+        ("true", "true", 16, 1000),  # few logits: the blocks decide
+        pytest.param("true", "true", 2, 1000, marks=pytest.mark.full),
         *(
-            pytest.param(checkpointing, bits, ranks, marks=pytest.mark.full)
+            pytest.param(checkpointing, bits, ranks, 8000, marks=pytest.mark.full)
             for checkpointing in ("true", "false")
             for bits in ("true", "false")
             for ranks in (2, 16)
-            if (checkpointing, bits, ranks) != ("true", "true", 16)
         ),
     ],
 )
-def test_fsdp2_agrees_with_a_fake_tensor_trace_of_the_sharded_model(tmp_path, checkpointing, bits, ranks):
+def test_fsdp2_agrees_with_a_fake_tensor_trace_of_the_sharded_model(tmp_path, checkpointing, bits, ranks, vocabulary):
     """Else the plan's all-gather buffers, or its two blocks, are a story."""
+    shape = write_shape(tmp_path, vocab_size=vocabulary)
     options = [f"training.gradient_checkpointing={checkpointing}", f"model.load_in_4bit={bits}"]
-    asked = request(tmp_path, *options, gpus=ranks)
+    asked = request(tmp_path, *options, f"model.model_name_or_path={shape}", gpus=ranks)
     with pretended_ranks(ranks):
         model = build(asked)
         if checkpointing == "true":

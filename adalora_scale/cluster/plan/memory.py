@@ -28,6 +28,7 @@ from adalora_scale.training.engines import transformer_blocks
 
 Moment = Literal["always", "pass", "forward", "loss", "backward", "step", "host"]
 MOMENTS: tuple[Moment, ...] = ("forward", "loss", "backward", "step")
+_GRADIENTS_COME_LAST = "as activations go, gradients come"
 PROCESS_BYTES = 2_000_000_000
 """Host memory of a Python process with torch, transformers and a CUDA context."""
 
@@ -147,8 +148,10 @@ def _fsdp2(memory: Memory, request: Request, model: Model, options: Fsdp2Config,
         name = "adapters (fp32)" if kind == "adapters" else kind
         memory.parts.append(Part(name, weights.local[kind], "always" if kind == "4-bit second level" else where))
     owned = weights.local_trainable
+    waiting = request.accumulation > 1 and options.replicate > 1  # HSDP reduces within a copy at every micro-batch
+    kept: Moment = where if options.cpu_offload or waiting else "step"
     memory.parts += [
-        Part("gradients", 4 * owned, where),
+        Part("gradients", 4 * owned, kept, _GRADIENTS_COME_LAST if kept == "step" else ""),
         Part("Adam's moments", 8 * owned, where),
         Part("Ī and Ū", 8 * owned, where, "until the final allocation"),
     ]
@@ -173,8 +176,9 @@ def _ddp(memory: Memory, request: Request, model: Model) -> None:
     for kind in KINDS:
         memory.parts.append(Part("adapters (fp32)" if kind == "adapters" else kind, weights.local[kind]))
     owned = weights.trainable
+    kept: Moment = "always" if request.accumulation > 1 else "step"
     memory.parts += [
-        Part("gradients", 4 * owned),
+        Part("gradients", 4 * owned, kept, _GRADIENTS_COME_LAST if kept == "step" else ""),
         Part("Adam's moments", 8 * owned),
         Part("Ī and Ū", 8 * owned, note="until the final allocation"),
     ]
