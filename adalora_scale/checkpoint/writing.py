@@ -81,8 +81,8 @@ def write_checkpoint(
         )
         agree((lambda: finish(everyone)) if rank == 0 else None, final)
     except CheckpointError:
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
+        # All ranks are here; none tells its user that nothing is left before it is so.
+        agree((lambda: shutil.rmtree(partial, ignore_errors=True)) if rank == 0 else None, partial)
         raise
     return final
 

@@ -50,7 +50,8 @@ class _Factors:
             r=r,
             device=device,
         )
-        self.size = len(indices) * r * r + self._rows.slots * r
+        self.split_rows = self._rows.slots
+        self.size = len(indices) * r * r + self.split_rows * r
         self._multiplier = torch.zeros(0)
         self._split = torch.zeros(0)
 
@@ -106,6 +107,11 @@ class StepReduction:
                 by_rank.setdefault(span.tensor.r, []).append(index)
         self._groups = [_Factors(sharding, by_rank[r], r) for r in sorted(by_rank)]
         self._shares = [weight * (len(group.indices) / (2 * matrices)) for group in self._groups]
+
+    @property
+    def split_rows(self) -> int:
+        """Rows of which several ranks hold pieces."""
+        return sum(group.split_rows for group in self._groups)
 
     def run(self, squares: Tensor, keep: Tensor | None) -> StepSums:
         """Reduce over ranks and prepare the penalty's gradient.

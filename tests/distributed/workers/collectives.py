@@ -84,7 +84,7 @@ def main(*cells):
                 allocation = runner.allocator.last_allocation
                 allocations.append(allocation is not None and allocation.step == runner.allocator.step)
             calls = runner.allocator._sharding.calls_per_step
-            slots = runner.allocator._reduction._rows.slots
+            slots = runner.allocator._reduction.split_rows
         report(
             **{
                 cell: {

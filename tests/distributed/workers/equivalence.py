@@ -132,7 +132,7 @@ def shapes_seen(shapes):
         result = original(self, target)
         sharding = self._sharding
         shapes.update(
-            split_rows=self._reduction._rows.slots,
+            split_rows=self._reduction.split_rows,
             empty_spans=sum(length == 0 for rank in sharding.extents for _, length in rank),
             calls=sharding.calls_per_step,
         )
