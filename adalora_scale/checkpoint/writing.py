@@ -65,8 +65,8 @@ def write_checkpoint(
                 written = sum(part["elements"][group].get(name, 0) for part in everyone)
                 if written != math.prod(shape):
                     raise UserError(
-                        f"{final} would hold {written} of {math.prod(shape)} elements of '{name}': is it trained by the "
-                        f"optimizer? Freeze it, or give it to the optimizer."
+                        f"{final} would hold {written} of {math.prod(shape)} elements of '{name}': is it trained "
+                        f"by the optimizer? Freeze it, or give it to the optimizer."
                     )
         entries = {files.pieces_name(number, world_size): part["entry"] for number, part in enumerate(everyone)}
         for name, text in texts.items():
