@@ -7,6 +7,7 @@ how it went, and only then rank 0 writes the manifest and gives the folder its n
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import socket
@@ -59,6 +60,14 @@ def write_checkpoint(
         partial.mkdir(parents=True)
 
     def finish(everyone: list[Any]) -> None:
+        for group, shapes in gathered.shapes.items():
+            for name, shape in shapes.items():
+                written = sum(part["elements"][group].get(name, 0) for part in everyone)
+                if written != math.prod(shape):
+                    raise UserError(
+                        f"{final} would hold {written} of {math.prod(shape)} elements of '{name}': is it trained "
+                        f"by the optimizer? Freeze it, or give it to the optimizer."
+                    )
         entries = {files.pieces_name(number, world_size): part["entry"] for number, part in enumerate(everyone)}
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
@@ -76,6 +85,7 @@ def write_checkpoint(
             lambda: {
                 "entry": files.write_pieces(own, gathered.groups, names, extras),
                 "scalars": gathered.scalars,
+                "elements": _elements(gathered),
             },
             own,
         )
@@ -85,6 +95,15 @@ def write_checkpoint(
         agree((lambda: shutil.rmtree(partial, ignore_errors=True)) if rank == 0 else None, partial)
         raise
     return final
+
+
+def _elements(gathered: Gathered) -> dict[str, dict[str, int]]:
+    """Return group → name → how many elements this rank writes."""
+    counts: dict[str, dict[str, int]] = {name: {} for name in gathered.groups}
+    for name, group in gathered.groups.items():
+        for tensor, _, length in group.intervals:
+            counts[name][tensor] = counts[name].get(tensor, 0) + length
+    return counts
 
 
 def agree(action: Callable[[], Any] | None, path: Path) -> list[Any]:

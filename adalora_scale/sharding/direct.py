@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adalora_scale.sharding.pieces import Piece, PieceState, direct_pieces, local, restore_direct
+from adalora_scale.sharding.pieces import Piece, PieceState, direct_pieces, local, restore_direct, trained_parameters
 from adalora_scale.sharding.span import Extent, Span
 
 
@@ -20,7 +20,8 @@ class DirectSharding:
     extents: list[list[Extent]]
 
     def __init__(self, model: nn.Module, parameters: list[nn.Parameter], optimizer: Optimizer) -> None:
-        self._model = model
+        # Taken now: after a forward without backward (an evaluation) FSDP2 leaves modules with whole, plain parameters.
+        self._trained = trained_parameters(model)
         self._parameters = parameters
         self._optimizer = optimizer
 
@@ -72,11 +73,11 @@ class DirectSharding:
 
     def pieces(self) -> list[Piece]:
         """Return what this rank holds of every trained parameter."""
-        return direct_pieces(self._model, self._optimizer)
+        return direct_pieces(self._trained, self._optimizer)
 
     def restore(self, states: Mapping[str, PieceState]) -> None:
         """Put optimizer state back."""
-        restore_direct(self._model, self._optimizer, states)
+        restore_direct(self._trained, self._optimizer, states)
 
     def refresh(self) -> None:
         """Nothing to copy, as above."""

@@ -58,11 +58,11 @@ def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def direct_pieces(model: nn.Module, optimizer: Optimizer) -> list[Piece]:
+def direct_pieces(trained: Mapping[str, nn.Parameter], optimizer: Optimizer) -> list[Piece]:
     """Return the pieces of parameters that the torch optimizer holds as they are: one process, DDP, FSDP2, HSDP."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     pieces = []
-    for name, parameter in trained_parameters(model).items():
+    for name, parameter in trained.items():
         if id(parameter) not in held:
             continue
         start, copies = 0, (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -122,9 +122,9 @@ def make_state(optimizer: Optimizer, parameter: Tensor, kinds: list[str], scalar
 
 
 @torch.no_grad()
-def restore_direct(model: nn.Module, optimizer: Optimizer, states: Mapping[str, PieceState]) -> None:
+def restore_direct(trained: Mapping[str, nn.Parameter], optimizer: Optimizer, states: Mapping[str, PieceState]) -> None:
     """Put optimizer state back where `direct_pieces` found it."""
-    for name, parameter in trained_parameters(model).items():
+    for name, parameter in trained.items():
         if name in states:
             given = states[name]
             make_state(optimizer, parameter, list(given.state), given.scalars)
