@@ -1,4 +1,4 @@
-"""The README's code works as printed, and the files its commands name exist."""
+"""The code of the README and of docs/ works as printed, and the files that the README's commands name exist."""
 
 import os
 import re
@@ -15,9 +15,9 @@ FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL
 OUR_FOLDERS = {"launch", "configs", "tests", "docker", "docs", "benchmarks", "adalora_scale"}
 
 
-def blocks(*languages):
-    """Return (line number, text) of the README's blocks in one of the languages."""
-    text = README.read_text(encoding="utf-8") if README.is_file() else ""
+def blocks(*languages, page=README):
+    """Return (line number, text) of a page's blocks in one of the languages."""
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
     return [
         (text[: match.start()].count("\n") + 1, textwrap.dedent(match[3]))
         for match in FENCE.finditer(text)
@@ -38,20 +38,21 @@ def paths_in(shell):
 
 def test_python_blocks_run_as_printed(tmp_path):
     """The first thing a newcomer pastes would fail."""
-    found = blocks("python", "py")
+    pages = [README, *sorted((ROOT / "docs").glob("*.md"))]
+    found = [(page, *block) for page in pages for block in blocks("python", "py", page=page)]
     if not found:
-        pytest.skip("README.md has no python block")
-    for line, code in found:
+        pytest.skip("there is no python block")
+    for page, line, code in found:
         result = subprocess.run(
             [sys.executable, "-c", code],
-            cwd=_checkout(tmp_path / str(line)),
+            cwd=_checkout(tmp_path / f"{page.stem}-{line}"),
             env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             timeout=300,
             check=False,
         )
-        assert result.returncode == 0, f"README.md:{line}\n{code}\n{result.stderr[-3000:]}"
+        assert result.returncode == 0, f"{page.name}:{line}\n{code}\n{result.stderr[-3000:]}"
 
 
 def _checkout(folder):
