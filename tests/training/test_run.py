@@ -82,7 +82,11 @@ def test_training_loss_falls_and_evaluation_beats_the_untouched_base(run):
 def test_output_dir_holds_what_the_design_lists_and_nothing_of_the_base(run, stories260k):
     """Whole models in every run's folder fill disks; pickles run code; a missing file breaks every later step."""
     _, folder, _ = run
-    found = {path.name for path in folder.rglob("*")}
+    checkpoints = [path for path in folder.iterdir() if path.name.startswith("checkpoint-")]
+    assert [path.name for path in checkpoints] == [f"checkpoint-{STEPS}"]
+    assert {path.suffix for path in checkpoints[0].iterdir()} == {".json", ".safetensors"}
+    assert sum(path.stat().st_size for path in checkpoints[0].iterdir()) < 6 * 4 * 12 * 35 * 2 * 172  # five adapters
+    found = {path.name for path in folder.iterdir()} - {f"checkpoint-{STEPS}"}
     assert found == {
         "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "ranks.jsonl", "run.json",
         "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",

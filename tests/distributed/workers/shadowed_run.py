@@ -18,7 +18,7 @@ from tests.toy import adapters_of
 
 
 class Shadow(TrainerCallback):
-    """Registered before the allocator's callback, so that its hook sees gradients before the penalty is added."""
+    """Its hook runs before the allocator's, so that it sees gradients before the penalty is added."""
 
     def __init__(self, trainer, config):
         self.trainer, self.config = trainer, config
@@ -38,7 +38,8 @@ class Shadow(TrainerCallback):
         self.reference = ReferenceAdaLora(self.adapters, options)
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
             optimizer = optimizer.optimizer
-        optimizer.register_step_pre_hook(self.before_update)
+        handle = optimizer.register_step_pre_hook(self.before_update)
+        optimizer._optimizer_step_pre_hooks.move_to_end(handle.id, last=False)  # the allocator is attached by now
 
     def before_update(self, optimizer, args, kwargs):
         reference = self.reference
