@@ -79,7 +79,8 @@ def config_of(engine, kind, model_dir, data_dir, folder, world_size, extra=()):
             "lr_scheduler_type": "constant", "logging_steps": 1,
         },
     }  # fmt: skip
-    path = Path(folder) / f"run-{os.environ.get('RANK', '0')}.json"  # one file a rank: a file being written is seen empty
+    # one file a rank: a file that another rank is writing is seen empty
+    path = Path(folder) / f"run-{os.environ.get('RANK', '0')}.json"
     path.write_text(json.dumps(tree))
     overrides = []
     if kind == "classify":
