@@ -45,7 +45,10 @@ class BridgedHosts:
         cwd: Mapping[int, Path] | None = None,
         timeout: float = 150,
     ) -> list[subprocess.CompletedProcess[str]]:
-        """Run a module on every host, as one job, and return what each host's torchrun printed."""
+        """Run a module on every host, as one job, and return what each host's torchrun printed.
+
+        `timeout` is multiplied by ADALORA_TEST_SLOWNESS, which an emulated machine sets (netem_vm.sh).
+        """
         processes = []
         for index, (name, address) in enumerate(zip(self.names, self.addresses, strict=True)):
             job = ["--nnodes", str(len(self.names)), "--node-rank", str(index), "--nproc-per-node", str(nproc)]
@@ -60,7 +63,7 @@ class BridgedHosts:
                     text=True,
                 )
             )
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout * float(os.environ.get("ADALORA_TEST_SLOWNESS", "1"))
         results = []
         for process in processes:
             out, err = process.communicate(timeout=max(deadline - time.monotonic(), 1))

@@ -50,7 +50,15 @@ class Piece:
 
 
 def build(request: Request, layers: int | None = None) -> nn.Module:
-    """Build the model with its 4-bit layers and adapters, without memory.
+    """Build the model with its 4-bit layers and adapters, without memory; arguments and errors as `build_base`."""
+    model = build_base(request, layers)
+    with torch.random.fork_rng(devices=[]):
+        inject_adalora(model, adalora_config_for(request.config, model))
+    return model.train()
+
+
+def build_base(request: Request, layers: int | None = None) -> nn.Module:
+    """Build the model with its 4-bit layers and without adapters, without memory.
 
     Args:
         request: the question.
@@ -73,9 +81,7 @@ def build(request: Request, layers: int | None = None) -> nn.Module:
     if config.model.load_in_4bit:
         spec = quant_spec(config.model)
         replace_linears(model, spec, quantization_targets(model, config.model.bnb_4bit_skip_modules))
-    with torch.random.fork_rng(devices=[]):
-        inject_adalora(model, adalora_config_for(config, model))
-    return model.train()
+    return model
 
 
 def is_flash(attention: str | None) -> bool:

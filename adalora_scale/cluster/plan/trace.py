@@ -29,7 +29,8 @@ from adalora_scale.cluster.plan.model import build, is_flash
 from adalora_scale.cluster.plan.request import Request
 from adalora_scale.training.engines import transformer_blocks
 
-_BLOCKS = 2
+BLOCKS = 2
+"""Blocks of the traced model."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,13 @@ class Activations:
 
 
 def trace_step(
-    request: Request, *, sequences: int, checkpointing: bool, autocast: bool, gpu: bool = True
+    request: Request,
+    *,
+    sequences: int,
+    checkpointing: bool,
+    autocast: bool,
+    gpu: bool = True,
+    model: Any = None,
 ) -> Activations:
     """Trace one micro-batch.
 
@@ -68,8 +75,9 @@ def trace_step(
         autocast: float32 adapters and torch's autocast (one process, DDP); else every weight has the compute dtype, as
             FSDP2 and DeepSpeed make it.
         gpu: as kernels on a GPU need memory; else as on the CPU.
+        model: two blocks with other adapters than ours, to compare with; None: the run's own.
     """
-    model: Any = build(request, layers=_BLOCKS)
+    model = build(request, layers=BLOCKS) if model is None else model
     if request.bf16 and not autocast:
         for parameter in model.parameters():
             if parameter.is_floating_point():
@@ -135,7 +143,7 @@ def _run(model: Any, inputs: dict[str, Any], cast: Any) -> Activations:
     per_block = second - first
     return Activations(
         per_block=per_block,
-        outside=max(second - _BLOCKS * per_block, 0),
+        outside=max(second - BLOCKS * per_block, 0),
         forward_peak=max(forward_peak - second, 0),
         loss_peak=max(loss_peak - second, 0),
         # The first block's backward runs with one block's share less.
