@@ -80,3 +80,17 @@ def test_a_bound_that_does_not_hold_fails(engine, peak, read, passed):
     bad = own | {"peak_bytes": peak, "bytes_read": read}
     ranks = [rank | {"peak_at": ""} for rank in (own, bad)]
     assert load("load_memory.py")._judged(ranks, engine, True, 100)["passed"] is passed
+
+
+@pytest.mark.full
+def test_published_memory_is_explained_within_a_tenth(tmp_path):
+    """A plan that is far from what others measured, with no reason named, is not believed."""
+    output = tmp_path / "figures.json"
+    done = run("plan_published.py", "--json", output)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = json.loads(output.read_text())["runs"]
+    assert [run["name"] for run in runs[:3]] == ["FSDP", "FSDP, CPU offload", "ZeRO-3"]
+    for figures in runs:
+        assert figures["float32"] == pytest.approx(figures["reported"], rel=0.1)
+        # PEFT's layers and ours keep the same for the backward pass.
+        assert figures["PEFT: activations"] == pytest.approx(figures["plan: activations"], rel=0.02)

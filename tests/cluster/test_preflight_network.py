@@ -49,7 +49,7 @@ def test_three_healthy_hosts_pass_and_every_pair_was_measured(tmp_path):
     [
         (["tbf", "rate", "30mbit", "burst", "32kbit", "latency", "400ms"], "bandwidth, sends slowly"),
         (["netem", "rate", "30mbit"], "bandwidth, sends slowly"),
-        (["netem", "delay", "30ms"], "latency, sends and receives slowly"),
+        (["netem", "delay", "120ms"], "latency, sends and receives slowly"),  # slows its bandwidth as well
     ],
     ids=["tbf", "netem-rate", "netem-delay"],
 )
@@ -59,10 +59,8 @@ def test_the_host_with_a_slowed_link_is_named(discipline, figure):
         hosts.shape(1, *discipline)
         results = hosts.torchrun(CLI, ["preflight", "--json"])
         links = [(where, text) for check, where, text in failures(results[0])[0] if check == "link between hosts"]
-        assert len(links) == 1, links
-        where, text = links[0]
-        assert hosts.addresses[1] in where
-        assert text.startswith(figure)
+        assert any(text.startswith(figure) for _, text in links), links
+        assert all(hosts.addresses[1] in where for where, _ in links), links  # and nobody else
         assert all(result.returncode == 1 for result in results)
 
 
