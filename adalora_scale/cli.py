@@ -6,6 +6,7 @@ Heavy imports wait until a verb needs them, so `--help` and mistakes in the conf
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -230,6 +231,9 @@ def _leave_process_group() -> None:
     import torch.distributed as dist
 
     if sys.exc_info()[0] in (None, Interrupted) and dist.is_available() and dist.is_initialized():
+        # A sharded model in a reference cycle keeps gloo's threads alive while the interpreter ends, and a thread that
+        # lets go of a tensor then aborts the process (pytorch#179291).
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -17,6 +17,7 @@ kernel's own (VmHWM), reset before loading and after every tensor, so the table 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -272,6 +273,8 @@ def _rank(job: SimpleNamespace) -> int:
     if dist.get_rank() == 0:
         Path(job.answer).write_text(json.dumps(everyone))
     dist.barrier()
+    del model
+    gc.collect()  # else its meshes keep gloo's threads alive while the interpreter ends (pytorch#179291)
     dist.destroy_process_group()
     return 0
 
