@@ -73,20 +73,25 @@ def _translate_slurm() -> None:
     if "MASTER_ADDR" not in variable:
         nodes = variable.get("SLURM_STEP_NODELIST", variable.get("SLURM_JOB_NODELIST", ""))
         try:
-            listed = subprocess.run(
-                ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=30
-            )
-            variable["MASTER_ADDR"] = listed.stdout.split()[0]
+            first = _scontrol("hostnames", nodes).split()[0]
+            # A node's name is SLURM's own; NodeAddr is what the network knows it by.
+            address = re.search(r"\bNodeAddr=(\S+)", _scontrol("node", first, "--oneliner"))
+            variable["MASTER_ADDR"] = address[1] if address else first
         except (OSError, subprocess.SubprocessError, IndexError):
             raise UserError(
                 f"MASTER_ADDR is not set and scontrol cannot expand the node list '{nodes}'; export MASTER_ADDR (the "
-                f"first node's name)."
+                f"first node's address)."
             ) from None
     variable.setdefault("MASTER_PORT", str(20000 + int(variable.get("SLURM_JOB_ID", "0")) % 20000))
     variable["WORLD_SIZE"] = variable["SLURM_STEP_NUM_TASKS"]
     variable["LOCAL_RANK"] = variable.get("SLURM_LOCALID", "0")
     variable["LOCAL_WORLD_SIZE"] = str(counts[node] if node < len(counts) else 1)
     variable["RANK"] = variable.get("SLURM_PROCID", "0")
+
+
+def _scontrol(*what: str) -> str:
+    """Return what `scontrol show` prints."""
+    return subprocess.run(["scontrol", "show", *what], capture_output=True, text=True, check=True, timeout=30).stdout
 
 
 class Board:

@@ -1,5 +1,6 @@
 """launch/slurm.sbatch on a real SLURM of two nodes: munge, slurmctld and slurmd from the distribution's packages."""
 
+import json
 import time
 
 import pytest
@@ -56,6 +57,20 @@ def test_usr1_leads_to_a_checkpoint_a_requeue_and_the_result_of_one_process(
     assert_same(result, one_process_result, tolerance=1e-5)
     names = {path.name for path in (tmp_path / "logs").iterdir()}
     assert {"node1.0.log", "node2.1.log", "node1.launcher.log", "node2.launcher.log"} <= names
+
+
+@pytest.mark.full
+def test_preflight_runs_under_srun(slurm, tmp_path):
+    """The nodes are tested before the job by the same srun that would start it, with no torchrun between."""
+    out = tmp_path / "out"
+    command = ["srun", "--nodes=2", "--ntasks=2", "--overlap", "python", "-m", "adalora_scale.cli", "preflight"]
+    said = slurm.call(*command, "--json", "--output-dir", str(out), timeout=180)
+    (line,) = (line for line in said.splitlines() if line.startswith("{"))
+    answer = json.loads(line)
+    assert [finding for finding in answer["findings"] if finding["status"] == "FAIL"] == []
+    assert answer["world_size"] == 2
+    assert {(link["sender"], link["receiver"]) for link in answer["links"]} == {(0, 1), (1, 0)}
+    assert list(out.iterdir()) == []  # probes of the disk are removed
 
 
 @pytest.mark.full
