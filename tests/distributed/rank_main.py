@@ -7,6 +7,7 @@ without this file.
 """
 
 import faulthandler
+import gc
 import os
 import runpy
 import signal
@@ -36,6 +37,7 @@ def main() -> None:
         runpy.run_path(script, run_name="__main__")
     else:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
+    gc.collect()  # ends gloo's threads while the interpreter is whole; later they may abort it (pytorch#179291)
 
 
 if __name__ == "__main__":
