@@ -11,9 +11,9 @@ from transformers import AutoConfig
 
 from adalora_scale.cli import main
 from adalora_scale.cluster.plan.advice import Traces, largest_micro_batch
-from adalora_scale.cluster.plan.command import Planner
 from adalora_scale.cluster.plan.memory import MOMENTS, Memory, Part, describe, memory_of
 from adalora_scale.cluster.plan.model import build
+from adalora_scale.cluster.plan.planner import Planner
 from adalora_scale.cluster.plan.request import Hardware, Request, parse_bytes
 from adalora_scale.cluster.plan.shapes import SHAPES, model_config
 from adalora_scale.cluster.plan.speed import flops_per_token, speed_of

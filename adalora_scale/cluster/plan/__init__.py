@@ -8,6 +8,7 @@ weights.py    bytes a rank holds between steps, for each engine
 memory.py     the parts of the peak, for each engine
 speed.py      FLOPs, traffic, seconds
 advice.py     what fits: micro-batch, number of GPUs
+planner.py    the comparison of engines, and ways out
 table.py      for people
 command.py    the verb
 """

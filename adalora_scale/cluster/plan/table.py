@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adalora_scale.cluster.plan.command import Plan
+from adalora_scale.cluster.plan.planner import Plan
 
 _NAMES = {"ddp": "one process"}
 
