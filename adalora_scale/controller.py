@@ -10,14 +10,13 @@ adapter that this rank owns, and sums over ranks, come from `adalora_scale.shard
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adalora_scale.adalora.allocation import keep_best, mask_digest, relative_gap
+from adalora_scale.adalora.allocation import Allocation, keep_best, mask_digest, relative_gap
 from adalora_scale.adalora.compaction import is_compact
 from adalora_scale.adalora.importance import update_importance
 from adalora_scale.adalora.injection import adapter_layers, injected_module
@@ -25,21 +24,9 @@ from adalora_scale.adalora.schedule import BudgetSchedule
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.sharding import Sharding, StepReduction, sharding_for
-from adalora_scale.sharding.guard import require_equal, require_same_tensors
+from adalora_scale.sharding.guard import require_equal, require_same_start, require_same_tensors
 from adalora_scale.sharding.step_sums import sum_of_squares
 from adalora_scale.sharding.triplets import triplet_scores, zero_lambda, zero_triplets
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """What one allocation decided."""
-
-    step: int
-    budget: int
-    ranks: dict[str, int]
-    """Kept triplets of every module."""
-    gap: float
-    """Relative distance between the worst kept and the best dropped score (0 is a tie)."""
 
 
 class RankAllocator:
@@ -121,6 +108,7 @@ class RankAllocator:
             }
         )
         sharding, base = sharding_for(self.model, optimizer)
+        require_same_start(*sharding.replicas())
         if getattr(base, "adalora_allocator", None) is not None:
             raise UserError(
                 "another RankAllocator is attached to this optimizer already; make a new optimizer for a new allocator."
@@ -199,6 +187,8 @@ class RankAllocator:
         for _ in range(missed):
             self._begin_step()
         self.skipped_steps += max(missed, 0)
+        if missed > 0:
+            self._attached().missed_steps()  # an engine counted them too
 
     # ---- before the update --------------------------------------------------------------------------------------
 
@@ -228,7 +218,7 @@ class RankAllocator:
         if observes and preset == "paper":
             self._observe(indices, gradients)
         elif observes and preset == "peft":
-            self._observed = (indices, list(torch._foreach_div(gradients, self._scale)))
+            self._observed = (indices, list(torch._foreach_div(gradients, self._scale)) if gradients else [])
 
     def _open_step(self, optimizer: Optimizer, sharding: Sharding, gradients: list[Tensor]) -> None:
         """Begin a step of the controller at the engine's first call: count it, and reduce what all ranks must know."""
@@ -379,6 +369,7 @@ class RankAllocator:
             )
         before = self.rank_pattern()
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
+        self._attached().missed_steps()  # those of before the checkpoint are in the state
         self._allocation_due = state["allocation_due"]
         self.mask = state["mask"].to(self.mask.device)
         self.last_allocation = None

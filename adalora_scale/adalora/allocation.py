@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What one allocation decided."""
+
+    step: int
+    budget: int
+    ranks: dict[str, int]
+    """Kept triplets of every module."""
+    gap: float
+    """Relative distance between the worst kept and the best dropped score (0 is a tie)."""
 
 
 def keep_best(scores: Tensor, budget: int) -> Tensor:

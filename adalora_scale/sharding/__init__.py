@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from adalora_scale.adalora.injection import adapter_layers
-from adalora_scale.errors import UserError
+from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.sharding.dtensor import DTensorSharding
 from adalora_scale.sharding.pieces import Piece, PieceState, trained_parameters, whole_shape
 from adalora_scale.sharding.replicated import ReplicatedSharding
@@ -53,6 +54,8 @@ def sharding_for(model: nn.Module, target: object) -> tuple[Sharding, Optimizer]
     """
     if not any(True for _ in adapter_layers(model)):
         raise UserError("the model has no AdaLoRA layers; call inject_adalora(model, config) before attach.")
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise Unsupported("FullyShardedDataParallel (FSDP1) is not supported; shard with fully_shard (FSDP2) instead.")
     chain = _chain(target)
     optimizer = chain[-1]
     if not isinstance(optimizer, Optimizer):

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from adalora_scale.errors import UserError
 from adalora_scale.sharding.pieces import Piece, PieceState, direct_pieces, local, restore_direct, trained_parameters
-from adalora_scale.sharding.span import Extent, Span
+from adalora_scale.sharding.span import Extent, Span, adapter_tensors
 
 
 class DirectSharding:
@@ -21,13 +23,41 @@ class DirectSharding:
 
     def __init__(self, model: nn.Module, parameters: list[nn.Parameter], optimizer: Optimizer) -> None:
         # Taken now: after a forward without backward (an evaluation) FSDP2 leaves modules with whole, plain parameters.
+        self._model = model
         self._trained = trained_parameters(model)
         self._parameters = parameters
         self._optimizer = optimizer
+        self._stepped = False
 
     def updating(self, optimizer: Optimizer) -> list[int]:
-        """Every span is updated in the one call."""
+        """Every span is updated in the one call.
+
+        Raises:
+            UserError: the parameters are not those of attach any more.
+        """
+        if not self._stepped:
+            self._require_not_wrapped_since()
+            self._stepped = True
+        # Whoever replaces storages replaces them all.
+        for index in (0, len(self.spans) - 1):
+            span, now = self.spans[index], local(self._parameters[index].detach())
+            if now.numel() and now.data_ptr() != span.weight.data_ptr():
+                raise UserError(
+                    f"'{span.tensor.name}' was given other memory after attach (by .data = …, .to(device) or "
+                    f"vector_to_parameters); change parameters in place (parameter.copy_), or attach afterwards."
+                )
         return list(range(len(self.spans)))
+
+    def _require_not_wrapped_since(self) -> None:
+        held = {id(parameter) for parameter in self._held()}
+        for (tensor, now), before in zip(adapter_tensors(self._model), self._parameters, strict=True):
+            # FSDP2 shows whole, plain parameters between a forward and its backward.
+            replaced = now is not before and (isinstance(now, DTensor) or not isinstance(before, DTensor))
+            if replaced or id(before) not in held:
+                raise UserError(
+                    f"'{tensor.name}' is not the parameter it was at attach: the model was wrapped since. Call attach "
+                    f"after fully_shard, DistributedDataParallel or deepspeed.initialize."
+                )
 
     def gradients(self, indices: list[int]) -> list[Tensor]:
         """Return (length,) views of the gradients, creating zeros where a parameter received none."""

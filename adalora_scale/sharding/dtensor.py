@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,8 @@ from adalora_scale.sharding.span import Span, adapter_tensors, check_held, gathe
 class DTensorSharding(DirectSharding):
     """Spans that are this rank's rows; a span is empty where there are fewer rows than ranks.
 
-    Under HSDP the replicas of a shard hold the same gradients, so sums go over the sharded mesh dimension only.
+    Under HSDP the replicas of a shard hold the same gradients. Sums go over all ranks all the same, and are divided by
+    the number of replicas: what is wrong on one replica is then known to all.
 
     Args:
         model: a model whose adapters `fully_shard` sharded.
@@ -28,7 +29,8 @@ class DTensorSharding(DirectSharding):
 
     Raises:
         UserError: the optimizer does not hold an adapter parameter.
-        Unsupported: an adapter is not a DTensor, is not float32, or is placed otherwise than by rows.
+        Unsupported: an adapter is not a DTensor, is not float32, or is placed otherwise than by rows; another trained
+            parameter is not sharded.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -57,21 +59,26 @@ class DTensorSharding(DirectSharding):
                 f"the adapters' mesh has {mesh.size()} of {dist.get_world_size()} ranks; use a mesh over all of them."
             )
         sharded = [dim for dim, placement in enumerate(first.placements) if isinstance(placement, Shard)]
-        self._group = mesh.get_group(sharded[0]) if sharded else None
+        group = mesh.get_group(sharded[0]) if sharded else None
+        self._copies = mesh.size() // (mesh.size(sharded[0]) if sharded else 1)
         replicated = [dim for dim, placement in enumerate(first.placements) if isinstance(placement, Replicate)]
         self._replicas = mesh.get_group(replicated[0]) if len(replicated) == 1 else None
         self._device = torch.device(mesh.device_type)
-        self.extents = gathered_extents(self.spans, self._group)
+        self.extents = gathered_extents(self.spans, group)
+        _require_sharded(self._trained, optimizer)
 
     def all_reduce(self, buffer: Tensor) -> None:
-        """Sum over the ranks that hold other rows."""
-        if self._group is None:
-            return
+        """Sum over the ranks that hold other rows; the mean over those that hold the same."""
         # FSDP2's CPU offload keeps shards on the host, where NCCL cannot reduce.
         moved = buffer.to(self._device)
-        dist.all_reduce(moved, group=self._group)
+        dist.all_reduce(moved)
+        if self._copies > 1:
+            moved /= self._copies
         if moved is not buffer:
             buffer.copy_(moved)
+
+    def agree(self, squares: Tensor) -> None:
+        """Nothing to do: the sums went over all ranks."""
 
     def broadcast(self, tensor: Tensor) -> None:
         """Take rank 0's tensor on every rank."""
@@ -93,6 +100,17 @@ class DTensorSharding(DirectSharding):
         if self._replicas is None:
             return [], None
         return [(span.tensor.name, span.weight) for span in self.spans], self._replicas
+
+
+def _require_sharded(trained: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
+    """Refuse a trained parameter that `fully_shard` did not cover: nobody would reduce its gradient over ranks."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in trained.items():
+        if id(parameter) in held and not isinstance(parameter, DTensor) and dist.get_world_size() > 1:
+            raise Unsupported(
+                f"'{name}' is trained but not sharded: nobody would reduce its gradient over ranks. Call fully_shard "
+                f"on the root module too, after its blocks."
+            )
 
 
 def _checked(parameter: nn.Parameter, name: str) -> DTensor:

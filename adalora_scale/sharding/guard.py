@@ -70,6 +70,22 @@ def require_same_tensors(
             )
 
 
+def require_same_start(tensors: Sequence[tuple[str, Tensor]], group: dist.ProcessGroup | None) -> None:
+    """Compare what ranks hold in common before the first step; a collective call.
+
+    Raises:
+        UserError: a tensor differs; the message names it and a rank.
+    """
+    try:
+        require_same_tensors(tensors, 0, group)
+    except RanksDisagree as error:
+        differs = str(error).removeprefix("step 0: ").split(". ")[0]
+        raise UserError(
+            f"{differs} before the first step; draw adapters with the same seed on every rank (torch.manual_seed "
+            f"before inject_adalora, not seed + rank), or load the same adapter."
+        ) from None
+
+
 def _checksum(tensor: Tensor) -> Tensor:
     """Return an integer that depends on every bit and its place (int64, wrapping)."""
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adalora_scale.errors import Unsupported
+from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.sharding.direct import DirectSharding
 from adalora_scale.sharding.span import Span, adapter_tensors, check_held, gathered_extents
 
@@ -35,6 +35,11 @@ class ReplicatedSharding(DirectSharding):
                     f"'{tensor.name}' is {parameter.dtype}; adapters are float32 master weights. Cast the base model "
                     f"before inject_adalora, not the model after it."
                 )
+            if parameter.shape.numel() != tensor.rows * tensor.r:
+                raise Unsupported(
+                    f"'{tensor.name}' has {parameter.shape.numel()} of its {tensor.rows * tensor.r} elements here: an "
+                    f"engine that is not supported has split it. Use DDP, FSDP2 (fully_shard) or DeepSpeed ZeRO."
+                )
             if parameter.device != tensors[0][1].device:
                 raise Unsupported(
                     f"'{tensor.name}' is on {parameter.device}, other adapters on {tensors[0][1].device}; a model "
@@ -43,13 +48,32 @@ class ReplicatedSharding(DirectSharding):
         super().__init__(model, [parameter for _, parameter in tensors], optimizer)
         self.spans = [Span(tensor=t, start=0, weight=p.detach().view(-1)) for t, p in tensors]
         self.extents = gathered_extents(self.spans, None)
+        self._compared = False
 
     def all_reduce(self, buffer: Tensor) -> None:
         """Nothing to add: every rank holds all pieces."""
 
+    def agree(self, squares: Tensor) -> None:
+        """Take the mean over ranks; at the first step, see that every rank has the same gradients."""
+        if not _several_ranks():
+            return
+        sums = torch.cat([squares, squares[:1].square()])
+        dist.all_reduce(sums)
+        sums /= dist.get_world_size()
+        squares.copy_(sums[:2])
+        if self._compared or not bool(torch.isfinite(sums).all()) or not bool(sums[0] > 0):
+            return
+        self._compared = True
+        # The variance over ranks: rounding leaves 1e-7 of the square, batches of different data far more.
+        if bool(sums[2] - sums[0].square() > 1e-4 * sums[0].square()):
+            raise UserError(
+                "ranks have different gradients of the adapters: nobody reduces them. Call inject_adalora before "
+                "DistributedDataParallel wraps the model, and train the wrapped model."
+            )
+
     def broadcast(self, tensor: Tensor) -> None:
         """Take rank 0's tensor on every rank."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if _several_ranks():
             dist.broadcast(tensor, src=0)
 
     @torch.no_grad()
@@ -65,3 +89,7 @@ class ReplicatedSharding(DirectSharding):
         others = [parameter for parameter in self._held() if id(parameter) not in own]
         named += [(f"trained parameter {number} beside the adapters", p.detach()) for number, p in enumerate(others)]
         return named, None
+
+
+def _several_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -69,6 +69,14 @@ class Sharding(Protocol):
     def all_reduce(self, buffer: Tensor) -> None:
         """Sum `buffer` in place over the ranks that hold different pieces."""
 
+    def agree(self, squares: Tensor) -> None:
+        """Make a step's (2,) sums of squared gradients, reduced above, the same on every rank, not finite on all where
+        one rank's are not.
+
+        Raises:
+            UserError: ranks that must have the same gradients do not.
+        """
+
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite `tensor` in place with one rank's, so that ranks cannot disagree."""
 

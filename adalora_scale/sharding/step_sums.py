@@ -123,6 +123,7 @@ class StepReduction:
         zero = torch.zeros((), device=self._device)
         if self._weight == 0:
             self._sharding.all_reduce(squares)
+            self._sharding.agree(squares)
             return StepSums(squares[0], squares[1], zero, zero)
         sizes = [group.size for group in self._groups]
         buffer = torch.zeros(sum(sizes) + 2, device=self._device)
@@ -131,6 +132,7 @@ class StepReduction:
             group.fill(part)
         buffer[-2:] = squares
         self._sharding.all_reduce(buffer)
+        self._sharding.agree(buffer[-2:])
         values, norms = [], []
         for group, part, share in zip(self._groups, parts, self._shares, strict=True):
             value, norm = group.complete(part, share, keep)

@@ -68,6 +68,9 @@ class ZeroSharding:
         self._skipped = self._engine_skipped()
         self._verify(tensors)
 
+    def agree(self, squares: Tensor) -> None:
+        """Nothing to do: the sums went over all ranks."""
+
     # ---- the call in progress -----------------------------------------------------------------------------------
 
     def updating(self, optimizer: Optimizer) -> list[int]:
@@ -364,7 +367,7 @@ def _layout(zero: Any) -> _FlatGroups | _PartitionedGroups:
 def _refuse_options(zero: Any, engine: Any) -> None:
     reasons = {
         "ZenFlow": bool(getattr(zero, "zenflow", False)),
-        "NVMe offload": bool(getattr(zero, "swap_optimizer", False)),
+        "NVMe offload": bool(getattr(zero, "swap_optimizer", False) or getattr(zero, "params_in_nvme_and_cpu", False)),
         "partial offload (offload_optimizer.ratio < 1)": (
             bool(getattr(zero, "offload_optimizer", False)) and getattr(zero, "partial_offload", 1.0) != 1.0
         ),

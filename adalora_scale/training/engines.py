@@ -299,5 +299,9 @@ def deepspeed_config(source: str | dict[str, Any] | None) -> dict[str, Any]:
         tree = source
     if not isinstance(tree, dict) or "zero_optimization" not in tree:
         raise UserError("engine.config has no zero_optimization section; see configs/deepspeed/zero2.json.")
+    if (tree.get("compile") or {}).get("deepcompile"):
+        raise Unsupported(
+            "compile.deepcompile is not supported under AdaLoRA; switch it off in DeepSpeed's configuration."
+        )
     # DeepSpeed's own defaults would replace the training section's values without a word.
     return dict.fromkeys(_FILLED, "auto") | tree

@@ -1,16 +1,52 @@
-"""Ranks that disagree on purpose: options, base model, an adapter that drifted, an adapter nobody reduces."""
+"""Ranks that disagree on purpose, and models wrapped in ways that would train something else without a word."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import deepspeed
 
 from adalora_scale import AdaLoraConfig, RankAllocator, inject_adalora
 from tests.distributed.launcher import report
 from tests.toy import Toy
+
+ZERO_2 = {
+    "train_micro_batch_size_per_gpu": 4,
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": 100000},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+def wrapped(case, model, config):
+    """Inject and wrap, in the order and by the engine of the case."""
+    rank = dist.get_rank()
+    if case == "late":
+        fully_shard(model)
+    torch.manual_seed(rank if case in ("seeds", "replicas") else 0)
+    inject_adalora(model, config)
+    match case:
+        case "late" | "unwrapped" | "seeds" | "then-sharded" | "then-initialized":
+            return model
+        case "replicas":
+            mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+            return fully_shard(model, mesh=mesh)
+        case "head":
+            for layer in (layer for block in model.blocks for layer in block.values()):
+                fully_shard(layer)
+            return model
+        case "fsdp1":
+            return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        case _:
+            return torch.nn.parallel.DistributedDataParallel(model)
 
 
 def main(case):
@@ -19,22 +55,35 @@ def main(case):
     torch.manual_seed(rank if case == "base" else 0)
     model = Toy()
     config = AdaLoraConfig(
-        init_r=6, target_r=4, tinit=0, tfinal=0.3, deltaT=2, beta1=0.9 if case == "config" and rank else 0.85
+        modules_to_save=["head"] if case == "head" else None,
+        init_r=6,
+        target_r=4,
+        tinit=0,
+        tfinal=0.3,
+        deltaT=2,
+        beta1=0.9 if case == "config" and rank else 0.85,
     )
     message = ""
     try:
-        if case == "late":
-            fully_shard(model)
-            inject_adalora(model, config)
-            runner = model
-        else:
-            inject_adalora(model, config)
-            runner = model if case == "unwrapped" else torch.nn.parallel.DistributedDataParallel(model)
+        runner = wrapped(case, model, config)
         optimizer = torch.optim.AdamW([p for p in runner.parameters() if p.requires_grad], lr=1e-2)
         allocator = RankAllocator(runner, config, total_step=20).attach(optimizer)
+        if case == "then-sharded":
+            fully_shard(model)
+        if case == "then-initialized":
+            runner, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ZERO_2)
+        if case == "moved":
+            torch.nn.utils.vector_to_parameters(
+                torch.nn.utils.parameters_to_vector(runner.parameters()), runner.parameters()
+            )
         for step in range(4):
             torch.manual_seed(100 * step + rank)
-            runner(torch.randint(0, 32, (4, 8))).square().mean().backward()
+            loss = runner(torch.randint(0, 32, (4, 8))).square().mean()
+            if case == "then-initialized":
+                runner.backward(loss)
+                runner.step()
+                continue
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             if case == "drift" and step == 2 and rank == 1:

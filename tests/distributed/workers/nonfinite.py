@@ -37,7 +37,7 @@ def poison(engine, runner):
     """Put NaN into the reduced gradient of one rank, in the last group that the optimizer is going to be given."""
     if dist.get_rank() != 1:
         return
-    if engine == "fsdp2":
+    if engine in ("ddp", "fsdp2", "hsdp"):
         own = [local(p.grad) for group in runner.optimizer.param_groups for p in group["params"]]
         next(piece for piece in reversed(own) if piece.numel())[0] = float("nan")
     else:
@@ -66,8 +66,8 @@ def main(*cells):
             before = snapshot(runner)
             runner.begin(last=True)
             loss = token_loss(runner.model, batches[3].part(rank, ranks)) * ranks
-            # DDP and BF16_Optimizer reduce whole gradients: one rank's NaN is everyone's before the optimizer sees it.
-            whole = cell in ("ddp:plain", "zero1:bf16")
+            # BF16_Optimizer reduces whole gradients: one rank's NaN is everyone's before the optimizer sees it.
+            whole = cell == "zero1:bf16"
             runner.backward(loss * float("nan") if whole and rank == 1 else loss)
             if not whole:
                 poison(engine, runner)
