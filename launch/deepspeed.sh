@@ -15,7 +15,11 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-hostfile="${1:?usage: bash launch/deepspeed.sh HOSTFILE --deepspeed FILE --config FILE [section.key=value ...]}"
+if (($# < 2)); then
+    echo "error: usage: bash launch/deepspeed.sh HOSTFILE --deepspeed FILE --config FILE [section.key=value ...]" >&2
+    exit 2
+fi
+hostfile="$1"
 shift
 export PORT="${PORT:-29500}"
 # shellcheck source=launch/environment.sh
@@ -51,5 +55,5 @@ esac
 status=$?
 
 if [[ "$output_dir/requeue" -nt "$started" ]]; then exit 85; fi
-if ((status)); then explain_end; fi
+if ((status)); then explain_end "$started"; fi
 exit "$status"

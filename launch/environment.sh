@@ -68,8 +68,8 @@ run_ranks() {
     return "$status"
 }
 
-# explain_end: prints host, rank and first exception of a failed run.
+# explain_end STARTED: prints host, rank and first exception of a failed run that began when the file STARTED was made.
 explain_end() {
     sleep 1  # the last lines of other hosts
-    python -m adalora_scale.cluster.evidence.failures "$ADALORA_LOG_DIR" >&2 || true
+    python -m adalora_scale.cluster.evidence.failures "$ADALORA_LOG_DIR" --since "$1" >&2 || true
 }

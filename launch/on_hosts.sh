@@ -17,12 +17,13 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-hostfile="${1:?usage: bash launch/on_hosts.sh HOSTFILE COMMAND ...}"
+(($# > 1)) || { echo "error: usage: bash launch/on_hosts.sh HOSTFILE COMMAND ..." >&2; exit 2; }
+hostfile="$1"
 shift
-(($#)) || { echo "error: say what to run: bash launch/on_hosts.sh $hostfile COMMAND ..." >&2; exit 2; }
 PORT="${PORT:-29400}"
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
+rm -f "$ADALORA_LOG_DIR/on_hosts.launcher.log"  # an earlier run's would blame its hosts
 
 settings="$(adalora-scale launch-check --hostfile "$hostfile" --endpoint ":$PORT")" || exit 2
 eval "$settings"  # hosts, slots, nodes, endpoint

@@ -160,8 +160,9 @@ chosen="$(mktemp)"
 trap 'rm -f "$chosen"' EXIT
 "$python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >"$chosen" ||
     die "torch is missing from $venv after its installation; remove $venv and run this again"
+extras="$extra${gpu:+${extra:+,}gpu}"  # preflight asks GPUs for their health
 install "the project and its dependencies${extra:+ with the $extra extra}" \
-    --constraint "$root/constraints.txt" --constraint "$chosen" --editable "$root${extra:+[$extra]}"
+    --constraint "$root/constraints.txt" --constraint "$chosen" --editable "$root${extras:+[$extras]}"
 
 "$python" - <<'PYTHON' || die "the new environment cannot import torch; remove $venv and run this again"
 import platform, torch

@@ -30,7 +30,10 @@ unset "${!PET_@}"
 
 # shellcheck source=launch/environment.sh
 source launch/environment.sh
+(($#)) || die "say what to train: bash launch/torchrun.sh --config FILE [section.key=value ...]"
+[[ "$RESTARTS" =~ ^[0-9]+$ ]] || die "RESTARTS=$RESTARTS; write a number, 0 or more"
 if [[ -z "$GPUS" || "$GPUS" == auto || "$GPUS" == gpu ]]; then GPUS="$(gpus_here)"; fi
+[[ "$GPUS" =~ ^[1-9][0-9]*$ ]] || die "GPUS=$GPUS; write the number of ranks a node, 1 or more"
 
 # Everything that can be wrong is said now, in one line, not by some rank minutes later.
 check=(--nodes "$NODES" --ranks-per-node "$GPUS" --patience "${patience:-0}")
@@ -53,5 +56,5 @@ run_ranks torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --max-restarts "$R
 status=$?
 
 if [[ "$output_dir/requeue" -nt "$started" ]]; then exit 85; fi
-if ((status)); then explain_end; fi
+if ((status)); then explain_end "$started"; fi
 exit "$status"

@@ -236,7 +236,8 @@ def test_an_image_installs_the_project_as_tested(dockerfile):
         assert "bash launch/setup.sh" in runs
     for arguments in pip_installs:
         assert "--constraint constraints.txt" in arguments
-        assert arguments.split("--editable ")[1].strip() == "."  # and nothing else: pyproject.toml names the rest
+        # and nothing else: pyproject.toml names the rest
+        assert arguments.split("--editable ")[1].strip() in (".", '".[gpu]"')
 
 
 def test_the_cuda_image_keeps_a_torch_in_range():

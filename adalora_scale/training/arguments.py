@@ -45,8 +45,12 @@ _MANAGED = {
 _COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 
 
-def check_training_section(config: RunConfig) -> dict[str, Any]:
+def check_training_section(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
     """Return the section with values converted to their declared types.
+
+    Args:
+        config: the run's.
+        world_size: ranks that global_batch_size is divided over; None: as many as the launcher started.
 
     Raises:
         UserError: a key is unknown or belongs to another section, or a value has the wrong type.
@@ -65,7 +69,8 @@ def check_training_section(config: RunConfig) -> dict[str, Any]:
     for key in _COUNTS:
         if checked.get(key, 1) < 1:
             raise UserError(f"training.{key} is {checked[key]}; it must be at least 1.")
-    return checked | batch_sizes(checked, int(os.environ.get("WORLD_SIZE", "1")))
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    return checked | batch_sizes(checked, ranks)
 
 
 def training_arguments(config: RunConfig, engine: Engine) -> TrainingArguments:

@@ -31,7 +31,7 @@ release="$(basename kernel/lib/modules/*)"
 depmod -b kernel "$release"
 
 # The first file system: busybox, and the modules in the order in which they depend on each other.
-mkdir -p first/{bin,proc,sys,dev,root,modules} out
+mkdir -p first/{bin,proc,sys,dev,system,modules} out
 cp "$(command -v busybox)" first/bin/busybox
 for module in virtio_pci 9pnet_virtio 9p overlay veth bridge sch_netem sch_tbf; do
     modprobe -d "$work/kernel" -S "$release" --show-depends "$module" | awk '/^insmod/ {print $2}'
@@ -48,16 +48,16 @@ for module in $($b cat /modules/order); do $b insmod "/modules/$module"; done
 $b mkdir -p /lower /upper /out
 $b mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro files /lower
 $b mount -t tmpfs tmpfs /upper
-$b mkdir -p /upper/new /upper/work
-$b mount -t overlay -o lowerdir=/lower,upperdir=/upper/new,workdir=/upper/work overlay /root
+$b mkdir -p /upper/new /upper/scratch
+$b mount -t overlay -o lowerdir=/lower,upperdir=/upper/new,workdir=/upper/scratch overlay /system
 for kind in proc sysfs devtmpfs; do
     case $kind in proc) at=proc ;; sysfs) at=sys ;; *) at=dev ;; esac
-    $b mount -t $kind $kind /root/$at
+    $b mount -t $kind $kind /system/$at
 done
-$b mkdir -p /root/dev/shm /root/mnt
-for folder in dev/shm run; do $b mount -t tmpfs tmpfs /root/$folder; done
-$b mount -t 9p -o trans=virtio,version=9p2000.L out /root/mnt
-$b chroot /root /bin/bash /mnt/job
+$b mkdir -p /system/dev/shm /system/mnt
+for folder in dev/shm run; do $b mount -t tmpfs tmpfs /system/$folder; done
+$b mount -t 9p -o trans=virtio,version=9p2000.L out /system/mnt
+$b chroot /system /bin/bash /mnt/job
 echo o >/proc/sysrq-trigger
 $b sleep 60
 EOF
@@ -66,7 +66,7 @@ chmod +x first/init
 
 cat >out/job <<EOF
 cd $(printf %q "$root") || exit
-export PATH=$(printf %q "$venv/bin"):/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+export PATH=$(printf %q "$venv/bin"):/usr/sbin:/usr/bin:/sbin:/bin HOME=$(printf %q "$HOME")
 export ADALORA_TEST_SLOWNESS=20 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 ip link set lo up
 python -m pytest -o timeout=3600 -p no:cacheprovider -v $(printf '%q ' "${tests[@]}")

@@ -113,6 +113,11 @@ def test_an_unknown_rendezvous_host():
         ("# SBATCH --nodes=2", "line 2: SLURM reads `#SBATCH` only as it is written here"),
         ("#sbatch --nodes=2", "line 2: SLURM reads `#SBATCH` only as it is written here"),
         ("  #SBATCH --nodes=2", "line 2: an #SBATCH that does not begin its line is a comment"),
+        ("#SBATCH --nodes=2 --output=no-such-folder/a.out", "line 2: the folder no-such-folder does not exist"),
+        ("#SBATCH -ono-such-folder/a.out", "line 2: the folder no-such-folder does not exist"),
+        ("#SBATCH --nodes=2 --output=$HOME/a.out", "to sbatch: sbatch --output=VALUE job.sbatch"),
+        ("#SBATCH -N${NODES:-2}", "to sbatch: sbatch -N VALUE job.sbatch"),
+        ("#SBATCH --chdir=~/x", "line 2: SLURM does not expand `~`"),
         ("#SBATCH nodes=2", "line 2: `nodes=2` is no option"),
     ],
 )
@@ -124,6 +129,31 @@ def test_a_directive_that_slurm_would_misread(tmp_path, lines, message):
         check_sbatch(path)
     assert message in str(caught.value)
     assert launch_check("--sbatch", path)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["training.outputdir=x"], "unknown key 'training.outputdir'"),
+        (["--deepspeed", "no-such.json"], "no-such.json cannot be read"),
+        (["--deepspeed", "{folder}/fixed.json"], "train_batch_size=64 cannot be divided over 3 ranks"),
+    ],
+)
+def test_what_every_rank_would_refuse_is_refused_once(tmp_path, arguments, message):
+    """Else sixteen nodes start and each says it, again at every restart."""
+    (tmp_path / "fixed.json").write_text('{"train_batch_size": 64, "zero_optimization": {"stage": 2}}')
+    run = ["--config", "configs/recipes/quickstart.yaml", *(a.format(folder=tmp_path) for a in arguments)]
+    code, _, said = launch_check("--nodes", 1, "--ranks-per-node", 3, "--", *run)
+    assert code == 2 and message in said and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--sbatch", "--hostfile"])
+def test_a_file_that_is_no_text(tmp_path, option):
+    """A file saved as UTF-16 is an everyday mistake, not a traceback."""
+    path = tmp_path / "file"
+    path.write_bytes("node-1 slots=8".encode("utf-16"))
+    code, _, said = launch_check(option, path)
+    assert code == 2 and "is not UTF-8 text" in said and len(said.splitlines()) == 1
 
 
 def test_our_job_script_is_read_whole():

@@ -183,3 +183,12 @@ def test_wrong_use_is_one_line_and_exit_code_2(tmp_path, arguments, message, cap
     assert main(["preflight", *(argument.format(**paths) for argument in arguments)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_weights_that_are_not_there_fail(tmp_path):
+    """A volume that one host did not mount is found here, not by its rank after the others have loaded."""
+    config = train_config(tmp_path)
+    result = start("adalora_scale.cli", "preflight", "--config", config, "model.model_name_or_path=/no/such/weights")
+    assert result.returncode == 1
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("FAIL "))
+    assert "disk read" in line and "/no/such/weights: No such file" in line

@@ -37,7 +37,15 @@ def main() -> None:
         runpy.run_path(script, run_name="__main__")
     else:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
-    gc.collect()  # ends gloo's threads while the interpreter is whole; later they may abort it (pytorch#179291)
+    end_process_groups()
+
+
+def end_process_groups() -> None:
+    """End gloo's threads while the interpreter is whole; later they may abort it (pytorch#179291)."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+    gc.collect()
 
 
 if __name__ == "__main__":

@@ -39,17 +39,26 @@ class Summary:
     """Lines that support the reason, and the log to read."""
 
 
-def summarise(folder: Path) -> Summary:
+_CLOCKS_DIFFER_S = 60.0
+"""What the clocks of hosts may differ by."""
+
+
+def summarise(folder: Path, since: float | None = None) -> Summary:
     """Read a run's log folder and find the reason of its failure.
+
+    Args:
+        folder: the logs.
+        since: when this start began, seconds since the epoch; what is older belongs to an earlier run.
 
     Raises:
         UserError: the folder holds no status of any rank.
     """
-    everything = read_statuses(folder)
+    everything = [s for s in read_statuses(folder) if since is None or s.started > since - _CLOCKS_DIFFER_S]
     statuses = newest_attempt(everything)
     if not statuses:
         raise UserError(
-            f"{folder} holds no rank's status: no rank started under launch/train.py with ADALORA_LOG_DIR={folder}."
+            f"{folder} holds no rank's status{' of this start' if since else ''}: no rank started under "
+            f"launch/train.py with ADALORA_LOG_DIR={folder}; see what the launcher said in *.launcher.log."
         )
     news = read_launcher_logs(folder)
     states = {status.state for status in statuses}
@@ -72,11 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the summary of a log folder; exit code 1 if the run failed."""
     parser = argparse.ArgumentParser(prog="failures", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="the run's log folder")
+    parser.add_argument("--since", type=Path, metavar="FILE", help="leave out ranks that started before FILE was made")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
 
     def run() -> int:
-        summary = summarise(arguments.folder)
+        summary = summarise(arguments.folder, arguments.since.stat().st_mtime if arguments.since else None)
         print(json.dumps(asdict(summary)) if arguments.json else render(summary))
         return int(summary.state == "failed")
 

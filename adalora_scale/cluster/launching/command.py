@@ -6,9 +6,11 @@ The launch scripts run it first and read its answer, lines of `name=value` for a
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,10 +65,11 @@ def check(arguments: argparse.Namespace) -> dict[str, object]:
     if arguments.sbatch is not None:
         check_sbatch(arguments.sbatch)
     hosts = read_hostfile(arguments.hostfile) if arguments.hostfile is not None else []
+    world_sizes = list(_world_sizes(arguments, hosts))
     if arguments.train:
         config = _load(arguments.train)
         found["output_dir"] = config.training["output_dir"]
-        _check_batch(config.training, list(_world_sizes(arguments, hosts)))
+        _check_training(config, world_sizes)
     if hosts:
         _check_hosts(hosts, arguments.endpoint, found)
     else:
@@ -84,7 +87,10 @@ def _load(train: list[str]) -> RunConfig:
     parser.add_argument("--deepspeed")
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args(train)
-    return load_config(arguments.config, arguments.overrides)
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.deepspeed:
+        config = replace(config, engine=replace(config.engine, name="deepspeed", config=arguments.deepspeed))
+    return config
 
 
 def _check_hosts(hosts: list[Host], endpoint: str | None, found: dict[str, object]) -> None:
@@ -105,18 +111,35 @@ def _world_sizes(arguments: argparse.Namespace, hosts: list[Host]) -> Iterator[i
     low, _, high = arguments.nodes.partition(":")
     if not (low.isdecimal() and (high or low).isdecimal() and 1 <= int(low) <= int(high or low)):
         raise UserError(f"NODES={arguments.nodes}; write a number of nodes, or MIN:MAX for an elastic run.")
-    ranks = arguments.ranks_per_node or 1
+    ranks = 1 if arguments.ranks_per_node is None else arguments.ranks_per_node
     if ranks < 1:
         raise UserError(f"{ranks} ranks a node; there must be at least 1.")
     yield from (nodes * ranks for nodes in range(int(low), int(high or low) + 1))
 
 
-def _check_batch(training: dict[str, object], world_sizes: list[int]) -> None:
+def _check_training(config: RunConfig, world_sizes: list[int]) -> None:
+    """Check the training section's keys, and that the batch can be divided over every number of ranks."""
     from adalora_scale.training.batch import batch_sizes
 
-    sizes = {key: training[key] for key in _BATCH_KEYS if isinstance(training.get(key), int)}
+    # First and fast: what a change of the cluster's size breaks.
+    sizes = {key: config.training[key] for key in _BATCH_KEYS if isinstance(config.training.get(key), int)}
     for world_size in world_sizes:
         batch_sizes(sizes, world_size)
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends an optional kernel at import
+    from adalora_scale.training.arguments import check_training_section
+    from adalora_scale.training.engines import deepspeed_config
+
+    for world_size in world_sizes or [1]:
+        check_training_section(config, world_size)
+    if config.engine.name == "deepspeed":
+        stated = deepspeed_config(config.engine.config).get("train_batch_size")
+        for world_size in world_sizes:
+            if isinstance(stated, int) and stated % world_size:
+                raise UserError(
+                    f'DeepSpeed\'s train_batch_size={stated} cannot be divided over {world_size} ranks; write "auto" '
+                    f"there and set training.global_batch_size."
+                )
 
 
 _BATCH_KEYS = ("global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")

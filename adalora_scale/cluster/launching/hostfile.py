@@ -45,6 +45,8 @@ def read_hostfile(path: Path) -> list[Host]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"the hostfile {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the hostfile {path} is not UTF-8 text; save it as UTF-8.") from None
     hosts: list[Host] = []
     for number, line in enumerate(lines, start=1):
         text = line.split("#")[0].strip()

@@ -7,6 +7,8 @@ and an output folder that does not exist makes a job vanish without a file.
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 from adalora_scale.errors import UserError
@@ -25,6 +27,8 @@ def check_sbatch(path: Path) -> None:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"the job script {path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the job script {path} is not UTF-8 text; save it as UTF-8.") from None
     if not lines or not lines[0].startswith("#!"):
         raise UserError(f"{path} line 1: sbatch takes scripts that begin with #!, for example #!/usr/bin/env bash.")
     command = 0
@@ -47,20 +51,39 @@ def check_sbatch(path: Path) -> None:
 
 
 def _check_options(text: str, place: str, path: Path) -> None:
-    value = re.sub(r"\s#.*", "", text).strip()
-    if not value.startswith("-"):
-        raise UserError(f"{place}: `{value}` is no option; write for example --nodes=2.")
-    if found := re.search(r"\$\w*\{?\w*\}?|`|\$\(", value):
-        raise UserError(
-            f"{place}: SLURM does not expand `{found[0]}`, it reads it as it stands. Write the value, or give it to "
-            f"sbatch: sbatch {value.split('=')[0].split()[0]}=VALUE {path.name}"
-        )
-    name, _, rest = value.partition("=") if "=" in value.split()[0] else value.partition(" ")
-    if name not in _PATHS:
-        return
-    target = rest.strip().strip("\"'")
-    if target.startswith("~"):
-        raise UserError(f"{place}: SLURM does not expand `~`; write the whole path.")
+    try:
+        words = shlex.split(text, comments=True)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}; close the quotation mark.") from None
+    if not words or not words[0].startswith("-"):
+        raise UserError(f"{place}: `{' '.join(words)}` is no option; write for example --nodes=2.")
+    for name, value in _options(words):
+        if found := re.search(r"\$\w*\{?\w*\}?|`|\$\(", value):
+            typed = f"{name}=VALUE" if name.startswith("--") else f"{name} VALUE"
+            raise UserError(
+                f"{place}: SLURM does not expand `{found[0]}`, it reads it as it stands. Write the value, or give it "
+                f"to sbatch: sbatch {typed} {path.name}"
+            )
+        if name in (*_PATHS, "--chdir", "-D") and value.startswith("~"):
+            raise UserError(f"{place}: SLURM does not expand `~`; write the whole path.")
+        if name in _PATHS:
+            _check_path(value, place)
+
+
+def _options(words: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield (option, value) from --x=VALUE, --x VALUE, -xVALUE and -x VALUE."""
+    place = 0
+    while place < len(words):
+        word = words[place]
+        place += 1
+        name, equals, value = word.partition("=") if word.startswith("--") else (word[:2], word[2:], word[2:])
+        if not equals and place < len(words) and not words[place].startswith("-"):
+            value = words[place]
+            place += 1
+        yield name, value
+
+
+def _check_path(target: str, place: str) -> None:
     for pattern in re.findall(r"%\d*(.)", target):
         if pattern not in _PATTERNS:
             raise UserError(

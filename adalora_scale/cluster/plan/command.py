@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from adalora_scale.cluster.plan.planner import Plan, Planner
 from adalora_scale.cluster.plan.request import Gpu, Hardware, Request, find_gpu, parse_bytes
 from adalora_scale.cluster.plan.table import table
 from adalora_scale.config import RunConfig, load_config
+from adalora_scale.errors import UserError
 from adalora_scale.training.arguments import check_training_section
 from adalora_scale.training.engines import deepspeed_config
 
@@ -28,7 +30,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _request(arguments: argparse.Namespace) -> Request:
     config = load_config(arguments.config, arguments.overrides)
-    check_training_section(config)
+    if arguments.deepspeed:
+        if config.engine.config is not None:
+            raise UserError("--deepspeed and engine.config both name a configuration; give one of them.")
+        config = replace(config, engine=replace(config.engine, name="deepspeed", config=arguments.deepspeed))
+    checked = check_training_section(config, max(arguments.gpus, 1))
+    checked.pop("global_batch_size", None)  # what it means for every rank is in the section now
+    config = replace(config, training=checked)
+    _check_figures(arguments)
     gpu = find_gpu(arguments.gpu)
     if arguments.gpu_memory:
         gpu = replace(gpu, memory=parse_bytes("--gpu-memory", arguments.gpu_memory))
@@ -46,9 +55,26 @@ def _request(arguments: argparse.Namespace) -> Request:
         nodes=arguments.nodes,
         hardware=hardware,
         micro_batch=arguments.micro_batch,
-        global_batch=arguments.global_batch or _stated_batch(config),
+        global_batch=_stated_batch(config) if arguments.global_batch is None else arguments.global_batch,
         whole_logits=arguments.whole_logits,
     )
+
+
+def _check_figures(arguments: argparse.Namespace) -> None:
+    """Refuse figures with which the sums would be nonsense."""
+    for option in (
+        "peak_tflops",
+        "memory_bandwidth",
+        "link_bandwidth",
+        "node_bandwidth",
+        "disk_bandwidth",
+        "efficiency",
+    ):
+        value = getattr(arguments, option)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{option.replace('_', '-')} is {value:g}; it must be a number above 0.")
+    if arguments.efficiency > 1:
+        raise UserError(f"--efficiency is {arguments.efficiency:g}; it is a share, at most 1.")
 
 
 _GPU_FIGURES = (

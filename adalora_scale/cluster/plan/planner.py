@@ -129,7 +129,7 @@ class Planner:
             found.append("training.gradient_checkpointing=true")
         others = [row.engine for row in rows if row.fits and row.engine != own]
         if others:
-            found.append(f"engine {' or '.join(others)} on these {request.gpus} GPUs")
+            found.append(f"{' or '.join(map(_chosen_by, others))} on these {request.gpus} GPUs")
         if not request.config.model.load_in_4bit:
             quantised = replace(request, config=replace(request.config, model=_in_4bit(request.config)))
             memory = Planner(quantised)._memory(own, request.sequences)
@@ -137,9 +137,18 @@ class Planner:
                 found.append(f"model.load_in_4bit=true ({memory.device / 1e9:.1f} GB)")
         if smallest is not None:
             count, engine, memory = smallest
-            found.append(f"{engine} on {count} GPUs of this size, one sequence each ({memory.device / 1e9:.1f} GB)")
+            found.append(
+                f"{_chosen_by(engine)} on {count} GPUs of this size, one sequence each ({memory.device / 1e9:.1f} GB)"
+            )
         return found
 
 
 def _in_4bit(config: RunConfig) -> Any:
     return replace(config.model, load_in_4bit=True)
+
+
+def _chosen_by(engine: EngineName) -> str:
+    """Return an engine with the keys that choose it."""
+    if engine.startswith("zero"):
+        return f"{engine} (--deepspeed configs/deepspeed/{engine}.json)"
+    return f"{engine} (engine.name=fsdp2 engine.config.replicate=N)" if engine == "hsdp" else f"engine.name={engine}"

@@ -82,7 +82,9 @@ class Request:
             raise UserError(f"--gpus {self.gpus} cannot be spread evenly over --nodes {self.nodes}.")
         if self.global_batch is not None:
             together = self.gpus * self.sequences
-            if self.global_batch < 1 or self.global_batch % together:
+            if self.global_batch < 1:
+                raise UserError(f"--global-batch is {self.global_batch}; it must be at least 1.")
+            if self.global_batch % together:
                 lower = self.global_batch // together * together
                 near = [value for value in (lower, lower + together) if value]
                 raise UserError(
@@ -142,4 +144,7 @@ def parse_bytes(option: str, text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
     if match is None or match[2].upper() not in _UNITS or not float(match[1]):
         raise UserError(f"{option} is '{text}'; write for example 80GB or 24GiB.")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size = int(float(match[1]) * _UNITS[match[2].upper()])
+    if size < 10**9:
+        raise UserError(f"{option} is '{text}', {size:,} bytes; write for example 80GB or 24GiB.")
+    return size

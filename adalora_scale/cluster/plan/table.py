@@ -72,6 +72,10 @@ def _engines(plan: Plan) -> list[str]:
 def _advice(plan: Plan) -> list[str]:
     row, room = plan.own_row, plan.request.hardware.gpu.memory
     lines = []
+    if (a_node := plan.request.gpus // plan.request.nodes) > 8:
+        lines.append(
+            f"note: --nodes {plan.request.nodes} puts {a_node} GPUs into a node, at the speed of links within it"
+        )
     if row.fits:
         lines.append(
             f"fits: {_gb(room - row.memory.device)} GB to spare; largest micro-batch {row.largest_micro_batch}"

@@ -95,8 +95,10 @@ def _request(arguments: argparse.Namespace) -> Request:
     if arguments.config:
         config = load_config(arguments.config, arguments.overrides)
         output_dir = output_dir or Path(config.training["output_dir"])
-        local = Path(config.model.model_name_or_path)
-        model_path = model_path or (local if local.is_dir() else None)
+        name = config.model.model_name_or_path
+        # A path must be there on every host; anything else may be the id of a hub's model.
+        is_path = name.startswith(("/", ".", "~")) or Path(name).is_dir()
+        model_path = model_path or (Path(name).expanduser() if is_path else None)
     return Request(
         model_path=model_path,
         output_dir=output_dir,
@@ -178,7 +180,7 @@ def _judge_local(outcome: Outcome, said: list[dict[str, Any]], request: Request)
             outcome.findings += judge_gpu(rank, names[rank], found["gpu"], limits)
     for option, key in (("--model-path", "disk read"), ("--output-dir", "disk write")):
         if not any(key in found for found in said):
-            text = f"no local folder is known; pass --config or {option}"
+            text = f"no local folder is known (a hub id is none); pass {option}"
             outcome.findings.append(Finding(check=key, where="all hosts", status="skipped", text=text))
 
 

@@ -76,7 +76,7 @@ def read_throughput(folder: Path) -> dict[str, Any]:
                 done += count
             return {"bytes": done, "seconds": time.perf_counter() - began, "file": str(largest)}
     except (OSError, ValueError) as error:
-        return {"error": getattr(error, "strerror", None) or "the folder holds no file"}
+        return {"error": f"{folder}: {getattr(error, 'strerror', None) or 'the folder holds no file'}"}
 
 
 def write_throughput(folder: Path) -> dict[str, Any]:
