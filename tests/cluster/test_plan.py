@@ -113,7 +113,7 @@ def test_what_never_fits_says_so(capsys, shape):
         (["--gpus", "2", "--gpu-memory", "lots"], "--gpu-memory is 'lots'; write for example 80GB"),
         (["--gpus", "3", "--global-batch", "16"], "3 GPUs x 1 sequences = 3; use 15 or 18"),
         (["--gpus", "2", "model.model_name_or_path=nobody/nothing"], "or one of meta-llama/Meta-Llama-3-70B"),
-        (["--gpus", "2", "--gpu-memory", "80"], "--gpu-memory is '80', 80 bytes; write for example 80GB"),
+        (["--gpus", "2", "--gpu-memory", "80"], "--gpu-memory is '80', 80 bytes; write for example 80GB."),
         (["--gpus", "2", "--global-batch", "0"], "--global-batch is 0; it must be at least 1."),
         (["--gpus", "2", "--efficiency", "0"], "--efficiency is 0; it must be a number above 0."),
         (["--gpus", "2", "--efficiency", "50"], "--efficiency is 50; it is a share, at most 1."),
@@ -133,10 +133,14 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, shape, arguments, message
 
 def test_a_global_batch_is_divided_over_the_gpus(capsys, shape):
     """Else a step is planned with the accumulation of another number of GPUs."""
-    code, out, _ = plan(capsys, shape, "--gpus", "4", "--json", "training.global_batch_size=64")
-    answer = json.loads(out)
-    assert code == 0
-    assert answer["sequences_per_micro_batch"] * answer["gradient_accumulation"] * 4 == 64
+    given = ["training.global_batch_size=64", "training.gradient_accumulation_steps=16"]
+    code, out, _ = plan(capsys, shape, "--gpus", "4", "--json", *given)  # 4 x 1 x 16
+    assert code == 0 and json.loads(out)["gradient_accumulation"] == 16
+    quickstart = str(ROOT / "configs" / "recipes" / "quickstart.yaml")
+    model = f"model.model_name_or_path={shape}"
+    assert main(["plan", "--config", quickstart, "--gpus", "2", "--json", model, "training.global_batch_size=512"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["sequences_per_micro_batch"] * answer["gradient_accumulation"] * 2 == 512
 
 
 def test_a_global_batch_fixed_in_deepspeeds_file_must_be_divided(capsys, shape, tmp_path):

@@ -41,6 +41,8 @@ def _request(arguments: argparse.Namespace) -> Request:
     gpu = find_gpu(arguments.gpu)
     if arguments.gpu_memory:
         gpu = replace(gpu, memory=parse_bytes("--gpu-memory", arguments.gpu_memory))
+        if gpu.memory < 10**6:
+            raise UserError(f"--gpu-memory is '{arguments.gpu_memory}', {gpu.memory} bytes; write for example 80GB.")
     stated: dict[str, float] = {}
     for option, name, unit in _GPU_FIGURES:
         if (value := getattr(arguments, option)) is not None:

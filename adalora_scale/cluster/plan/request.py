@@ -144,7 +144,4 @@ def parse_bytes(option: str, text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B?)\s*", text, re.IGNORECASE)
     if match is None or match[2].upper() not in _UNITS or not float(match[1]):
         raise UserError(f"{option} is '{text}'; write for example 80GB or 24GiB.")
-    size = int(float(match[1]) * _UNITS[match[2].upper()])
-    if size < 10**9:
-        raise UserError(f"{option} is '{text}', {size:,} bytes; write for example 80GB or 24GiB.")
-    return size
+    return int(float(match[1]) * _UNITS[match[2].upper()])
