@@ -9,29 +9,35 @@ from tests.distributed.launcher import run_ranks
 WORKER = Path(__file__).parent / "workers" / "guard_worker.py"
 
 
-@pytest.mark.parametrize(
-    ("case", "expected"),
-    [
-        ("config", "UserError: rank 1 has adalora.beta1 = 0.9, rank 0 has 0.85"),
-        ("base", "UserError: rank 1 has the base model's fingerprint"),
-        ("drift", "RanksDisagree: step 4: 'blocks.0.up.lora_B' on rank 1 differs from rank 0"),
-        ("unwrapped", "UserError: ranks have different gradients of the adapters: nobody reduces them"),
-        ("seeds", "UserError: 'blocks.0.up.lora_A' on rank 1 differs from rank 0 before the first step"),
-        ("replicas", "UserError: 'blocks.0.up.lora_A' on rank 1 differs from rank 0 before the first step"),
-        ("late", "Unsupported: 'blocks.0.up.lora_A' is a plain tensor in a sharded model"),
-        ("head", "Unsupported: 'head.weight' is trained but not sharded"),
-        ("fsdp1", "Unsupported: FullyShardedDataParallel (FSDP1) is not supported"),
-        ("then-sharded", "UserError: 'blocks.0.up.lora_A' is not the parameter it was at attach"),
-        ("then-initialized", "UserError: 'blocks.0.up.lora_A' is not the parameter it was at attach"),
-        ("moved", "UserError: 'blocks.0.up.lora_A' was given other memory after attach"),
-    ],
-)
-def test_ranks_that_disagree_are_told_what_and_where(case, expected, deepspeed_ops):
+CASES = {
+    "config": "UserError: rank 1 has adalora.beta1 = 0.9, rank 0 has 0.85",
+    "base": "UserError: rank 1 has the base model's fingerprint",
+    "drift": "RanksDisagree: step 4: 'blocks.0.up.lora_B' on rank 1 differs from rank 0",
+    "unwrapped": "UserError: ranks have different gradients of the adapters: nobody reduces them",
+    "seeds": "UserError: 'blocks.0.up.lora_A' on rank 1 differs from rank 0 before the first step",
+    "replicas": "UserError: 'blocks.0.up.lora_A' on rank 1 differs from rank 0 before the first step",
+    "late": "Unsupported: 'blocks.0.up.lora_A' is a plain tensor in a sharded model",
+    "head": "Unsupported: 'head.weight' is trained but not sharded",
+    "fsdp1": "Unsupported: FullyShardedDataParallel (FSDP1) is not supported",
+    "then-sharded": "UserError: 'blocks.0.up.lora_A' is not the parameter it was at attach",
+    "then-initialized": "UserError: 'blocks.0.up.lora_A' is not the parameter it was at attach",
+    "moved": "UserError: 'blocks.0.up.lora_A' was given other memory after attach",
+}
+
+
+@pytest.fixture(scope="module")
+def messages(deepspeed_ops):
+    """What every case ended with on either rank, in one start."""
+    ranks = run_ranks(WORKER, 2, [*CASES, "none"])
+    return {case: [rank[case] for rank in ranks] for case in (*CASES, "none")}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_that_disagree_are_told_what_and_where(messages, case):
     """A message without parameter, rank or step would leave the user searching a cluster."""
-    ranks = run_ranks(WORKER, 2, [case])
-    assert [rank["message"][: len(expected)] for rank in ranks] == [expected, expected]
+    assert [message[: len(CASES[case])] for message in messages[case]] == [CASES[case]] * 2
 
 
-def test_ranks_that_agree_pass():
+def test_ranks_that_agree_pass(messages):
     """A guard that always fires would be switched off."""
-    assert [rank["message"] for rank in run_ranks(WORKER, 2, ["none"])] == ["", ""]
+    assert messages["none"] == ["", ""]

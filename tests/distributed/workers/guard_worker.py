@@ -49,8 +49,8 @@ def wrapped(case, model, config):
             return torch.nn.parallel.DistributedDataParallel(model)
 
 
-def main(case):
-    dist.init_process_group("gloo")
+def message_of(case):
+    """Train a few steps as the case has it and return what it ended with."""
     rank = dist.get_rank()
     torch.manual_seed(rank if case == "base" else 0)
     model = Toy()
@@ -63,7 +63,6 @@ def main(case):
         deltaT=2,
         beta1=0.9 if case == "config" and rank else 0.85,
     )
-    message = ""
     try:
         runner = wrapped(case, model, config)
         optimizer = torch.optim.AdamW([p for p in runner.parameters() if p.requires_grad], lr=1e-2)
@@ -90,10 +89,12 @@ def main(case):
                 next(layer for layer in model.modules() if hasattr(layer, "lora_B")).lora_B.data[3, 1] += 1e-6
         allocator.check_consistency()
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-    report(message=message)
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+dist.init_process_group("gloo")
+for name in sys.argv[1:]:
+    report(**{name: message_of(name)})
     dist.barrier()
-    dist.destroy_process_group()
-
-
-main(sys.argv[1])
+dist.destroy_process_group()
