@@ -132,10 +132,9 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _config(arguments: argparse.Namespace) -> RunConfig:
-    overrides = list(arguments.overrides)
-    if getattr(arguments, "deepspeed", None):
-        overrides += ["engine.name=deepspeed", f"engine.config={arguments.deepspeed}"]
-    return load_config(arguments.config, overrides)
+    config = load_config(arguments.config, arguments.overrides)
+    file = getattr(arguments, "deepspeed", None)
+    return config.under_deepspeed(file) if file else config
 
 
 def _train(arguments: argparse.Namespace) -> int:

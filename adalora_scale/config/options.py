@@ -273,6 +273,10 @@ class RunConfig:
             "training.output_dir is missing; say where the run's files go, for example training.output_dir=runs/first.",
         )
 
+    def under_deepspeed(self, file: str) -> RunConfig:
+        """Return the run with `--deepspeed FILE`: engine.name=deepspeed engine.config=FILE."""
+        return dataclasses.replace(self, engine=EngineConfig(name="deepspeed", config=file))
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain dictionaries and lists, as written into run.json."""
         return dataclasses.asdict(self)

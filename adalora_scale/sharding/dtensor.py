@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -65,7 +65,7 @@ class DTensorSharding(DirectSharding):
         self._replicas = mesh.get_group(replicated[0]) if len(replicated) == 1 else None
         self._device = torch.device(mesh.device_type)
         self.extents = gathered_extents(self.spans, group)
-        _require_sharded(self._trained, optimizer)
+        self._require_sharded()
 
     def all_reduce(self, buffer: Tensor) -> None:
         """Sum over the ranks that hold other rows; the mean over those that hold the same."""
@@ -101,16 +101,15 @@ class DTensorSharding(DirectSharding):
             return [], None
         return [(span.tensor.name, span.weight) for span in self.spans], self._replicas
 
-
-def _require_sharded(trained: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
-    """Refuse a trained parameter that `fully_shard` did not cover: nobody would reduce its gradient over ranks."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in trained.items():
-        if id(parameter) in held and not isinstance(parameter, DTensor) and dist.get_world_size() > 1:
-            raise Unsupported(
-                f"'{name}' is trained but not sharded: nobody would reduce its gradient over ranks. Call fully_shard "
-                f"on the root module too, after its blocks."
-            )
+    def _require_sharded(self) -> None:
+        """Refuse a trained parameter that `fully_shard` did not cover: nobody would reduce its gradient over ranks."""
+        held = {id(parameter) for parameter in self._held()}
+        for name, parameter in self._trained.items():
+            if id(parameter) in held and not isinstance(parameter, DTensor) and dist.get_world_size() > 1:
+                raise Unsupported(
+                    f"'{name}' is trained but not sharded: nobody would reduce its gradient over ranks. Call "
+                    f"fully_shard on the root module too, after its blocks."
+                )
 
 
 def _checked(parameter: nn.Parameter, name: str) -> DTensor:

@@ -26,7 +26,7 @@ def require_equal(values: dict[str, Any]) -> None:
     Raises:
         UserError: another rank has another value; the message names the key, the rank and both values.
     """
-    if not _several_ranks():
+    if not several_ranks():
         return
     everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(everyone, values)
@@ -53,7 +53,7 @@ def require_same_tensors(
     Raises:
         RanksDisagree: a tensor differs; the message names it, the rank and the step.
     """
-    if not tensors or not _several_ranks() or dist.get_world_size(group) == 1:
+    if not tensors or not several_ranks() or dist.get_world_size(group) == 1:
         return
     own = torch.stack([_checksum(tensor) for _, tensor in tensors])
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
@@ -94,5 +94,6 @@ def _checksum(tensor: Tensor) -> Tensor:
     return (values * (2 * places + 1)).sum()
 
 
-def _several_ranks() -> bool:
+def several_ranks() -> bool:
+    """Return whether this process is one of several."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

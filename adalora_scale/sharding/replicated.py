@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.sharding.direct import DirectSharding
+from adalora_scale.sharding.guard import several_ranks
 from adalora_scale.sharding.span import Span, adapter_tensors, check_held, gathered_extents
 
 
@@ -55,7 +56,7 @@ class ReplicatedSharding(DirectSharding):
 
     def agree(self, squares: Tensor) -> None:
         """Take the mean over ranks; at the first step, see that every rank has the same gradients."""
-        if not _several_ranks():
+        if not several_ranks():
             return
         sums = torch.cat([squares, squares[:1].square()])
         dist.all_reduce(sums)
@@ -73,7 +74,7 @@ class ReplicatedSharding(DirectSharding):
 
     def broadcast(self, tensor: Tensor) -> None:
         """Take rank 0's tensor on every rank."""
-        if _several_ranks():
+        if several_ranks():
             dist.broadcast(tensor, src=0)
 
     @torch.no_grad()
@@ -89,7 +90,3 @@ class ReplicatedSharding(DirectSharding):
         others = [parameter for parameter in self._held() if id(parameter) not in own]
         named += [(f"trained parameter {number} beside the adapters", p.detach()) for number, p in enumerate(others)]
         return named, None
-
-
-def _several_ranks() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

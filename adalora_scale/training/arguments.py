@@ -46,11 +46,24 @@ _COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradien
 
 
 def check_training_section(config: RunConfig, world_size: int | None = None) -> dict[str, Any]:
-    """Return the section with values converted to their declared types.
+    """Return the section converted, with what global_batch_size means for every rank in its place.
 
     Args:
         config: the run's.
         world_size: ranks that global_batch_size is divided over; None: as many as the launcher started.
+
+    Raises:
+        UserError: as `convert_training_section`, or a global batch that the ranks do not divide.
+        Unsupported: as `refuse_unsupported`.
+    """
+    checked = convert_training_section(config)
+    sizes = batch_sizes(checked, int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size)
+    checked.pop("global_batch_size", None)
+    return checked | sizes
+
+
+def convert_training_section(config: RunConfig) -> dict[str, Any]:
+    """Return the section with values converted to their declared types.
 
     Raises:
         UserError: a key is unknown or belongs to another section, or a value has the wrong type.
@@ -69,8 +82,7 @@ def check_training_section(config: RunConfig, world_size: int | None = None) -> 
     for key in _COUNTS:
         if checked.get(key, 1) < 1:
             raise UserError(f"training.{key} is {checked[key]}; it must be at least 1.")
-    ranks = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
-    return checked | batch_sizes(checked, ranks)
+    return checked
 
 
 def training_arguments(config: RunConfig, engine: Engine) -> TrainingArguments:

@@ -305,3 +305,11 @@ def deepspeed_config(source: str | dict[str, Any] | None) -> dict[str, Any]:
         )
     # DeepSpeed's own defaults would replace the training section's values without a word.
     return dict.fromkeys(_FILLED, "auto") | tree
+
+
+def fixed_global_batch(engine: EngineConfig) -> int | None:
+    """Return the global batch that DeepSpeed's configuration fixes, if it does."""
+    if engine.config is None or engine.name not in ("deepspeed", "auto"):
+        return None
+    stated = deepspeed_config(engine.config).get("train_batch_size")
+    return stated if isinstance(stated, int) else None

@@ -45,15 +45,14 @@ cat >first/init <<'EOF'
 b=/bin/busybox
 $b mount -t proc proc /proc
 for module in $($b cat /modules/order); do $b insmod "/modules/$module"; done
-$b mkdir -p /lower /upper /out
+$b mkdir -p /lower /upper
 $b mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro files /lower
 $b mount -t tmpfs tmpfs /upper
 $b mkdir -p /upper/new /upper/scratch
 $b mount -t overlay -o lowerdir=/lower,upperdir=/upper/new,workdir=/upper/scratch overlay /system
-for kind in proc sysfs devtmpfs; do
-    case $kind in proc) at=proc ;; sysfs) at=sys ;; *) at=dev ;; esac
-    $b mount -t $kind $kind /system/$at
-done
+$b mount -t proc proc /system/proc
+$b mount -t sysfs sysfs /system/sys
+$b mount -t devtmpfs devtmpfs /system/dev
 $b mkdir -p /system/dev/shm /system/mnt
 for folder in dev/shm run; do $b mount -t tmpfs tmpfs /system/$folder; done
 $b mount -t 9p -o trans=virtio,version=9p2000.L out /system/mnt

@@ -10,7 +10,6 @@ import logging
 import os
 import shlex
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,9 +87,7 @@ def _load(train: list[str]) -> RunConfig:
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args(train)
     config = load_config(arguments.config, arguments.overrides)
-    if arguments.deepspeed:
-        config = replace(config, engine=replace(config.engine, name="deepspeed", config=arguments.deepspeed))
-    return config
+    return config.under_deepspeed(arguments.deepspeed) if arguments.deepspeed else config
 
 
 def _check_hosts(hosts: list[Host], endpoint: str | None, found: dict[str, object]) -> None:
@@ -119,27 +116,16 @@ def _world_sizes(arguments: argparse.Namespace, hosts: list[Host]) -> Iterator[i
 
 def _check_training(config: RunConfig, world_sizes: list[int]) -> None:
     """Check the training section's keys, and that the batch can be divided over every number of ranks."""
-    from adalora_scale.training.batch import batch_sizes
-
-    # First and fast: what a change of the cluster's size breaks.
-    sizes = {key: config.training[key] for key in _BATCH_KEYS if isinstance(config.training.get(key), int)}
-    for world_size in world_sizes:
-        batch_sizes(sizes, world_size)
-
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends an optional kernel at import
-    from adalora_scale.training.arguments import check_training_section
-    from adalora_scale.training.engines import deepspeed_config
+    from adalora_scale.training.arguments import convert_training_section
+    from adalora_scale.training.batch import batch_sizes
+    from adalora_scale.training.engines import fixed_global_batch
 
-    for world_size in world_sizes or [1]:
-        check_training_section(config, world_size)
-    if config.engine.name == "deepspeed":
-        stated = deepspeed_config(config.engine.config).get("train_batch_size")
-        for world_size in world_sizes:
-            if isinstance(stated, int) and stated % world_size:
-                raise UserError(
-                    f'DeepSpeed\'s train_batch_size={stated} cannot be divided over {world_size} ranks; write "auto" '
-                    f"there and set training.global_batch_size."
-                )
-
-
-_BATCH_KEYS = ("global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+    section, fixed = convert_training_section(config), fixed_global_batch(config.engine)
+    for world_size in world_sizes:
+        batch_sizes(section, world_size)
+        if fixed is not None and fixed % world_size:
+            raise UserError(
+                f'DeepSpeed\'s train_batch_size={fixed} cannot be divided over {world_size} ranks; write "auto" there '
+                f"and set training.global_batch_size."
+            )

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from adalora_scale.cluster.launching.text import read_lines
 from adalora_scale.errors import UserError
 
 _LINE = re.compile(r"(?P<name>[A-Za-z0-9_][A-Za-z0-9_.:-]*)(?:\s+slots\s*=\s*(?P<slots>\S+))?")
@@ -41,12 +42,7 @@ def read_hostfile(path: Path) -> list[Host]:
         UserError: it cannot be read, has no host, a line that is none, a host twice (by name or by address), a host
             without slots, or hosts with unequal slots.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"the hostfile {path} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"the hostfile {path} is not UTF-8 text; save it as UTF-8.") from None
+    lines = read_lines(path, "the hostfile")
     hosts: list[Host] = []
     for number, line in enumerate(lines, start=1):
         text = line.split("#")[0].strip()

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from adalora_scale.cluster.launching.text import read_lines
 from adalora_scale.errors import UserError
 
 _PATTERNS = set("AaJjNnstuxbr%")  # sbatch(1), "filename pattern"; digits may stand between
@@ -23,12 +24,7 @@ def check_sbatch(path: Path) -> None:
     Raises:
         UserError: naming the first line that SLURM would misread, and what to write.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"the job script {path} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"the job script {path} is not UTF-8 text; save it as UTF-8.") from None
+    lines = read_lines(path, "the job script")
     if not lines or not lines[0].startswith("#!"):
         raise UserError(f"{path} line 1: sbatch takes scripts that begin with #!, for example #!/usr/bin/env bash.")
     command = 0

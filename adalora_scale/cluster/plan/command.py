@@ -11,10 +11,10 @@ from typing import Any
 from adalora_scale.cluster.plan.planner import Plan, Planner
 from adalora_scale.cluster.plan.request import Gpu, Hardware, Request, find_gpu, parse_bytes
 from adalora_scale.cluster.plan.table import table
-from adalora_scale.config import RunConfig, load_config
+from adalora_scale.config import load_config
 from adalora_scale.errors import UserError
 from adalora_scale.training.arguments import check_training_section
-from adalora_scale.training.engines import deepspeed_config
+from adalora_scale.training.engines import fixed_global_batch
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,10 +33,8 @@ def _request(arguments: argparse.Namespace) -> Request:
     if arguments.deepspeed:
         if config.engine.config is not None:
             raise UserError("--deepspeed and engine.config both name a configuration; give one of them.")
-        config = replace(config, engine=replace(config.engine, name="deepspeed", config=arguments.deepspeed))
-    checked = check_training_section(config, max(arguments.gpus, 1))
-    checked.pop("global_batch_size", None)  # what it means for every rank is in the section now
-    config = replace(config, training=checked)
+        config = config.under_deepspeed(arguments.deepspeed)
+    config = replace(config, training=check_training_section(config, max(arguments.gpus, 1)))
     _check_figures(arguments)
     gpu = find_gpu(arguments.gpu)
     if arguments.gpu_memory:
@@ -57,21 +55,14 @@ def _request(arguments: argparse.Namespace) -> Request:
         nodes=arguments.nodes,
         hardware=hardware,
         micro_batch=arguments.micro_batch,
-        global_batch=_stated_batch(config) if arguments.global_batch is None else arguments.global_batch,
+        global_batch=fixed_global_batch(config.engine) if arguments.global_batch is None else arguments.global_batch,
         whole_logits=arguments.whole_logits,
     )
 
 
 def _check_figures(arguments: argparse.Namespace) -> None:
     """Refuse figures with which the sums would be nonsense."""
-    for option in (
-        "peak_tflops",
-        "memory_bandwidth",
-        "link_bandwidth",
-        "node_bandwidth",
-        "disk_bandwidth",
-        "efficiency",
-    ):
+    for option in (*(option for option, _, _ in _GPU_FIGURES), "node_bandwidth", "disk_bandwidth", "efficiency"):
         value = getattr(arguments, option)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{option.replace('_', '-')} is {value:g}; it must be a number above 0.")
@@ -84,14 +75,6 @@ _GPU_FIGURES = (
     ("memory_bandwidth", "memory_bandwidth", 1e9),
     ("link_bandwidth", "link_bandwidth", 1e9),
 )
-
-
-def _stated_batch(config: RunConfig) -> int | None:
-    """Return the global batch that DeepSpeed's configuration fixes, if it does."""
-    if config.engine.config is None or config.engine.name not in ("deepspeed", "auto"):
-        return None
-    stated = deepspeed_config(config.engine.config).get("train_batch_size")
-    return stated if isinstance(stated, int) else None
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:
