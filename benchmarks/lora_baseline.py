@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import set_seed
 from trl import SFTTrainer
 
 from adalora_scale.config import RunConfig, load_config
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace, config: RunConfig) -> int:
         target_modules=target,
         task_type="CAUSAL_LM",
     )
+    set_seed(inputs.arguments.seed)  # as training does; else LoRA's matrices are drawn anew in every run
     # PEFT knows no 4-bit layer but bitsandbytes' own: LoRA gets the same frozen weights, dequantised.
     model = get_peft_model(dequantize_model(load_model(config), torch.float32), lora)
     trainer = SFTTrainer(
