@@ -21,7 +21,7 @@ from adalora_scale.cluster.preflight.arguments import add_parser as add_prefligh
 from adalora_scale.config import RunConfig, load_config
 from adalora_scale.errors import Interrupted, Unsupported, UserError, run_reporting_errors
 from adalora_scale.export.command import add_verbs as add_export_verbs
-from adalora_scale.training.quantize import add_verb as add_quantize_verb
+from adalora_scale.placing.quantize import add_verb as add_quantize_verb
 
 _OVERRIDES = """
 overrides: any key of the config file as section.key=value, for example

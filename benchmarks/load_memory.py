@@ -39,12 +39,13 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from adalora_scale.config import AdaLoraConfig, DataConfig, EngineConfig, ModelConfig, RunConfig
+from adalora_scale.engines.place import resolve_engine, whole_weights, zero3_options
 from adalora_scale.errors import UserError, run_reporting_errors
+from adalora_scale.placing import model as placing
+from adalora_scale.placing import streaming
 from adalora_scale.quantization.checkpoint import INDEX_NAME
 from adalora_scale.quantization.functional import bitsandbytes
-from adalora_scale.training import loading, placing
 from adalora_scale.training.arguments import training_arguments
-from adalora_scale.training.engines import resolve_engine, whole_weights, zero3_options
 from adalora_scale.training.records import hardware, versions, write_json
 from adalora_scale.verify.memory import storage_bytes
 
@@ -231,17 +232,17 @@ def _rank(job: SimpleNamespace) -> int:
     if job.four_bit:
         bitsandbytes()
     dist.all_reduce(torch.ones(1))
-    begun: list[loading.Loading] = []
-    begin, advance, partition = loading.begin, loading.progress._advance, placing.partition_zero3
+    begun: list[streaming.Loading] = []
+    begin, advance, partition = streaming.begin, streaming.progress._advance, placing.partition_zero3
     started, baseline = time.perf_counter(), _status("VmRSS")
     meter = PeakMeter()
 
-    def noted_begin(*given: Any, **options: Any) -> loading.Loading:
+    def noted_begin(*given: Any, **options: Any) -> streaming.Loading:
         begun.append(begin(*given, **options))
         meter.mark("reading headers")
         return begun[-1]
 
-    def noted_advance(self: loading.progress, slot: Any) -> None:
+    def noted_advance(self: streaming.progress, slot: Any) -> None:
         advance(self, slot)
         meter.mark(slot.name)
 
@@ -251,8 +252,8 @@ def _rank(job: SimpleNamespace) -> int:
         meter.mark(f"partitioning {sum(p.ds_numel for p in parameters):,} elements")  # type: ignore[attr-defined]
 
     with (
-        mock.patch.object(loading, "begin", noted_begin),
-        mock.patch.object(loading.progress, "_advance", noted_advance),
+        mock.patch.object(streaming, "begin", noted_begin),
+        mock.patch.object(streaming.progress, "_advance", noted_advance),
         mock.patch.object(placing, "partition_zero3", noted_partition),
         whole_weights(),
     ):

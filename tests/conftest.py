@@ -6,6 +6,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.toy import Toy
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -68,3 +71,15 @@ def _existing(path: Path) -> Path:
     if not path.exists():
         pytest.skip(f"needs {path}, which is not here")
     return path
+
+
+@pytest.fixture
+def toy():
+    torch.manual_seed(0)
+    return Toy()
+
+
+@pytest.fixture
+def batches():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 32, (8, 12), generator=generator) for _ in range(60)]

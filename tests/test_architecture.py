@@ -16,27 +16,34 @@ MAX_LINES = 400
 # A room imports rooms of lower layers, and of its own layer as long as no circle arises.
 # The package's own __init__ (its public names) stands beside the command line, above everything.
 LAYERS = {
-    "": 4,
-    "cli": 4,
-    "training": 3,
-    "checkpoint": 3,
-    "export": 3,
-    "cluster": 3,
-    "report": 3,
-    "verify": 3,
-    "controller": 2,
-    "sharding": 1,
+    "": 8,
+    "cli": 8,
+    "cluster": 7,
+    "verify": 7,
+    "training": 6,
+    "placing": 5,
+    "checkpoint": 4,
+    "export": 4,
+    "controller": 3,
+    "engines": 2,
+    "tasks": 2,
     "adalora": 1,
+    "data": 1,
     "quantization": 0,
     "config": 0,
     "errors": 0,
 }
-LEAVES = {"quantization": {"config", "errors"}, "config": {"errors"}, "errors": set()}  # what else they may import
-DEEPSPEED_HOMES = ("sharding/zero.py", "training/", "verify/")
+LEAVES = {  # what else they may import
+    "data": {"config", "errors"},
+    "quantization": {"config", "errors"},
+    "config": {"errors"},
+    "errors": set(),
+}
+DEEPSPEED_HOMES = ("engines/zero", "engines/place.py", "verify/")
 
 
 def room_of(path: str) -> str:
-    """`sharding/zero.py` → `sharding`, `config.py` → `config`, `__init__.py` → the package itself."""
+    """`engines/zero.py` → `engines`, `config.py` → `config`, `__init__.py` → the package itself."""
     first = path.split("/")[0].removesuffix(".py")
     return "" if first == "__init__" else first
 
@@ -151,7 +158,7 @@ def test_no_file_is_too_long_to_read():
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("adalora/layer.py", "from adalora_scale.sharding.zero import Span\nfrom adalora_scale.controller import x"),
+        ("adalora/layer.py", "from adalora_scale.engines.zero import Span\nfrom adalora_scale.controller import x"),
         ("adalora/layer.py", "from adalora_scale.training import run"),
         ("adalora/layer.py", "def f():\n    from adalora_scale import controller"),
         ("adalora/layer.py", "from ..controller import RankAllocator"),
@@ -160,14 +167,15 @@ def test_no_file_is_too_long_to_read():
         ("adalora/layer.py", "from torch import distributed"),
         ("adalora/layer.py", "from torch.distributed.tensor import DTensor"),
         ("adalora/layer.py", "import torch\ntorch.distributed.get_rank()"),
-        ("sharding/zero.py", "import deepspeed"),
-        ("sharding/zero.py", "class A:\n    from deepspeed import zero"),
-        ("sharding/dtensor.py", "def f():\n    import deepspeed"),
-        ("sharding/dtensor.py", "import adalora_scale.controller"),
-        ("sharding/dtensor.py", "import adalora_scale"),
+        ("engines/zero.py", "import deepspeed"),
+        ("engines/zero.py", "class A:\n    from deepspeed import zero"),
+        ("engines/fsdp2.py", "def f():\n    import deepspeed"),
+        ("engines/fsdp2.py", "import adalora_scale.controller"),
+        ("engines/fsdp2.py", "import adalora_scale"),
         ("controller.py", "import adalora_scale.training.run"),
         ("controller.py", "def f():\n    from deepspeed.runtime import engine"),
         ("training/run.py", "from adalora_scale.cli import main"),
+        ("training/run.py", "def f():\n    import deepspeed"),
         ("training/run.py", "try:\n    import deepspeed\nexcept ImportError:\n    pass"),
         ("config.py", "from adalora_scale.adalora import schedule"),
         ("config.py", "from adalora_scale import quantization"),
@@ -185,13 +193,13 @@ def test_the_checker_sees_a_forbidden_import(path, source):
     ("path", "source"),
     [
         ("__init__.py", "from adalora_scale.training.run import train"),
-        ("cli.py", "from adalora_scale import cluster, report"),
-        ("training/run.py", "def f():\n    import deepspeed"),
-        ("training/run.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import deepspeed"),
+        ("cli.py", "from adalora_scale import cluster, verify"),
+        ("engines/place.py", "def f():\n    import deepspeed"),
+        ("engines/place.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import deepspeed"),
         ("training/run.py", "from adalora_scale.export import peft\nfrom adalora_scale import errors, __version__"),
-        ("sharding/zero.py", "async def f():\n    from deepspeed.utils import groups"),
-        ("sharding/zero.py", "import torch.distributed\nfrom ..adalora.layer import FACTORS\nfrom . import span"),
-        ("controller.py", "from adalora_scale import sharding\nfrom .adalora import layer"),
+        ("engines/zero.py", "async def f():\n    from deepspeed.utils import groups"),
+        ("engines/zero.py", "import torch.distributed\nfrom ..adalora.layer import FACTORS\nfrom . import span"),
+        ("controller.py", "from adalora_scale import engines\nfrom .adalora import layer"),
         ("adalora/layer.py", "import torch\nfrom torch import nn\nfrom adalora_scale.errors import UserError"),
         ("config.py", "from adalora_scale.errors import UserError"),
         ("quantization/linear.py", "from adalora_scale.errors import UserError\nimport torch.distributed"),
@@ -204,7 +212,7 @@ def test_the_checker_lets_an_allowed_import_pass(path, source):
 
 def test_the_checker_sees_a_circle_and_an_assert():
     """Else these two rules are kept only by luck."""
-    export, report = "from adalora_scale import report", "from adalora_scale.export import peft"
-    assert set(circle([("export/peft.py", export), ("report/html.py", report)])) == {"export", "report"}
+    export, checkpoint = "from adalora_scale import checkpoint", "from adalora_scale.export import peft"
+    assert set(circle([("export/peft.py", export), ("checkpoint/html.py", checkpoint)])) == {"export", "checkpoint"}
     assert circle([("export/peft.py", export)]) == []
     assert bare_asserts("def f(x):\n    assert x", "launch/train.py") == ["launch/train.py:2: assert"]

@@ -8,10 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from adalora_scale.adalora.injection import adapter_layers, coverage, inject_adalora
 from adalora_scale.config import load_config
+from adalora_scale.data.chat_templates import builtin_chat_templates
 from adalora_scale.errors import UserError
+from adalora_scale.placing.model import adalora_config_for
 from adalora_scale.training.arguments import check_training_section
-from adalora_scale.training.chat_templates import builtin_chat_templates
-from adalora_scale.training.placing import adalora_config_for
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))

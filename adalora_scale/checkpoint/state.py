@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from adalora_scale.checkpoint.format import Checkpoint, CheckpointError, Group
 from adalora_scale.controller import RankAllocator
-from adalora_scale.sharding import Piece, PieceState, Sharding, adapter_tensors, trained_parameters, whole_shape
+from adalora_scale.engines import Piece, PieceState, Sharding, adapter_tensors, trained_parameters, whole_shape
 
 ADAPTER, OTHER = "adapter", "other"
 _IMPORTANCE = ("sensitivity", "uncertainty")

@@ -22,6 +22,7 @@ from torch import Tensor
 from adalora_scale.checkpoint import format as files
 from adalora_scale.checkpoint.format import CheckpointError
 from adalora_scale.checkpoint.state import Gathered, merged_scalars
+from adalora_scale.engines.ranks import rank_and_size
 from adalora_scale.errors import UserError
 
 _SETTLES_S = 20.0
@@ -170,13 +171,6 @@ def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
     spare = [path for path in found if path not in protected]
     for path in spare[max(limit - len(protected), 0) :]:
         files.remove(path)
-
-
-def rank_and_size() -> tuple[int, int]:
-    """Return this process's rank and the number of ranks; (0, 1) without a process group."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 def _must_see(path: Path) -> None:

@@ -29,6 +29,7 @@ from adalora_scale.adalora.injection import (
 )
 from adalora_scale.adalora.layer import AdaLoraLayer, linear_features
 from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
+from adalora_scale.engines.full import full_parameter
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import (
     CONFIG_NAME,
@@ -43,7 +44,6 @@ from adalora_scale.export.adapter_file import (
 from adalora_scale.export.adapter_file import PREFIX as _PREFIX
 from adalora_scale.export.dequantise import quantised_base
 from adalora_scale.export.tensor_files import save_file
-from adalora_scale.sharding.full import full_parameter
 
 _FACTORS = ("lora_A", "lora_E", "lora_B")
 _CAUSAL_LMS = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())

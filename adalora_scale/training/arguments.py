@@ -13,9 +13,9 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from adalora_scale.config import AdaLoraConfig, RunConfig, check_value
+from adalora_scale.engines.place import Engine, join_deepspeed_on_cpu, join_on_cpu, refuse_mismatches
 from adalora_scale.errors import Unsupported, UserError, nearest
 from adalora_scale.training.batch import batch_sizes
-from adalora_scale.training.engines import Engine, join_deepspeed_on_cpu, join_on_cpu, refuse_mismatches
 
 OWN_KEYS = {
     "overwrite_output_dir": bool,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -13,13 +14,21 @@ from adalora_scale.training.arguments import check_training_section, computes_in
 from adalora_scale.training.checkpointing import compact_for
 
 
-def fit_ranks(
-    model: nn.Module, config: RunConfig, arguments: TrainingArguments, engine: str, checkpoint: Checkpoint | None
-) -> None:
-    """Build a freshly injected model's adapters at a checkpoint's pruned ranks, where the config wants it."""
-    if checkpoint is not None:
+def rank_fitter(
+    config: RunConfig, arguments: TrainingArguments, engine: str, checkpoint: Checkpoint | None
+) -> Callable[[nn.Module], None] | None:
+    """Return what builds a freshly injected model's adapters at a checkpoint's pruned ranks, where the config wants it.
+
+    None for a new run.
+    """
+    if checkpoint is None:
+        return None
+
+    def fit(model: nn.Module) -> None:
         asked = check_training_section(config).get("resume_compact")
         compact_for(checkpoint, model, asked=asked, exact=continues_exactly(checkpoint, arguments, engine))
+
+    return fit
 
 
 def continues_exactly(checkpoint: Checkpoint, arguments: TrainingArguments, engine: str) -> bool:

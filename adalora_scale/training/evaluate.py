@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from adalora_scale.config import RunConfig
+from adalora_scale.data.rows import load_raw
 from adalora_scale.errors import UserError
 from adalora_scale.export.peft_adalora import load_adapter
-from adalora_scale.training.data import load_raw
+from adalora_scale.placing.model import load_model
 from adalora_scale.training.metrics import ExactMatch, exact_match
-from adalora_scale.training.placing import load_model
 from adalora_scale.training.run import check_model_path, load_tokenizer
 
 

@@ -24,25 +24,26 @@ from transformers import (
 
 from adalora_scale.adalora.injection import coverage
 from adalora_scale.config import RunConfig
+from adalora_scale.data.chat_templates import resolve_chat_template
+from adalora_scale.data.rows import RawData, load_raw
+from adalora_scale.data.tokenization import Prepared, prepare_causal_lm, prepare_classification
+from adalora_scale.engines.place import Engine, resolve_engine, whole_weights, zero3_options
 from adalora_scale.errors import UserError
 from adalora_scale.export.continual import check_start
-from adalora_scale.training import loading
+from adalora_scale.placing import streaming
+from adalora_scale.placing.model import place_model
 from adalora_scale.training.arguments import (
     check_training_section,
+    computes_in_bf16,
     require_evaluation_at_budget,
     total_steps,
     training_arguments,
 )
-from adalora_scale.training.chat_templates import resolve_chat_template
 from adalora_scale.training.checkpointing import check_asked_checkpoint, choose_checkpoint
 from adalora_scale.training.console import use_console
-from adalora_scale.training.continuing import run_identity
-from adalora_scale.training.data import RawData, load_raw
-from adalora_scale.training.engines import Engine, resolve_engine, whole_weights, zero3_options
+from adalora_scale.training.continuing import rank_fitter, run_identity
 from adalora_scale.training.metrics import accuracy
-from adalora_scale.training.placing import place_model
 from adalora_scale.training.records import hardware, peak_memory_by_rank, versions, write_json
-from adalora_scale.training.tokenization import Prepared, prepare_causal_lm, prepare_classification
 from adalora_scale.training.trainers import AdaLoraSFTTrainer, AdaLoraTrainer
 
 RUN_NAME = "run.json"
@@ -90,7 +91,7 @@ def prepare(config: RunConfig) -> Inputs:
     if config.model.adapter_path:
         check_start(config.model.adapter_path, config.adalora)
     if config.model.load_in_4bit:
-        loading.quant_spec(config.model)
+        streaming.quant_spec(config.model)
     seed = training.get("seed", 42)
     raw = load_raw(config.data, task=config.task, seed=seed)
     arguments = training_arguments(config, engine)
@@ -128,12 +129,13 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
             arguments,
             label_names=inputs.raw.label_names,
             zero3=zero3,
-            checkpoint=checkpoint,
+            bf16=computes_in_bf16(training),
+            fit_ranks=rank_fitter(config, arguments, inputs.engine.name, checkpoint),
         )
     if arguments.process_index == 0:
         print(coverage(model), flush=True)
-        if loading.is_streamed(config.model):
-            print(loading.describe(model), flush=True)
+        if streaming.is_streamed(config.model):
+            print(streaming.describe(model), flush=True)
     if config.task == "causal_lm":
         trainer: AdaLoraSFTTrainer | AdaLoraTrainer = AdaLoraSFTTrainer(
             model,

@@ -19,13 +19,13 @@ from trl import SFTTrainer
 from adalora_scale.adalora.injection import adapter_layers, inject_adalora
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
+from adalora_scale.data.packing import check_packing_isolated
+from adalora_scale.engines.place import check_engine, is_sharded, real_engine, refuse_mismatches
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter, saved_values, unwrapped
 from adalora_scale.training.arguments import require_evaluation_at_budget
 from adalora_scale.training.callback import AdaLoraCallback
 from adalora_scale.training.checkpointing import RunCheckpoints, choose_checkpoint
-from adalora_scale.training.engines import check_engine, is_sharded, real_engine, refuse_mismatches
-from adalora_scale.training.packing import check_packing_isolated
 
 # The mixin stands in front of a Trainer; telling the type checker so keeps the seams below checked.
 if TYPE_CHECKING:

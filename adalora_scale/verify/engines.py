@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adalora_scale.controller import RankAllocator
-from adalora_scale.sharding.full import full_parameter
+from adalora_scale.engines.full import full_parameter
 from adalora_scale.verify.problem import ACCUMULATION, Problem, adapter_weights, token_loss
 
 ENGINES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3", "zero3-offload")

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 
 WORKER = Path(__file__).with_name("worker.py")
 CLOSED = Failure(type="RuntimeError", message="Connection closed by peer [10.0.0.2]:1", place="x.py:1", from_peers=True)
-OWN = Failure(type="ValueError", message="no such token", place="adalora_scale/training/data.py:7", from_peers=False)
+OWN = Failure(type="ValueError", message="no such token", place="adalora_scale/data/rows.py:7", from_peers=False)
 
 
 def ranks(behaviour, folder, world_size=2, timeout=120):

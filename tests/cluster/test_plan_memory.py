@@ -19,7 +19,7 @@ from adalora_scale.cluster.plan.request import Hardware, Request
 from adalora_scale.cluster.plan.trace import trace_step
 from adalora_scale.cluster.plan.weights import fsdp2_weights, pretended_ranks, row_weights
 from adalora_scale.config import Fsdp2Config, load_config
-from adalora_scale.training.engines import shard_fsdp2
+from adalora_scale.engines.place import shard_fsdp2
 from tests.conftest import ROOT
 from tests.distributed.launcher import build_deepspeed_ops, run_ranks
 

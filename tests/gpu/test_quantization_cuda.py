@@ -14,11 +14,11 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from adalora_scale.config import AdaLoraConfig, DataConfig, Fsdp2Config, ModelConfig, RunConfig
+from adalora_scale.engines.place import shard_fsdp2
+from adalora_scale.placing import streaming
 from adalora_scale.quantization import functional
 from adalora_scale.quantization.linear import Linear4bit
 from adalora_scale.quantization.spec import QuantSpec
-from adalora_scale.training import loading
-from adalora_scale.training.engines import shard_fsdp2
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -192,7 +192,7 @@ def test_a_base_streams_straight_to_the_card(checkpoint):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    model = loading.load_whole(loading.begin(run_config(folder, load_in_4bit=True), device=DEVICE))
+    model = streaming.load_whole(streaming.begin(run_config(folder, load_in_4bit=True), device=DEVICE))
     held = [*model.parameters(), *model.buffers()]
     assert all(tensor.device.type == DEVICE.type for tensor in held)
     if DEVICE.type == "cuda":
@@ -217,13 +217,13 @@ def test_a_sharded_load_gives_the_tensors_of_a_whole_one(one_rank, checkpoint, l
     models = []
     for sharded in (False, True):
         torch.manual_seed(1)
-        started = loading.begin(config, device=DEVICE)
-        loading.inject(started, config.adalora)
+        started = streaming.begin(config, device=DEVICE)
+        streaming.inject(started, config.adalora)
         if not sharded:
-            models.append(loading.load_whole(started))
+            models.append(streaming.load_whole(started))
             continue
         models.append(
-            loading.load_sharded(
+            streaming.load_sharded(
                 started, lambda model: shard_fsdp2(model, Fsdp2Config(), device_type=DEVICE.type, bf16=False), DEVICE
             )
         )

@@ -24,11 +24,11 @@ from adalora_scale.adalora.injection import inject_adalora
 from adalora_scale.cli import main
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.placing import streaming
+from adalora_scale.placing.model import load_model
 from adalora_scale.quantization.checkpoint import INDEX_NAME, SINGLE_NAME
 from adalora_scale.quantization.linear import Linear4bit, quantize_model
 from adalora_scale.quantization.spec import QuantSpec
-from adalora_scale.training import loading
-from adalora_scale.training.placing import load_model
 
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 IDS = torch.arange(3, 40).unsqueeze(0)
@@ -133,10 +133,10 @@ def test_classifier_on_a_language_model_gets_a_new_head(stories260k, run_config)
     """The head is drawn, not missing; what belongs to the other task is named, not refused."""
     config = run_config(stories260k, task="sequence_classification", load_in_4bit=True)
     torch.manual_seed(3)
-    started = loading.begin(
+    started = streaming.begin(
         config, device=torch.device("cpu"), label_names=["a", "b", "c"], new_heads=lambda model: ["score"]
     )
-    model = loading.load_whole(started)
+    model = streaming.load_whole(started)
     assert model.score.weight.shape == (3, 64) and 0.001 < model.score.weight.std() < 0.1
     assert isinstance(model.model.layers[0].mlp.up_proj, Linear4bit) and not isinstance(model.score, Linear4bit)
     torch.manual_seed(3)
@@ -150,16 +150,16 @@ def test_adapters_and_fingerprint_do_not_depend_on_the_loader(stories260k, run_c
     torch.manual_seed(0)
     plain = inject_adalora(AutoModelForCausalLM.from_pretrained(stories260k, dtype=torch.float32), config)
     torch.manual_seed(0)
-    started = loading.begin(run_config(stories260k), device=torch.device("cpu"))
-    loading.inject(started, config)
-    streamed = loading.load_whole(started)
+    started = streaming.begin(run_config(stories260k), device=torch.device("cpu"))
+    streaming.inject(started, config)
+    streamed = streaming.load_whole(started)
     assert streamed.adalora_base_fingerprint == plain.adalora_base_fingerprint
     expected = dict(plain.named_parameters())
     for name, parameter in streamed.named_parameters():
         assert torch.equal(parameter, expected.pop(name)), name
     assert not expected
-    in_4bit = loading.begin(run_config(stories260k, load_in_4bit=True), device=torch.device("cpu"))
-    assert loading.inject(in_4bit, config).adalora_base_fingerprint != plain.adalora_base_fingerprint
+    in_4bit = streaming.begin(run_config(stories260k, load_in_4bit=True), device=torch.device("cpu"))
+    assert streaming.inject(in_4bit, config).adalora_base_fingerprint != plain.adalora_base_fingerprint
 
 
 def test_the_share_counts_experts_that_stay_as_they_are():
@@ -170,7 +170,7 @@ def test_the_share_counts_experts_that_stay_as_they_are():
     )  # fmt: skip
     model = quantize_model(MixtralForCausalLM(config), QuantSpec())
     attention, experts, head = 2 * 64 * 64 + 2 * 64 * 32, 2 * 3 * 64 * 64, 64 * 64
-    described = loading.describe(model)
+    described = streaming.describe(model)
     assert f"{attention / (attention + experts + head):.1%} of the linear weights quantised" in described
     assert "model.layers.0.mlp.experts.gate_up_proj" in described
 
@@ -182,8 +182,8 @@ def test_weights_that_differ_are_not_tied(tmp_path, run_config):
     LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False)).save_pretrained(tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
-    started = loading.begin(run_config(tmp_path / "model"), device=torch.device("cpu"))
-    ours = loading.load_whole(started)
+    started = streaming.begin(run_config(tmp_path / "model"), device=torch.device("cpu"))
+    ours = streaming.load_whole(started)
     assert torch.equal(logits(ours), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "model")))
 
 
@@ -214,7 +214,7 @@ def test_modules_trained_in_full_stay_in_16_bits(stories260k, run_config):
     adalora = AdaLoraConfig(init_r=4, target_r=2, modules_to_save=["layers.0.mlp"])
     config = dataclasses.replace(run_config(stories260k, load_in_4bit=True), adalora=adalora)
     started = begin(config)
-    model = loading.inject(started, adalora)
+    model = streaming.inject(started, adalora)
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
     with pytest.raises(UserError, match=r"modules_to_save: 'model\.layers\.1\.mlp' is in 4 bits"):
         inject_adalora(begin(run_config(stories260k, load_in_4bit=True)).model,
@@ -225,7 +225,7 @@ def test_modules_trained_in_full_stay_in_16_bits(stories260k, run_config):
 
 
 def begin(config):
-    return loading.begin(config, device=torch.device("cpu"))
+    return streaming.begin(config, device=torch.device("cpu"))
 
 
 def edit(folder, change):

@@ -7,10 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adalora_scale.config import AdaLoraConfig, DataConfig, ModelConfig, RunConfig
+from adalora_scale.placing import streaming
 from adalora_scale.quantization import fill, functional
 from adalora_scale.quantization.linear import Linear4bit
 from adalora_scale.quantization.memory import block_pieces, give_back_freed, row_pieces
-from adalora_scale.training import loading
 
 
 @pytest.mark.parametrize("piece", [1, 64, 1000, 10**9])
@@ -63,8 +63,8 @@ def test_small_pieces_load_the_same_bytes_and_read_each_once(folder, monkeypatch
     for piece in (10**9, 500):
         monkeypatch.setattr(fill, "PIECE", piece)
         monkeypatch.setattr(fill, "CPU_PIECE", piece)
-        started = loading.begin(config, device=torch.device("cpu"))
-        models.append(loading.load_whole(started))
+        started = streaming.begin(config, device=torch.device("cpu"))
+        models.append(streaming.load_whole(started))
         read.append(started.plan.checkpoint.bytes_read)
     names = [dict(itertools.chain(model.named_parameters(), model.named_buffers())) for model in models]
     assert names[0].keys() == names[1].keys()

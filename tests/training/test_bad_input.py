@@ -16,7 +16,7 @@ import transformers
 import yaml
 
 from adalora_scale.cli import main, train_main
-from adalora_scale.training import placing
+from adalora_scale.placing import model as placing
 from tests.conftest import ROOT
 from tests.distributed.launcher import RankFailure, run_ranks
 

@@ -24,7 +24,7 @@ from adalora_scale.cluster.plan.weights import (
     zero_weights,
 )
 from adalora_scale.config import Fsdp2Config
-from adalora_scale.training.engines import transformer_blocks
+from adalora_scale.engines.place import transformer_blocks
 
 Moment = Literal["always", "pass", "forward", "loss", "backward", "step", "host"]
 MOMENTS: tuple[Moment, ...] = ("forward", "loss", "backward", "step")

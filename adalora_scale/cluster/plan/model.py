@@ -15,11 +15,11 @@ from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.cluster.plan.request import Request
 from adalora_scale.cluster.plan.shapes import model_config
 from adalora_scale.config import RunConfig
+from adalora_scale.engines.place import transformer_blocks
 from adalora_scale.errors import Unsupported
+from adalora_scale.placing.model import adalora_config_for
+from adalora_scale.placing.streaming import build_on_meta, quant_spec
 from adalora_scale.quantization.linear import Linear4bit, quantization_targets, replace_linears
-from adalora_scale.training.engines import transformer_blocks
-from adalora_scale.training.loading import build_on_meta, quant_spec
-from adalora_scale.training.placing import adalora_config_for
 
 KINDS = (
     "4-bit weights",

@@ -16,9 +16,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from adalora_scale.cluster.plan.model import KINDS, Piece, build, pieces
 from adalora_scale.cluster.plan.request import Request
 from adalora_scale.config import Fsdp2Config, fsdp2_config_from_dict
+from adalora_scale.engines.place import deepspeed_config, shard_fsdp2
 from adalora_scale.errors import UserError
 from adalora_scale.quantization.linear import Linear4bit
-from adalora_scale.training.engines import deepspeed_config, shard_fsdp2
 
 EngineName = Literal["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"]
 ENGINES: tuple[EngineName, ...] = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from adalora_scale.checkpoint.finding import find_checkpoint
 from adalora_scale.checkpoint.state import allocator_position, gather, scatter
 from adalora_scale.checkpoint.writing import write_checkpoint
-from adalora_scale.sharding.full import full_parameter
+from adalora_scale.engines.full import full_parameter
 from adalora_scale.verify.engines import running
 from adalora_scale.verify.problem import Problem, adapter_weights, token_loss
 

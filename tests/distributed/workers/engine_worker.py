@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from adalora_scale.adalora.injection import adapter_layers, inject_adalora
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
-from adalora_scale.sharding.full import full_parameter
+from adalora_scale.engines.full import full_parameter
 from tests.distributed.launcher import report
 
 STEPS, GLOBAL_BATCH, LENGTH, LR = 60, 24, 24, 5e-3

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 
 from adalora_scale.controller import RankAllocator
-from adalora_scale.sharding.dtensor import DTensorSharding
-from adalora_scale.sharding.rows import FactorRows
-from adalora_scale.sharding.step_sums import StepReduction
-from adalora_scale.sharding.zero import ZeroSharding
+from adalora_scale.controller.rows import FactorRows
+from adalora_scale.controller.step_sums import StepReduction
+from adalora_scale.engines.fsdp2 import DTensorSharding
+from adalora_scale.engines.zero import ZeroSharding
 from adalora_scale.verify.engines import train
 from adalora_scale.verify.matrix import expected_outcomes, judge, why_not
 from adalora_scale.verify.problem import Problem

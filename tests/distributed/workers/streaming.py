@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from adalora_scale.config import AdaLoraConfig, DataConfig, Fsdp2Config, ModelConfig, RunConfig
+from adalora_scale.engines.place import partition_zero3, shard_fsdp2, transformer_blocks
+from adalora_scale.placing import streaming
 from adalora_scale.quantization.linear import Linear4bit
-from adalora_scale.training import loading
-from adalora_scale.training.engines import partition_zero3, shard_fsdp2, transformer_blocks
 from tests.distributed.launcher import report
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def whole(parameter):
     if isinstance(parameter, DTensor):
         return parameter.full_tensor()
     if hasattr(parameter, "ds_id"):
-        from adalora_scale.sharding.zero import gathered_parameter
+        from adalora_scale.engines.zero import gathered_parameter
 
         return gathered_parameter(parameter)
     return parameter
@@ -41,18 +41,18 @@ def load(engine, path, bits):
     model = ModelConfig(model_name_or_path=path, load_in_4bit=bits == "4", bnb_4bit_compute_dtype="float32")
     config = RunConfig(model=model, data=DataConfig(train="unused"), training={"output_dir": "unused"})
     torch.manual_seed(1)
-    started = loading.begin(config, device=CPU)
-    loading.inject(started, AdaLoraConfig(init_r=4, target_r=2))
+    started = streaming.begin(config, device=CPU)
+    streaming.inject(started, AdaLoraConfig(init_r=4, target_r=2))
     before = started.plan.checkpoint.bytes_read  # the fingerprint's few rows
     if engine == "zero3":
         options = {"zero_optimization": {"stage": 3}}
         blocks = transformer_blocks(started.model)
-        loaded = loading.load_partitioned(started, blocks, lambda own: partition_zero3(own, options), None)
+        loaded = streaming.load_partitioned(started, blocks, lambda own: partition_zero3(own, options), None)
     elif engine == "whole":
-        loaded = loading.load_whole(started)
+        loaded = streaming.load_whole(started)
     else:
         options = Fsdp2Config(replicate=2 if engine == "hsdp" else 1)
-        loaded = loading.load_sharded(started, lambda m: shard_fsdp2(m, options, device_type="cpu", bf16=False), CPU)
+        loaded = streaming.load_sharded(started, lambda m: shard_fsdp2(m, options, device_type="cpu", bf16=False), CPU)
     return loaded, started.plan.checkpoint.bytes_read - before
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from adalora_scale.engines.pieces import Piece, PieceState, direct_pieces, local, restore_direct, trained_parameters
+from adalora_scale.engines.span import Extent, Span, adapter_tensors
 from adalora_scale.errors import UserError
-from adalora_scale.sharding.pieces import Piece, PieceState, direct_pieces, local, restore_direct, trained_parameters
-from adalora_scale.sharding.span import Extent, Span, adapter_tensors
 
 
 class DirectSharding:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from adalora_scale.engines.ranks import several_ranks
 from adalora_scale.errors import UserError
 
 
@@ -92,8 +93,3 @@ def _checksum(tensor: Tensor) -> Tensor:
     values = tensor.detach().reshape(-1).contiguous().view(bits).to(torch.int64)
     places = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.int64)
     return (values * (2 * places + 1)).sum()
-
-
-def several_ranks() -> bool:
-    """Return whether this process is one of several."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

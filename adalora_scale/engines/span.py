@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from adalora_scale.adalora.injection import adapter_layers
 from adalora_scale.adalora.layer import FACTORS
+from adalora_scale.engines.pieces import Piece, PieceState
 from adalora_scale.errors import UserError
-from adalora_scale.sharding.pieces import Piece, PieceState
 
 Extent = tuple[int, int]
 """(start, length) of a span."""

@@ -14,13 +14,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from adalora_scale.adalora.injection import adapter_layers
+from adalora_scale.engines.fsdp2 import DTensorSharding
+from adalora_scale.engines.pieces import Piece, PieceState, trained_parameters, whole_shape
+from adalora_scale.engines.replicated import ReplicatedSharding
+from adalora_scale.engines.span import AdapterTensor, Sharding, Span, adapter_tensors
+from adalora_scale.engines.zero import ZeroSharding
 from adalora_scale.errors import Unsupported, UserError
-from adalora_scale.sharding.dtensor import DTensorSharding
-from adalora_scale.sharding.pieces import Piece, PieceState, trained_parameters, whole_shape
-from adalora_scale.sharding.replicated import ReplicatedSharding
-from adalora_scale.sharding.span import AdapterTensor, Sharding, Span, adapter_tensors
-from adalora_scale.sharding.step_sums import StepReduction, StepSums
-from adalora_scale.sharding.zero import ZeroSharding
 
 __all__ = [
     "AdapterTensor",
@@ -28,8 +27,6 @@ __all__ = [
     "PieceState",
     "Sharding",
     "Span",
-    "StepReduction",
-    "StepSums",
     "adapter_tensors",
     "base_optimizer",
     "sharding_for",

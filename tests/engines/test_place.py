@@ -12,9 +12,9 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from adalora_scale.adalora.injection import adapter_layers
 from adalora_scale.config import AdaLoraConfig, EngineConfig
+from adalora_scale.engines.place import check_engine, real_engine, resolve_engine
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter, saved_values
-from adalora_scale.training.engines import check_engine, real_engine, resolve_engine
 from adalora_scale.training.trainers import AdaLoraTrainer
 from tests.conftest import ROOT
 from tests.toy import adapters_of

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from adalora_scale.sharding import zero
+from adalora_scale.engines import zero
 
 
 @torch.no_grad()

@@ -24,11 +24,11 @@ import numpy as np
 from trl.data_utils import common_prefix_length
 
 from adalora_scale.config import DataConfig
+from adalora_scale.data.chat_templates import resolve_chat_template
+from adalora_scale.data.packing import pack
+from adalora_scale.data.rows import Layout, LossTarget, RawData, loss_target
+from adalora_scale.data.token_cache import build_once, dataset_digest, default_cache_dir, digest, tokenizer_digest
 from adalora_scale.errors import UserError
-from adalora_scale.training.chat_templates import resolve_chat_template
-from adalora_scale.training.data import Layout, LossTarget, RawData, loss_target
-from adalora_scale.training.packing import pack
-from adalora_scale.training.token_cache import build_once, dataset_digest, default_cache_dir, digest, tokenizer_digest
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ import datasets
 import pyarrow as pa
 
 from adalora_scale.config import DataConfig
+from adalora_scale.data.row_checks import column_is_valid, value_problem
+from adalora_scale.data.row_files import BUILDERS, first_line, is_local, iterate_rows, read_file
 from adalora_scale.errors import UserError
-from adalora_scale.training.row_checks import column_is_valid, value_problem
-from adalora_scale.training.row_files import BUILDERS, first_line, is_local, iterate_rows, read_file
 
 Layout = Literal["messages", "prompt_completion", "text", "classification"]
 LossTarget = Literal["all", "completion", "assistant"]

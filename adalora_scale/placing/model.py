@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,23 +13,20 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.utils import logging as hf_logging
 
 from adalora_scale.adalora.injection import inject_adalora, modules_to_save
-from adalora_scale.checkpoint.format import Checkpoint
 from adalora_scale.config import AdaLoraConfig, RunConfig
+from adalora_scale.engines.place import Engine, partition_zero3, shard_fsdp2, transformer_blocks
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.continual import check_start, start_from_adapter
-from adalora_scale.training import loading
-from adalora_scale.training.arguments import check_training_section, computes_in_bf16
-from adalora_scale.training.continuing import fit_ranks
-from adalora_scale.training.engines import Engine, partition_zero3, shard_fsdp2, transformer_blocks
+from adalora_scale.placing import streaming
 
 
 def load_model(config: RunConfig, label_names: list[str] | None = None) -> nn.Module:
     """Load the base model whole, in the dtype, with the attention and in the 4 bits that `config.model` names."""
     model_config = config.model
-    if loading.is_streamed(model_config):
+    if streaming.is_streamed(model_config):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        started = loading.begin(config, device=device, label_names=label_names, new_heads=partial(new_heads, config))
-        return loading.load_whole(started)
+        started = streaming.begin(config, device=device, label_names=label_names, new_heads=partial(new_heads, config))
+        return streaming.load_whole(started)
     options: dict[str, Any] = {
         "dtype": model_config.torch_dtype,
         "revision": model_config.revision,
@@ -76,9 +74,10 @@ def place_model(
     *,
     label_names: list[str] | None = None,
     zero3: dict[str, Any] | None = None,
-    checkpoint: Checkpoint | None = None,
+    bf16: bool = False,
+    fit_ranks: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
-    """Return the base model with its adapters, where the engine wants it, at the ranks of a checkpoint to continue.
+    """Return the base model with its adapters, where the engine wants it.
 
     4-bit bases, and bases that FSDP2 or ZeRO-3 shard, stream from their files; others, and 16-bit ones that cannot be
     streamed, are loaded whole by transformers.
@@ -88,62 +87,64 @@ def place_model(
         engine, arguments: as resolved from it.
         label_names: names of the classes, for a classifier.
         zero3: DeepSpeed's configuration where it asks for ZeRO-3.
-        checkpoint: what is continued.
+        bf16: whether a sharded model computes in bfloat16.
+        fit_ranks: a run that continues from a checkpoint: builds the injected adapters at that checkpoint's ranks.
     """
     device = arguments.device
     fsdp2 = engine.name == "fsdp2"
 
     def shard(model: nn.Module) -> None:
-        bf16 = computes_in_bf16(check_training_section(config))
         shard_fsdp2(model, engine.fsdp2, device_type=device.type, bf16=bf16)
 
     started = (
         _begin_streaming(config, arguments, label_names)
-        if fsdp2 or zero3 or loading.is_streamed(config.model)
+        if fsdp2 or zero3 or streaming.is_streamed(config.model)
         else None
     )
     if started is None:
         model = load_model(config, label_names)
         inject_adalora(model, adalora_config_for(config, model))
-        if config.model.adapter_path and checkpoint is None:
+        if fit_ranks is not None:
+            fit_ranks(model)
+        elif config.model.adapter_path:
             start_from_adapter(model, config.model.adapter_path)
-        fit_ranks(model, config, arguments, engine.name, checkpoint)
         if fsdp2:
             shard(model)
         return model
-    _inject_streamed(config, started, continues=checkpoint is not None)
-    fit_ranks(started.model, config, arguments, engine.name, checkpoint)
+    _inject_streamed(config, started, continues=fit_ranks is not None)
+    if fit_ranks is not None:
+        fit_ranks(started.model)
     if fsdp2:
         storage = torch.device("cpu") if engine.fsdp2.cpu_offload else device
-        return loading.load_sharded(started, shard, storage)
+        return streaming.load_sharded(started, shard, storage)
     if zero3:
         dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
         blocks = transformer_blocks(started.model)
-        return loading.load_partitioned(started, blocks, lambda own: partition_zero3(own, zero3), dtype)
-    return loading.load_whole(started)
+        return streaming.load_partitioned(started, blocks, lambda own: partition_zero3(own, zero3), dtype)
+    return streaming.load_whole(started)
 
 
-def _inject_streamed(config: RunConfig, started: loading.Loading, *, continues: bool) -> None:
+def _inject_streamed(config: RunConfig, started: streaming.Loading, *, continues: bool) -> None:
     """Put adapters on the meta device around a base, with the triplets of an earlier adapter if the run has one."""
     adalora, path = adalora_config_for(config, started.model), config.model.adapter_path
     if not path or continues:  # a checkpoint brings its own values
-        loading.inject(started, adalora)
+        streaming.inject(started, adalora)
         return
     earlier = check_start(path, adalora)
-    base = loading.digests(started, earlier.modules, earlier.saved)  # before layers are wrapped
-    loading.inject(started, adalora)
+    base = streaming.digests(started, earlier.modules, earlier.saved)  # before layers are wrapped
+    streaming.inject(started, adalora)
     started.fresh += start_from_adapter(started.model, path, base=base)
 
 
 def _begin_streaming(
     config: RunConfig, arguments: TrainingArguments, label_names: list[str] | None
-) -> loading.Loading | None:
+) -> streaming.Loading | None:
     """Begin to stream the base; None, with a note, for a 16-bit base whose files need transformers to load them."""
     heads = partial(new_heads, config)
     try:
-        return loading.begin(config, device=arguments.device, label_names=label_names, new_heads=heads)
+        return streaming.begin(config, device=arguments.device, label_names=label_names, new_heads=heads)
     except Unsupported as reason:
-        if loading.is_streamed(config.model):
+        if streaming.is_streamed(config.model):
             raise
         if arguments.process_index == 0:
             print(f"every rank loads the base whole: {reason}", flush=True)

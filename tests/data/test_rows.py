@@ -8,8 +8,8 @@ import datasets
 import pytest
 
 from adalora_scale.config import DataConfig
+from adalora_scale.data.rows import load_raw, loss_target
 from adalora_scale.errors import UserError
-from adalora_scale.training.data import load_raw, loss_target
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}

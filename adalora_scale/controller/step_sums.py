@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from adalora_scale.adalora.orthogonality import add_penalty_gradient, gradient_norm, gram, penalty
-from adalora_scale.sharding.rows import FactorRows
-from adalora_scale.sharding.span import Sharding
+from adalora_scale.controller.rows import FactorRows
+from adalora_scale.engines.span import Sharding
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adalora_scale.sharding.span import Extent
+from adalora_scale.engines.span import Extent
 
 
 class FactorRows:

@@ -7,8 +7,8 @@ from transformers import AutoTokenizer
 from trl.chat_template_utils import is_chat_template_stop_token_trained, qwen2_5_chat_template
 
 from adalora_scale.config import DataConfig
+from adalora_scale.data.chat_templates import builtin_chat_templates, resolve_chat_template
 from adalora_scale.errors import UserError
-from adalora_scale.training.chat_templates import builtin_chat_templates, resolve_chat_template
 
 MODEL = Path(__file__).parents[2].parent / "shared" / "models" / "stories260k"
 CHAT = [

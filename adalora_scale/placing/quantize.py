@@ -66,9 +66,9 @@ def _quantize(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int
     import torch
 
     from adalora_scale.export.output import output_folder
+    from adalora_scale.placing import streaming
     from adalora_scale.quantization.linear import quantized_share
     from adalora_scale.quantization.offline import quantize_checkpoint
-    from adalora_scale.training import loading
 
     config = RunConfig(
         model=ModelConfig(
@@ -88,11 +88,11 @@ def _quantize(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int
         training={"output_dir": str(arguments.output)},
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    started = loading.begin(config, device=device)
+    started = streaming.begin(config, device=device)
     source = _small_files(arguments.model, arguments.revision)
     with (
         output_folder(arguments.output, overwrite=False, inputs=[source]) as folder,
-        loading.progress(started) as on_slot,
+        streaming.progress(started) as on_slot,
     ):
         done = quantize_checkpoint(
             started.plan,
@@ -100,7 +100,7 @@ def _quantize(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int
             source,
             folder,
             device=device,
-            skip_modules=loading.unquantized_linears(started.model),
+            skip_modules=streaming.unquantized_linears(started.model),
             shard_bytes=int(arguments.max_shard_gb * 2**30),
             on_slot=on_slot,
         )
@@ -117,7 +117,7 @@ def _quantize(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int
         print(json.dumps(report))
     else:
         print(
-            f"{loading.describe(started.model)}; {done.bytes_read / 2**20:,.1f} MiB became "
+            f"{streaming.describe(started.model)}; {done.bytes_read / 2**20:,.1f} MiB became "
             f"{done.bytes_written / 2**20:,.1f} MiB in {arguments.output}",
             file=sys.stdout,
         )

@@ -16,12 +16,12 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from adalora_scale.config import DataConfig
+from adalora_scale.data import tokenization
+from adalora_scale.data.chat_templates import resolve_chat_template
+from adalora_scale.data.packing import check_packing_isolated
+from adalora_scale.data.rows import load_raw
+from adalora_scale.data.tokenization import prepare_causal_lm, prepare_classification
 from adalora_scale.errors import Unsupported, UserError
-from adalora_scale.training import tokenization
-from adalora_scale.training.chat_templates import resolve_chat_template
-from adalora_scale.training.data import load_raw
-from adalora_scale.training.packing import check_packing_isolated
-from adalora_scale.training.tokenization import prepare_causal_lm, prepare_classification
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 MODEL = SHARED / "models" / "stories260k"
@@ -232,8 +232,8 @@ def test_three_processes_tokenise_once(tokenizer, tmp_path):
         from pathlib import Path
         from transformers import AutoTokenizer
         from adalora_scale.config import DataConfig
-        from adalora_scale.training import tokenization
-        from adalora_scale.training.data import load_raw
+        from adalora_scale.data import tokenization
+        from adalora_scale.data.rows import load_raw
 
         model, data, base, me = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4]
         original = tokenization._prepare_part

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from adalora_scale.engines.direct import DirectSharding
+from adalora_scale.engines.ranks import several_ranks
+from adalora_scale.engines.span import Span, adapter_tensors, check_held, gathered_extents
 from adalora_scale.errors import Unsupported, UserError
-from adalora_scale.sharding.direct import DirectSharding
-from adalora_scale.sharding.guard import several_ranks
-from adalora_scale.sharding.span import Span, adapter_tensors, check_held, gathered_extents
 
 
 class ReplicatedSharding(DirectSharding):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adalora_scale.adalora.orthogonality import add_penalty_gradient, gram
-from adalora_scale.sharding.rows import FactorRows
+from adalora_scale.controller.rows import FactorRows
 
 R = 5
 CPU = torch.device("cpu")

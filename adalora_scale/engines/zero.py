@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from adalora_scale.engines.pieces import Piece, PieceState, Place, flat_pieces, restore_flat, trained_parameters
+from adalora_scale.engines.span import AdapterTensor, Span, adapter_tensors, gathered_extents
 from adalora_scale.errors import Unsupported, UserError
-from adalora_scale.sharding.pieces import Piece, PieceState, Place, flat_pieces, restore_flat, trained_parameters
-from adalora_scale.sharding.span import AdapterTensor, Span, adapter_tensors, gathered_extents
 
 
 class ZeroSharding:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adalora_scale.adalora.importance import add_column_sums
-from adalora_scale.sharding.span import Sharding
+from adalora_scale.engines.span import Sharding
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@
     after the update:   at an allocation step, score triplets → keep exactly b(t) → zero the other λ
 
 Nothing is added to the loss or the training loop, and nothing depends on who calls the optimizer. The pieces of the
-adapter that this rank owns, and sums over ranks, come from `adalora_scale.sharding`.
+adapter that this rank owns, and sums over ranks, come from `adalora_scale.engines`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from adalora_scale.adalora.importance import update_importance
 from adalora_scale.adalora.injection import adapter_layers, injected_module
 from adalora_scale.adalora.schedule import BudgetSchedule
 from adalora_scale.config import AdaLoraConfig
+from adalora_scale.controller.guard import require_equal, require_same_start, require_same_tensors
+from adalora_scale.controller.step_sums import StepReduction, sum_of_squares
+from adalora_scale.controller.triplets import triplet_scores, zero_lambda, zero_triplets
+from adalora_scale.engines import Sharding, sharding_for
 from adalora_scale.errors import Unsupported, UserError
-from adalora_scale.sharding import Sharding, StepReduction, sharding_for
-from adalora_scale.sharding.guard import require_equal, require_same_start, require_same_tensors
-from adalora_scale.sharding.step_sums import sum_of_squares
-from adalora_scale.sharding.triplets import triplet_scores, zero_lambda, zero_triplets
 
 
 class RankAllocator:

@@ -23,8 +23,8 @@ from trl.chat_template_utils import (
 )
 
 from adalora_scale.config import DataConfig
+from adalora_scale.data.rows import Layout, loss_target
 from adalora_scale.errors import UserError, nearest
-from adalora_scale.training.data import Layout, loss_target
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
+from adalora_scale.engines.direct import DirectSharding
+from adalora_scale.engines.pieces import local
+from adalora_scale.engines.span import Span, adapter_tensors, check_held, gathered_extents
 from adalora_scale.errors import Unsupported
-from adalora_scale.sharding.direct import DirectSharding
-from adalora_scale.sharding.pieces import local
-from adalora_scale.sharding.span import Span, adapter_tensors, check_held, gathered_extents
 
 
 class DTensorSharding(DirectSharding):

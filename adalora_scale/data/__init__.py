@@ -1,0 +1,1 @@
+"""Rows that people bring: read, checked, rendered, tokenised, packed."""
