@@ -22,10 +22,11 @@ from adalora_scale.adalora.importance import update_importance
 from adalora_scale.adalora.injection import adapter_layers, injected_module
 from adalora_scale.adalora.schedule import BudgetSchedule
 from adalora_scale.config import AdaLoraConfig
-from adalora_scale.controller.guard import require_equal, require_same_start, require_same_tensors
+from adalora_scale.controller.guard import require_equal, require_in_forward, require_same_start, require_same_tensors
 from adalora_scale.controller.step_sums import StepReduction, sum_of_squares
 from adalora_scale.controller.triplets import triplet_scores, zero_lambda, zero_triplets
 from adalora_scale.engines import Sharding, sharding_for
+from adalora_scale.engines.ranks import on_every_rank
 from adalora_scale.errors import Unsupported, UserError
 
 
@@ -107,8 +108,10 @@ class RankAllocator:
                 "the base model's fingerprint": getattr(injected_module(self.model), "adalora_base_fingerprint", None),
             }
         )
-        sharding, base = sharding_for(self.model, optimizer)
+        sharding, base = on_every_rank(lambda: sharding_for(self.model, optimizer))
+        sharding.connect()
         require_same_start(*sharding.replicas())
+        require_in_forward(sharding, write=True, step=0)
         if getattr(base, "adalora_allocator", None) is not None:
             raise UserError(
                 "another RankAllocator is attached to this optimizer already; make a new optimizer for a new allocator."
@@ -168,14 +171,19 @@ class RankAllocator:
         }
 
     def check_consistency(self) -> None:
-        """Compare masks and replicated parameters over ranks; a collective call for every `guard_every` steps or so.
+        """Compare masks and replicated parameters over ranks, and spans with what the forward computes with.
+
+        A collective call, for every `guard_every` steps or so.
 
         Raises:
-            RanksDisagree: ranks differ; the message names the parameter, the rank and the step.
+            RanksDisagree: ranks differ, or the forward computes with other values than the optimizer updates; the
+                message names the parameter, the rank and the step.
         """
         require_same_tensors([("the keep mask", self.mask.to(torch.uint8))], self.step)
-        tensors, group = self._attached().replicas()
+        sharding = self._attached()
+        tensors, group = sharding.replicas()
         require_same_tensors(tensors, self.step, group)
+        require_in_forward(sharding, write=False, step=self.step)
 
     def skip_missed_steps(self, completed: int) -> None:
         """Count optimizer steps that never reached the optimizer (a GradScaler drops them on overflow).

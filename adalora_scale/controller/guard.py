@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from adalora_scale.engines import Sharding
 from adalora_scale.engines.ranks import several_ranks
-from adalora_scale.errors import UserError
+from adalora_scale.errors import Unsupported, UserError
 
 
 class RanksDisagree(RuntimeError):
@@ -85,6 +86,35 @@ def require_same_start(tensors: Sequence[tuple[str, Tensor]], group: dist.Proces
             f"{differs} before the first step; draw adapters with the same seed on every rank (torch.manual_seed "
             f"before inject_adalora, not seed + rank), or load the same adapter."
         ) from None
+
+
+def require_in_forward(sharding: Sharding, *, write: bool, step: int) -> None:
+    """See that the spans are the values that the model's forward computes with, on every rank; a collective call.
+
+    Args:
+        sharding: where the adapters are.
+        write: also write into the spans and see it arrive (at attach).
+        step: the optimizer step; 0 is attach.
+
+    Raises:
+        Unsupported: at attach, they are not: an option of the engine moves them where nobody looks.
+        RanksDisagree: later, they are not any more.
+    """
+    everyone = [sharding.probe(write=write)]
+    if several_ranks():
+        own, everyone = everyone[0], [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, own)
+    for rank, name in enumerate(everyone):
+        if name is not None and step == 0:
+            raise Unsupported(
+                f"'{name}' on rank {rank}: the forward computes with other values than the optimizer updates. An "
+                f"option of the engine moves them where adalora_scale does not look; use fewer options, and report this one."
+            )
+        if name is not None:
+            raise RanksDisagree(
+                f"step {step}: '{name}' on rank {rank}: the forward computes with other values than the optimizer "
+                f"updates; something gave the parameter other memory. Go back to the last checkpoint."
+            )
 
 
 def _checksum(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from adalora_scale.engines.pieces import Piece, PieceState, direct_pieces, local, restore_direct, trained_parameters
+from adalora_scale.engines.probing import See, misplaced
 from adalora_scale.engines.span import Extent, Span, adapter_tensors
 from adalora_scale.errors import UserError
 
@@ -38,9 +39,8 @@ class DirectSharding:
         if not self._stepped:
             self._require_not_wrapped_since()
             self._stepped = True
-        # Whoever replaces storages replaces them all.
-        for index in (0, len(self.spans) - 1):
-            span, now = self.spans[index], local(self._parameters[index].detach())
+        for span, parameter in zip(self.spans, self._parameters, strict=True):
+            now = getattr(parameter, "_local_tensor", parameter)  # to_local() costs a dispatch a tensor
             if now.numel() and now.data_ptr() != span.weight.data_ptr():
                 raise UserError(
                     f"'{span.tensor.name}' was given other memory after attach (by .data = …, .to(device) or "
@@ -111,6 +111,15 @@ class DirectSharding:
 
     def refresh(self) -> None:
         """Nothing to copy, as above."""
+
+    def probe(self, *, write: bool) -> str | None:
+        """Compare the spans with what the forward computes with."""
+        return misplaced(self, write=write)
+
+    def see_forward(self, see: See) -> None:
+        """Show the parameters that the live modules hold now."""
+        for index, (_, parameter) in enumerate(adapter_tensors(self._model)):
+            see(index, parameter.detach())
 
     def _held(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]

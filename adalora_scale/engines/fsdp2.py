@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.optim import Optimizer
 
 from adalora_scale.engines.direct import DirectSharding
 from adalora_scale.engines.pieces import local
+from adalora_scale.engines.probing import See
 from adalora_scale.engines.span import Span, adapter_tensors, check_held, gathered_extents
 from adalora_scale.errors import Unsupported
 
@@ -59,13 +61,47 @@ class DTensorSharding(DirectSharding):
                 f"the adapters' mesh has {mesh.size()} of {dist.get_world_size()} ranks; use a mesh over all of them."
             )
         sharded = [dim for dim, placement in enumerate(first.placements) if isinstance(placement, Shard)]
-        group = mesh.get_group(sharded[0]) if sharded else None
         self._copies = mesh.size() // (mesh.size(sharded[0]) if sharded else 1)
         replicated = [dim for dim, placement in enumerate(first.placements) if isinstance(placement, Replicate)]
         self._replicas = mesh.get_group(replicated[0]) if len(replicated) == 1 else None
+        self._shard_group = mesh.get_group(sharded[0]) if sharded else None
         self._device = torch.device(mesh.device_type)
-        self.extents = gathered_extents(self.spans, group)
         self._require_sharded()
+
+    def connect(self) -> None:
+        """Learn the rows of the ranks that hold other ones."""
+        self.extents = gathered_extents(self.spans, self._shard_group)
+
+    def updating(self, optimizer: Optimizer) -> list[int]:
+        """Free gathered weights that set_reshard_after_backward(False) kept: the next forward would use them again."""
+        if any(not isinstance(parameter, DTensor) for _, parameter in adapter_tensors(self._model)):
+            self.refresh()
+        return super().updating(optimizer)
+
+    def refresh(self) -> None:
+        """Free what a forward without backward (an evaluation) left gathered: it holds the values of that time."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def see_forward(self, see: See) -> None:
+        """Gather module by module, as a forward does, and show what the adapter layers then hold."""
+        seen: set[int] = set()
+
+        def show() -> None:
+            for index, (_, parameter) in enumerate(adapter_tensors(self._model)):
+                if index not in seen and not isinstance(parameter, DTensor):
+                    seen.add(index)
+                    see(index, parameter.detach())
+
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+                show()
+                module.reshard()
+        for index, (_, parameter) in enumerate(adapter_tensors(self._model)):
+            if index not in seen:  # sharded by other means than fully_shard: the forward computes with DTensors
+                see(index, parameter.detach().to(self._device).full_tensor())  # type: ignore[attr-defined]
 
     def all_reduce(self, buffer: Tensor) -> None:
         """Sum over the ranks that hold other rows; the mean over those that hold the same."""

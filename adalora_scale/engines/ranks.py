@@ -1,8 +1,15 @@
-"""Whether this process is one of several, and which."""
+"""Whether this process is one of several, which, and failing together."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch.distributed as dist
+
+from adalora_scale.errors import Unsupported, UserError
+
+T = TypeVar("T")
 
 
 def several_ranks() -> bool:
@@ -15,3 +22,33 @@ def rank_and_size() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def on_every_rank(action: Callable[[], T]) -> T:
+    """Run `action`, which waits for no other rank, on every rank; a collective call.
+
+    An error that only one rank meets would leave the others waiting in their next collective until its timeout.
+
+    Raises:
+        UserError, Unsupported: `action` raised it on some rank; the first such rank's is raised on all ranks alike.
+    """
+    result: T | None = None
+    problem: UserError | Unsupported | None = None
+    try:
+        result = action()
+    except (UserError, Unsupported) as error:
+        problem = error
+    if several_ranks():
+        everyone: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, None if problem is None else (_kind(problem), str(problem)))
+        failed = [(rank, *said) for rank, said in enumerate(everyone) if said is not None]
+        if failed:
+            rank, kind, message = failed[0]
+            raise kind(message if len(failed) > 1 else f"{message} (rank {rank})") from problem
+    if problem is not None:
+        raise problem
+    return result  # type: ignore[return-value]  # without a problem it is there
+
+
+def _kind(error: UserError | Unsupported) -> type[Exception]:
+    return Unsupported if isinstance(error, Unsupported) else UserError

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from adalora_scale.engines.direct import DirectSharding
@@ -28,6 +29,11 @@ class ReplicatedSharding(DirectSharding):
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, ZeroRedundancyOptimizer):
+            raise Unsupported(
+                "ZeroRedundancyOptimizer keeps Adam's moments on other ranks, where checkpoints would miss them; use "
+                "DeepSpeed ZeRO-1 (engine.name=deepspeed) or fully_shard instead."
+            )
         tensors = adapter_tensors(model)
         check_held(tensors, optimizer)
         for tensor, parameter in tensors:
@@ -48,8 +54,11 @@ class ReplicatedSharding(DirectSharding):
                 )
         super().__init__(model, [parameter for _, parameter in tensors], optimizer)
         self.spans = [Span(tensor=t, start=0, weight=p.detach().view(-1)) for t, p in tensors]
-        self.extents = gathered_extents(self.spans, None)
         self._compared = False
+
+    def connect(self) -> None:
+        """Nothing to learn: this rank's spans are whole."""
+        self.extents = gathered_extents(self.spans, None)
 
     def all_reduce(self, buffer: Tensor) -> None:
         """Nothing to add: every rank holds all pieces."""

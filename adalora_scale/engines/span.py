@@ -48,8 +48,8 @@ class Span:
     """(length,) float32, a view of the optimizer's master weight; may be empty."""
 
 
-class Sharding(Protocol):
-    """What the controller asks of an engine. Indices and lists refer to `spans`."""
+class StepFace(Protocol):
+    """What an optimizer step asks of an engine. Indices and lists refer to `spans`."""
 
     spans: list[Span]
     extents: list[list[Extent]]
@@ -58,7 +58,11 @@ class Sharding(Protocol):
     """How often the engine calls the base optimizer in one step (DeepSpeed: once a parameter group or sub-group)."""
 
     def updating(self, optimizer: Optimizer) -> list[int]:
-        """Return the spans that the call in progress updates."""
+        """Return the spans that the call in progress updates.
+
+        Raises:
+            UserError: the spans do not lie where they lay at attach, and cannot be followed.
+        """
 
     def gradients(self, indices: list[int]) -> list[Tensor]:
         """Return (length,) views of these spans' reduced gradients; a missing gradient is created as zeros."""
@@ -89,20 +93,17 @@ class Sharding(Protocol):
     def publish(self) -> None:
         """Bring low-precision copies that the engine already made up to date with the master weights."""
 
-    def write(self, values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-        """Overwrite trainable parameters with whole values, in the masters and in every copy the engine made of them.
-
-        Between two steps, on every rank with the same values.
-        """
-
     def missed_steps(self) -> int:
         """Return how many steps the engine dropped, before they reached the optimizer, since the last question."""
 
-    def replicas(self) -> tuple[list[tuple[str, Tensor]], dist.ProcessGroup | None]:
-        """Return named tensors that must be equal on several ranks, and those ranks (None: all)."""
-
     def moments(self) -> list[list[Tensor]]:
         """Return, for every span, (length,) views of the optimizer's state that has one element a weight."""
+
+
+class StateFace(Protocol):
+    """What checkpoints, saving and the guard ask of an engine, between two steps."""
+
+    spans: list[Span]
 
     def pieces(self) -> list[Piece]:
         """Return what this rank's optimizer holds of every trained parameter, the adapters and others.
@@ -118,8 +119,33 @@ class Sharding(Protocol):
             Unsupported: this engine cannot hold that state.
         """
 
+    def write(self, values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        """Overwrite trainable parameters with whole values, in the masters and in every copy the engine made of them.
+
+        On every rank with the same values.
+        """
+
     def refresh(self) -> None:
-        """Bring every copy that the engine made of the master weights up to date; between two steps, on all ranks."""
+        """Bring every copy that the engine made of the master weights up to date; a collective call."""
+
+    def replicas(self) -> tuple[list[tuple[str, Tensor]], dist.ProcessGroup | None]:
+        """Return named tensors that must be equal on several ranks, and those ranks (None: all)."""
+
+
+class Sharding(StepFace, StateFace, Protocol):
+    """An engine's hold of a live model and its optimizer."""
+
+    def connect(self) -> None:
+        """Learn where the other ranks' spans lie; a collective call, once, after every rank could make its own."""
+
+    def probe(self, *, write: bool) -> str | None:
+        """Compare spans with the values that the forward computes with; return the name of one that differs, or None.
+
+        A collective call between two steps; ranks may answer differently (`engines/probing.py`).
+
+        Args:
+            write: also see numbers written into the spans arrive in the forward, and put the weights back.
+        """
 
 
 def adapter_tensors(model: nn.Module) -> list[tuple[AdapterTensor, nn.Parameter]]:

@@ -70,7 +70,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     tensors: dict[str, Tensor] = {}
     pattern: dict[str, list[bool]] = {}
     for name, layer in layers.items():
-        a, e, b = (_gathered(parameter, writes) for parameter in (layer.lora_A, layer.lora_E, layer.lora_B))
+        a, e, b = (_gathered(parameter, model, writes) for parameter in (layer.lora_A, layer.lora_E, layer.lora_B))
         if a is None or e is None or b is None:
             continue
         if layer.keep_mask is not None:
@@ -84,7 +84,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     base = unwrapped(model)
     for name in modules_to_save(base, config):
         for key, tensor in _whole_tensors(base.get_submodule(name)):
-            if (value := _gathered(tensor, writes)) is not None:
+            if (value := _gathered(tensor, model, writes)) is not None:
                 tensors[f"{_PREFIX}{name}.{key}"] = value
     if not writes:
         return
@@ -220,9 +220,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _gathered(tensor: Tensor, keeps: bool) -> Tensor | None:
+def _gathered(tensor: Tensor, model: nn.Module, keeps: bool) -> Tensor | None:
     """Gather a tensor over ranks; return it on the CPU, or nothing on ranks that do not write."""
-    whole = full_parameter(tensor) if isinstance(tensor, nn.Parameter) else tensor.detach()
+    whole = full_parameter(tensor, model) if isinstance(tensor, nn.Parameter) else tensor.detach()
     return whole.cpu() if keeps else None
 
 

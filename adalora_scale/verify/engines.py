@@ -107,7 +107,7 @@ def train(engine: str, variant: str, problem: Problem) -> Outcome:
         with torch.no_grad():
             losses = torch.stack([token_loss(runner.model, b.part(rank, ranks)) for b in batches[:EVALUATED]])
             for name, factors in adapter_weights(model).items():
-                outcome.weights[name] = {f: full_parameter(w).float().cpu().clone() for f, w in factors.items()}
+                outcome.weights[name] = {f: full_parameter(w, model).float().cpu().clone() for f, w in factors.items()}
     if engine != "single":
         dist.all_reduce(losses)
     outcome.eval_loss = losses.mean().item()

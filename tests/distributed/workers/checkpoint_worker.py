@@ -43,7 +43,7 @@ def train(engine, problem, folder, rank, ranks):
             runner.step(last=True)
             if number in AT.values():
                 write(folder, runner, model, number)
-                live = {f"{n}.{f}": full_parameter(w).clone() for n, own in adapter_weights(model).items()
+                live = {f"{n}.{f}": full_parameter(w, model).clone() for n, own in adapter_weights(model).items()
                         for f, w in own.items()}  # fmt: skip
                 if rank == 0:
                     save_file(live, folder / f"live-{number}.safetensors")

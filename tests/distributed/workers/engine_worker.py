@@ -136,7 +136,7 @@ def main(engine, variant, model_path, out):
     weights = {}
     for name, layer in adapter_layers(model):
         for factor in ("lora_A", "lora_E", "lora_B"):
-            weights[f"{name}.{factor}"] = full_parameter(getattr(layer, factor)).detach().float().cpu().clone()
+            weights[f"{name}.{factor}"] = full_parameter(getattr(layer, factor), model).detach().float().cpu().clone()
     if rank == 0:
         torch.save(weights, out)
     report(

@@ -144,10 +144,10 @@ def train(engine, kind, model_dir, data_dir, folder, world_size, extra=()):
     live = {}
     for name, layer in adapter_layers(trainer.model):
         for factor in ("lora_A", "lora_E", "lora_B"):
-            live[f"{name}.{factor}"] = full_parameter(getattr(layer, factor)).clone()
+            live[f"{name}.{factor}"] = full_parameter(getattr(layer, factor), trainer.model).clone()
     for name in modules_to_save(trainer.model, trainer.model.adalora_config):
         for key, parameter in trainer.model.get_submodule(name).named_parameters():
-            live[f"{name}.{key}"] = full_parameter(parameter).clone()
+            live[f"{name}.{key}"] = full_parameter(parameter, trainer.model).clone()
     if trainer.args.process_index == 0:
         save_file(live, Path(folder) / "live.safetensors")
     generated = None

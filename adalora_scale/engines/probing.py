@@ -1,0 +1,113 @@
+"""The proof that a rank's spans are the values the model's forward computes with.
+
+A check must not ask the thing it checks: what is compared here with the spans is read where the forward reads it
+(the live module's parameter; after FSDP2's unshard; after ZeRO-3's gather), never through an engine's accessor of its
+master weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from adalora_scale.engines.span import Span
+
+See = Callable[[int, Tensor], None]
+"""Takes the index of a span and the whole tensor that the forward computes with."""
+
+_VALUES = 4096
+_CHUNK = 1 << 22
+
+
+class Probed(Protocol):
+    """What a probe asks of an engine."""
+
+    spans: list[Span]
+
+    def refresh(self) -> None:
+        """Bring every copy of the masters up to date; a collective call."""
+
+    def see_forward(self, see: See) -> None:
+        """Show every adapter tensor, whole, as the forward computes with it; a collective call."""
+
+
+@torch.no_grad()
+def misplaced(held: Probed, *, write: bool) -> str | None:
+    """Return the name of a tensor whose span on this rank is not what the forward computes with, or None.
+
+    A collective call.
+
+    Args:
+        held: an engine's hold of a model.
+        write: also write numbers of its own into every span, see them arrive whole in the forward, and put the weights
+            back. Right after attach λ is zero everywhere, so reading alone could not tell one λ from another.
+    """
+    found: list[str] = []
+    if write:
+        _write_and_see(held, found)
+
+    def compare(index: int, whole: Tensor) -> None:
+        span = held.spans[index]
+        if not same_values(span.weight, whole.reshape(-1)[span.start : span.start + span.weight.numel()]):
+            found.append(span.tensor.name)
+
+    held.see_forward(compare)
+    return found[0] if found else None
+
+
+def same_values(master: Tensor, computed: Tensor) -> bool:
+    """Return whether low-precision values are the rounded master weights, bit for bit (NaN equals NaN)."""
+    if master.numel() != computed.numel():
+        return False
+    for start in range(0, master.numel(), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        own, other = master[part].to(computed.dtype), computed[part].to(master.device)
+        if not torch.equal(own, other) and not torch.equal(own.nan_to_num(), other.nan_to_num()):
+            return False
+    return True
+
+
+def _write_and_see(held: Probed, found: list[str]) -> None:
+    firsts = _first_numbers(held.spans)
+    before = [span.weight.clone() for span in held.spans]
+    held.refresh()
+    for span, first in zip(held.spans, firsts, strict=True):
+        span.weight.copy_(pattern(first + span.start, span.weight.numel(), span.weight.device))
+
+    def compare(index: int, whole: Tensor) -> None:
+        span = held.spans[index]
+        expected = pattern(firsts[index], span.tensor.rows * span.tensor.r, whole.device)
+        if whole.numel() != expected.numel() or not torch.equal(whole.reshape(-1).float(), expected):
+            found.append(span.tensor.name)
+
+    try:
+        held.refresh()
+        held.see_forward(compare)
+    finally:
+        for span, kept in zip(held.spans, before, strict=True):
+            span.weight.copy_(kept)
+        held.refresh()
+
+
+def _first_numbers(spans: Sequence[Span]) -> list[int]:
+    """Number all elements of all adapter tensors; return the number of each tensor's first."""
+    firsts, count = [], 0
+    for span in spans:
+        firsts.append(count)
+        count += span.tensor.rows * span.tensor.r
+    return firsts
+
+
+def pattern(first: int, length: int, device: torch.device) -> Tensor:
+    """Return float32 numbers for the elements first … first + length: neighbours within 4,096 differ, and so do blocks.
+
+    All are exact in bfloat16 and float16: 7 bits of mantissa, 16 exponents, 2 signs.
+    """
+    number = torch.arange(first, first + length, dtype=torch.int64, device=device)
+    code = (number * 2731 + number // _VALUES * 1237) % _VALUES  # 2731 is odd: a permutation of every block
+    mantissa, exponent, negative = code % 128, code // 128 % 16, code // 2048
+    value = torch.ldexp(1 + mantissa.float() / 128, (exponent - 8).float())
+    return torch.where(negative.bool(), -value, value)
