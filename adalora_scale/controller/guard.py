@@ -108,7 +108,7 @@ def require_in_forward(sharding: Sharding, *, write: bool, step: int) -> None:
         if name is not None and step == 0:
             raise Unsupported(
                 f"'{name}' on rank {rank}: the forward computes with other values than the optimizer updates. An "
-                f"option of the engine moves them where adalora_scale does not look; use fewer options, and report this one."
+                f"option of the engine moves them where adalora_scale does not look; use fewer options."
             )
         if name is not None:
             raise RanksDisagree(
