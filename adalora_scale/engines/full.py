@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from adalora_scale.engines.probing import same_values
-from adalora_scale.engines.zero_layouts import Layout, gathered_as_forward, layout_of
+from adalora_scale.engines.zero_layouts import gathered_as_forward, layout_of
 from adalora_scale.errors import Unsupported
 
 
@@ -37,17 +37,15 @@ def full_parameter(parameter: nn.Parameter, model: nn.Module) -> Tensor:
 
 def _from_masters(parameter: Any, model: nn.Module) -> Tensor:
     """Put the ranks' pieces of a ZeRO optimizer's masters together, and see that the forward computes with them."""
-    layout = _layout_behind(model)
-    group = parameter.ds_process_group if hasattr(parameter, "ds_id") else parameter._dp_group
-    shape = parameter.ds_shape if hasattr(parameter, "ds_id") else parameter.shape
-    computed = gathered_as_forward([parameter])[0] if hasattr(parameter, "ds_id") else parameter.detach()
+    if hasattr(parameter, "ds_id"):
+        group, shape = parameter.ds_process_group, parameter.ds_shape
+        computed = gathered_as_forward([parameter])[0]
+        start, piece = _partitioned_piece(parameter)
+    else:
+        group, shape, computed = parameter._dp_group, parameter.shape, parameter.detach()
+        start, piece = _flat_piece(parameter, model)
     whole = torch.zeros(shape.numel(), dtype=torch.float32, device=computed.device)
-    if layout is not None:
-        index, offset, start, length = layout.place("a trained parameter", parameter)
-        whole[start : start + length] = layout.masters()[index].detach()[offset : offset + length]
-    elif (mapping := getattr(parameter, "_hp_mapping", None)) is not None:  # BF16_Optimizer cannot be found from here
-        start, length = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-        whole[start : start + length] = mapping.hp_fragment.detach()
+    whole[start : start + piece.numel()] = piece
     dist.all_reduce(whole, group=group)
     if not same_values(whole, computed.reshape(-1)):
         raise Unsupported(
@@ -57,10 +55,30 @@ def _from_masters(parameter: Any, model: nn.Module) -> Tensor:
     return whole.view(shape)
 
 
-def _layout_behind(model: nn.Module) -> Layout | None:
-    """Find DeepSpeed's optimizer through any of its parameters; a rank whose partitions are empty has none."""
-    for parameter in model.parameters():
-        for link in ("_z3_optimizer", "_zero_optimizer"):
-            if (zero := getattr(parameter, link, None)) is not None:
-                return layout_of(zero)
-    return None
+def _partitioned_piece(parameter: Any) -> tuple[int, Tensor]:
+    """Return where this rank's piece of a parameter under ZeRO-3 starts, and its master weights."""
+    layout = layout_of(parameter._z3_optimizer)
+    group, offset, start, length = layout.place("a trained parameter", parameter)
+    return start, layout.masters()[group].detach()[offset : offset + length]
+
+
+def _flat_piece(parameter: Any, model: nn.Module) -> tuple[int, Tensor]:
+    """Return the same under ZeRO-1 and 2, whose optimizer cannot be reached from a parameter.
+
+    The low-precision parameters of a group are views of one flat tensor, in the order of the masters' partitions; where
+    a parameter stands in it is read off its memory. Of DeepSpeed's own mapping only the masters' memory is taken, not
+    its addresses, which are wrong under round_robin_gradients.
+    """
+    storage = parameter.untyped_storage().data_ptr()
+    for other in model.parameters():
+        mapping = getattr(other, "_hp_mapping", None)
+        if mapping is None or other.untyped_storage().data_ptr() != storage:
+            continue
+        fragment = mapping.hp_fragment.detach()
+        base = fragment.storage_offset() - mapping.hp_fragment_address.start
+        size = fragment.untyped_storage().nbytes() // fragment.element_size() - base
+        master = torch.as_strided(fragment, (size,), (1,), base)
+        first, begin = parameter.storage_offset(), dist.get_rank(group=parameter._dp_group) * size
+        low, high = max(first, begin), min(first + parameter.numel(), begin + size)
+        return (low - first, master[low - begin : high - begin]) if high > low else (0, master[:0])
+    return 0, torch.zeros(0, device=parameter.device)  # this rank's partition of the group is nothing but padding
