@@ -21,6 +21,8 @@ CASES = {
     "fsdp1": "Unsupported: FullyShardedDataParallel (FSDP1) is not supported",
     "then-sharded": "UserError: 'blocks.0.up.lora_A' is not the parameter it was at attach",
     "then-initialized": "UserError: 'blocks.0.up.lora_A' is not the parameter it was at attach",
+    "join": "Unsupported: DistributedDataParallel.join() (accelerate's join_uneven_inputs) is not supported",
+    "join-inner": "Unsupported: DistributedDataParallel.join() (accelerate's join_uneven_inputs) is not supported",
     "moved": "UserError: 'blocks.0.up.lora_A' was given other memory after attach",
 }
 
