@@ -12,6 +12,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.optim import Optimizer
 
 from adalora_scale.engines.direct import DirectSharding
+from adalora_scale.engines.draws import require_one_adapter
 from adalora_scale.engines.pieces import local
 from adalora_scale.engines.span import Span, adapter_tensors, check_held, gathered_extents
 from adalora_scale.errors import Unsupported
@@ -28,7 +29,7 @@ class DTensorSharding(DirectSharding):
         optimizer: the torch optimizer that updates them.
 
     Raises:
-        UserError: the optimizer does not hold an adapter parameter.
+        UserError: the optimizer does not hold an adapter parameter, or ranks hold rows of different adapters.
         Unsupported: an adapter is not a DTensor, is not float32, or is placed otherwise than by rows; another trained
             parameter is not sharded.
     """
@@ -66,6 +67,7 @@ class DTensorSharding(DirectSharding):
         self._device = torch.device(mesh.device_type)
         self.extents = gathered_extents(self.spans, group)
         self._require_sharded()
+        require_one_adapter(model, self.spans)
 
     def all_reduce(self, buffer: Tensor) -> None:
         """Sum over the ranks that hold other rows; the mean over those that hold the same."""

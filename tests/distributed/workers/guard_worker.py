@@ -32,11 +32,19 @@ def wrapped(case, model, config):
     rank = dist.get_rank()
     if case == "late":
         fully_shard(model)
-    torch.manual_seed(rank if case in ("seeds", "replicas") else 0)
+    torch.manual_seed(rank if case in ("seeds", "replicas", "sharded-seeds", "sharded-same") else 0)
     inject_adalora(model, config)
+    if case == "sharded-same" or (case == "sharded-loaded" and rank):  # values from elsewhere, as a loader copies them
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=0.1)
     match case:
         case "late" | "unwrapped" | "seeds" | "then-sharded" | "then-initialized":
             return model
+        case "sharded" | "sharded-seeds" | "sharded-loaded" | "sharded-same":
+            return fully_shard(model)
         case "replicas":
             mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
             return fully_shard(model, mesh=mesh)
