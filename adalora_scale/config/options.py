@@ -60,7 +60,9 @@ class AdaLoraConfig:
     beta2: float = 0.85
     """EMA coefficient of the uncertainty (paper eq. 10)."""
     orth_reg_weight: float = 0.1
-    """Weight of the orthogonality penalty: mean over the 2n factors of the Frobenius norm of (Gram - identity)."""
+    """Weight of the orthogonality penalty: mean over the 2n factors of the Frobenius norm of (Gram - identity).
+
+    Its gradient is added inside the optimizer step, after the loop or the engine has clipped; it is never clipped."""
     init_std: float = 0.02
     """Standard deviation of the initial P and Q; lambda starts at zero."""
     guard_every: int = 100

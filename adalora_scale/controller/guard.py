@@ -6,7 +6,7 @@ broken link, a flipped bit), would otherwise show only as a worse model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from adalora_scale.engines import Sharding
-from adalora_scale.engines.ranks import several_ranks
+from adalora_scale.engines.ranks import collective_device, several_ranks
 from adalora_scale.errors import Unsupported, UserError
 
 
@@ -48,7 +48,8 @@ def require_same_tensors(
     """Compare checksums of tensors that every rank of `group` holds whole; a collective call.
 
     Args:
-        tensors: (name, tensor), equally ordered on all ranks; float32, bfloat16, float16 or bool.
+        tensors: (name, tensor), equally ordered on all ranks; of any dtype, on any device: only their checksums
+            travel, on a device that the group's backend takes.
         step: the optimizer step, for the message.
         group: the ranks that must agree; None means all.
 
@@ -57,7 +58,8 @@ def require_same_tensors(
     """
     if not tensors or not several_ranks() or dist.get_world_size(group) == 1:
         return
-    own = torch.stack([_checksum(tensor) for _, tensor in tensors])
+    device = collective_device(group)
+    own = torch.stack([checksum(tensor).to(device) for _, tensor in tensors])
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, own, group=group)
     for position, other in enumerate(everyone):
@@ -117,9 +119,45 @@ def require_in_forward(sharding: Sharding, *, write: bool, step: int) -> None:
             )
 
 
-def _checksum(tensor: Tensor) -> Tensor:
-    """Return an integer that depends on every bit and its place (int64, wrapping)."""
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[tensor.element_size()]
-    values = tensor.detach().reshape(-1).contiguous().view(bits).to(torch.int64)
-    places = torch.arange(1, values.numel() + 1, device=values.device, dtype=torch.int64)
-    return (values * (2 * places + 1)).sum()
+def checksum(tensor: Tensor, *, chunk: int = 1 << 20) -> Tensor:
+    """Return an integer that depends on every bit and its place: ``Σ vₖ (2k + 1) mod 2⁶⁴``, k from 1.
+
+    v are the elements' bits as integers. The factors are odd, so that no change of a single element is lost;
+    integer sums do not depend on their order, so every device and every `chunk` give the same.
+
+    Args:
+        tensor: of any dtype and layout; its elements (of a complex one the real numbers) count in row-major order.
+        chunk: elements read at a time; each takes at most 32 bytes meanwhile.
+
+    Returns:
+        () int64 on the tensor's device.
+    """
+    tensor = tensor.detach().resolve_neg()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    device = tensor.device
+    odd = torch.arange(min(chunk, tensor.numel()), dtype=torch.int64, device=device).mul_(2).add_(1)
+    total, before = torch.zeros((), dtype=torch.int64, device=device), 0
+    for piece in _flat_pieces(tensor, chunk):
+        values = piece.view(_BITS[piece.element_size()]).to(torch.int64)
+        # A piece's elements stand `before` places further on: Σ v (2 (k + before) + 1) with k from 1.
+        total += values.sum() * (2 * (before + 1))
+        total += (values * odd[: values.numel()]).sum()
+        before += values.numel()
+    return total
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Element size → the integers its bits are read as."""
+
+
+def _flat_pieces(tensor: Tensor, chunk: int) -> Iterator[Tensor]:
+    """Yield a tensor's elements in row-major order as contiguous (≤ chunk,) pieces, copying at most one at a time."""
+    if tensor.is_contiguous():
+        yield from tensor.view(-1).split(chunk)
+    elif tensor[0].numel() > chunk:
+        for row in tensor:
+            yield from _flat_pieces(row, chunk)
+    else:
+        for rows in tensor.split(chunk // tensor[0].numel()):
+            yield rows.reshape(-1).contiguous()  # reshape leaves a lone strided row as it is

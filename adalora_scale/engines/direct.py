@@ -31,7 +31,10 @@ class DirectSharding:
         self._stepped = False
 
     def updating(self, optimizer: Optimizer) -> list[int]:
-        """Every span is updated in the one call.
+        """Return every span but those of frozen parameters: all is updated in the one call.
+
+        A parameter with requires_grad=False and no gradient was frozen after attach, to train in stages. It keeps none,
+        so that the optimizer leaves it and its moments alone; a missing gradient of any other counts as zero.
 
         Raises:
             UserError: the parameters are not those of attach any more.
@@ -46,7 +49,7 @@ class DirectSharding:
                     f"'{span.tensor.name}' was given other memory after attach (by .data = …, .to(device) or "
                     f"vector_to_parameters); change parameters in place (parameter.copy_), or attach afterwards."
                 )
-        return list(range(len(self.spans)))
+        return [i for i, p in enumerate(self._parameters) if p.requires_grad or p.grad is not None]
 
     def _require_not_wrapped_since(self) -> None:
         held = {id(parameter) for parameter in self._held()}

@@ -13,6 +13,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.optim import Optimizer
 
 from adalora_scale.engines.direct import DirectSharding
+from adalora_scale.engines.draws import require_one_adapter
 from adalora_scale.engines.pieces import local
 from adalora_scale.engines.probing import See
 from adalora_scale.engines.span import Span, adapter_tensors, check_held, gathered_extents
@@ -30,7 +31,7 @@ class DTensorSharding(DirectSharding):
         optimizer: the torch optimizer that updates them.
 
     Raises:
-        UserError: the optimizer does not hold an adapter parameter.
+        UserError: the optimizer does not hold an adapter parameter, or ranks hold rows of different adapters.
         Unsupported: an adapter is not a DTensor, is not float32, or is placed otherwise than by rows; another trained
             parameter is not sharded.
     """
@@ -69,8 +70,9 @@ class DTensorSharding(DirectSharding):
         self._require_sharded()
 
     def connect(self) -> None:
-        """Learn the rows of the ranks that hold other ones."""
+        """Learn the rows of the ranks that hold other ones, and see that all are of one adapter."""
         self.extents = gathered_extents(self.spans, self._shard_group)
+        require_one_adapter(self._model, self.spans)
 
     def updating(self, optimizer: Optimizer) -> list[int]:
         """Free gathered weights that set_reshard_after_backward(False) kept: the next forward would use them again."""

@@ -1,10 +1,11 @@
-"""Whether this process is one of several, which, and failing together."""
+"""Whether this process is one of several, which, where they exchange tensors, and failing together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from adalora_scale.errors import Unsupported, UserError
@@ -52,3 +53,15 @@ def on_every_rank(action: Callable[[], T]) -> T:
 
 def _kind(error: UserError | Unsupported) -> type[Exception]:
     return Unsupported if isinstance(error, Unsupported) else UserError
+
+
+def collective_device(group: dist.ProcessGroup | None = None) -> torch.device:
+    """Return a device whose tensors the collectives of `group` (None: all ranks) take.
+
+    NCCL has no backend for CPU tensors, which is where CPU offload keeps masters. A group that has several backends
+    gives the CPU.
+
+    Source: the choice of torch's own object collectives; `_device_types` is what torch 2.11 to 2.15 ask for it.
+    """
+    kinds = [device.type for device in (group or dist.group.WORLD)._device_types]  # type: ignore[union-attr]
+    return torch.device("cpu" if "cpu" in kinds else kinds[0])

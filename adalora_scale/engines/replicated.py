@@ -11,6 +11,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
 from adalora_scale.engines.direct import DirectSharding
+from adalora_scale.engines.joining import JoinWatch
 from adalora_scale.engines.ranks import several_ranks
 from adalora_scale.engines.span import Span, adapter_tensors, check_held, gathered_extents
 from adalora_scale.errors import Unsupported, UserError
@@ -25,7 +26,7 @@ class ReplicatedSharding(DirectSharding):
 
     Raises:
         UserError: the optimizer does not hold an adapter parameter.
-        Unsupported: adapters are not float32, or lie on several devices.
+        Unsupported: adapters are not float32, or lie on several devices, or the model is in a join context.
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
@@ -55,6 +56,18 @@ class ReplicatedSharding(DirectSharding):
         super().__init__(model, [parameter for _, parameter in tensors], optimizer)
         self.spans = [Span(tensor=t, start=0, weight=p.detach().view(-1)) for t, p in tensors]
         self._compared = False
+        self._join = JoinWatch(model)
+        self._join.require_none()
+
+    def updating(self, optimizer: Optimizer) -> list[int]:
+        """Return the spans that the one call updates.
+
+        Raises:
+            UserError: the parameters are not those of attach any more.
+            Unsupported: the step happens in a DDP join context.
+        """
+        self._join.require_none()
+        return super().updating(optimizer)
 
     def connect(self) -> None:
         """Nothing to learn: this rank's spans are whole."""

@@ -113,8 +113,18 @@ class ZeroSharding:
     # ---- the call in progress -----------------------------------------------------------------------------------
 
     def updating(self, optimizer: Optimizer) -> list[int]:
-        """Return the spans of the groups whose flat partition the optimizer holds during this call."""
+        """Return the spans of the groups whose flat partition the optimizer holds during this call.
+
+        Raises:
+            Unsupported: an adapter was frozen after attach; one gradient of a flat partition serves all in it.
+        """
         self._follow()
+        for tensor, parameter in self._tensors:
+            if not parameter.requires_grad:
+                raise Unsupported(
+                    f"'{tensor.name}' was frozen (requires_grad=False) after attach: DeepSpeed's flat partitions go on "
+                    f"moving it. Train in stages under DDP or FSDP2, or with a DeepSpeed engine for each stage."
+                )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         groups = {index for index, flat in enumerate(self._flats) if id(flat) in held}
         self._current = min(groups, default=0)

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adalora_scale.errors import Unsupported, UserError, nearest
 from adalora_scale.quantization import functional
+from adalora_scale.quantization.operators import matmul_4bit
 from adalora_scale.quantization.spec import QuantSpec
 
 
@@ -89,9 +90,10 @@ class Linear4bit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features), in x's dtype
         dtype = self.spec.compute_dtype
         bias = None if self.bias is None else self.bias.to(dtype)
-        shape = (self.out_features, self.in_features)
-        with torch.autocast(x.device.type, enabled=False):  # compute_dtype is the user's word
-            y = _Matmul4bit.apply(x.to(dtype), self.weight, self.scales, self.nested, bias, self.spec, shape)
+        y = matmul_4bit(
+            x.to(dtype), self.weight, self.scales, self.nested, bias, self.spec.blocksize, self.spec.quant_type,
+            (self.out_features, self.in_features),
+        )  # fmt: skip
         return y.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -100,32 +102,6 @@ class Linear4bit(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"{s.quant_type}, blocksize={s.blocksize}, double_quant={s.double_quant}"
         )
-
-
-class _Matmul4bit(torch.autograd.Function):
-    """The product and its gradient for x. What is saved are the bytes: engines gather them again for the backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        packed: Tensor,
-        scales: Tensor,
-        nested: Tensor,
-        bias: Tensor | None,
-        spec: QuantSpec,
-        shape: tuple[int, int],
-    ) -> Tensor:
-        ctx.save_for_backward(packed, scales, nested)
-        ctx.spec, ctx.shape = spec, shape
-        return functional.linear(x, packed, scales, nested, spec, shape, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        packed, scales, nested = ctx.saved_tensors
-        weight = functional.dequantize(packed, scales, nested, ctx.spec, ctx.shape, gradient.dtype)
-        return gradient @ weight, None, None, None, None, None, None
 
 
 def is_quantizable(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -31,11 +32,19 @@ def wrapped(case, model, config):
     rank = dist.get_rank()
     if case == "late":
         fully_shard(model)
-    torch.manual_seed(rank if case in ("seeds", "replicas") else 0)
+    torch.manual_seed(rank if case in ("seeds", "replicas", "sharded-seeds", "sharded-same") else 0)
     inject_adalora(model, config)
+    if case == "sharded-same" or (case == "sharded-loaded" and rank):  # values from elsewhere, as a loader copies them
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=0.1)
     match case:
         case "late" | "unwrapped" | "seeds" | "then-sharded" | "then-initialized":
             return model
+        case "sharded" | "sharded-seeds" | "sharded-loaded" | "sharded-same":
+            return fully_shard(model)
         case "replicas":
             mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
             return fully_shard(model, mesh=mesh)
@@ -66,7 +75,7 @@ def message_of(case):
     try:
         runner = wrapped(case, model, config)
         optimizer = torch.optim.AdamW([p for p in runner.parameters() if p.requires_grad], lr=1e-2)
-        allocator = RankAllocator(runner, config, total_step=20).attach(optimizer)
+        allocator = RankAllocator(model if case == "join-inner" else runner, config, total_step=20).attach(optimizer)
         if case == "then-sharded":
             fully_shard(model)
         if case == "then-initialized":
@@ -75,7 +84,19 @@ def message_of(case):
             torch.nn.utils.vector_to_parameters(
                 torch.nn.utils.parameters_to_vector(runner.parameters()), runner.parameters()
             )
-        for step in range(4):
+        joins = case in ("join", "join-inner")
+        context = runner.join() if joins else contextlib.nullcontext()
+        train(case, model, runner, optimizer, context, steps=4 + 2 * rank if joins else 4)
+        allocator.check_consistency()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def train(case, model, runner, optimizer, context, *, steps):
+    rank = dist.get_rank()
+    with context:
+        for step in range(steps):
             torch.manual_seed(100 * step + rank)
             loss = runner(torch.randint(0, 32, (4, 8))).square().mean()
             if case == "then-initialized":
@@ -87,14 +108,11 @@ def message_of(case):
             optimizer.zero_grad()
             if case == "drift" and step == 2 and rank == 1:
                 next(layer for layer in model.modules() if hasattr(layer, "lora_B")).lora_B.data[3, 1] += 1e-6
-        allocator.check_consistency()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
-dist.init_process_group("gloo")
-for name in sys.argv[1:]:
-    report(**{name: message_of(name)})
-    dist.barrier()
-dist.destroy_process_group()
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    for name in sys.argv[1:]:
+        report(**{name: message_of(name)})
+        dist.barrier()
+    dist.destroy_process_group()
