@@ -28,8 +28,7 @@ def snapshot(runner):
     return {
         "weights": [span.weight.clone() for span in allocator._sharding.spans],
         "moments": [local(value).clone() for value in states if isinstance(value, torch.Tensor)],
-        "sensitivity": [tensor.clone() for tensor in allocator.sensitivity],
-        "uncertainty": [tensor.clone() for tensor in allocator.uncertainty],
+        **{name: [tensor.clone() for tensor in tensors] for name, tensors in allocator.statistics.items()},
     }
 
 
