@@ -71,8 +71,8 @@ class AdaLoraConfig:
     guard_every: int = 100
     """Steps between comparisons of masks and replicated parameters over ranks (trainers only); 0 never compares."""
     preset: str = "default"
-    """The score that ranks triplets, a file in adalora/scores/: `default` is sensitivity times uncertainty of the task's
-    gradient and the weight before the update, `paper` and `peft` observe it as those two do."""
+    """The score that ranks triplets, a file in adalora/scores/: `default` is sensitivity times uncertainty, from the
+    task's gradient and the weight before the update; `paper` and `peft` observe it as those two do."""
 
     def __post_init__(self) -> None:
         key = "adalora."
