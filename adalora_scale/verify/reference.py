@@ -88,10 +88,24 @@ class ReferenceScore:
         return (s["E"][k] + s["A"][:, k].mean() + s["B"][:, k].mean()).item()
 
 
+class ReferenceTaylor(ReferenceScore):
+    """The squared first-order change of the loss when λ is removed, averaged over steps."""
+
+    def observe(self, adapter: ReferenceAdapter, grads: dict[str, Tensor], o: ReferenceOptions) -> None:
+        mean = adapter.statistic("change", "E")
+        for k in range(o.init_r):
+            change = adapter.weight["E"][k] * grads["E"][k]
+            mean[k] = o.beta1 * mean[k] + (1 - o.beta1) * change**2
+
+    def triplet(self, adapter: ReferenceAdapter, k: int) -> float:
+        return adapter.statistic("change", "E")[k].item()
+
+
 SCORES = {
     "default": ReferenceScore(),
     "paper": ReferenceScore(gradient="whole"),
     "peft": ReferenceScore(gradient="whole", weight="after", last_step=False, columns="kept"),
+    "taylor": ReferenceTaylor(),
 }
 
 

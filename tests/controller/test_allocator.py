@@ -652,12 +652,13 @@ def test_digest_changes_with_the_mask_only():
 
 
 @pytest.mark.parametrize("at", [2, 7, 9, 17, 18, 21], ids=lambda t: f"step {t}")
-@pytest.mark.parametrize("allocator_first", [False, True])
-def test_continued_run_is_bit_equal(at, allocator_first):
+@pytest.mark.parametrize(("preset", "allocator_first"), [("default", False), ("default", True), ("taylor", False)])
+def test_continued_run_is_bit_equal(at, preset, allocator_first):
     """Without Ī, Ū, mask and phase (PEFT saves none) a resumed run prunes other triplets."""
-    straight = Run(head=True).train()
-    snapshot = Run(head=True).train(at).snapshot()
-    resumed = Run(head=True, seed=99).restore(snapshot, allocator_first=allocator_first)
+    config = options(preset=preset, modules_to_save=["head"])
+    straight = Run(config, head=True).train()
+    snapshot = Run(config, head=True).train(at).snapshot()
+    resumed = Run(config, head=True, seed=99).restore(snapshot, allocator_first=allocator_first)
     assert resumed.allocator.step == at
     expected = max((t for t in ALLOCATIONS if t <= at), default=None)
     assert (resumed.allocator.last_allocation.step if expected else resumed.allocator.last_allocation) == expected

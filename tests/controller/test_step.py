@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from adalora_scale.adalora.injection import inject_adalora
 from adalora_scale.adalora.scores.default import SensitivityUncertainty
+from adalora_scale.adalora.scores.taylor import Taylor
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
 from adalora_scale.verify.reference import ReferenceAdaLora, ReferenceOptions
@@ -62,6 +63,8 @@ def train_pair(toy, batches, *, accumulation=1, clip=None, fused=None, **options
         {},
         {"preset": "paper"},
         {"preset": "peft"},
+        {"preset": "taylor"},
+        {"preset": "taylor", "clip": 0.05, "accumulation": 4},
         {"orth_reg_weight": 0.0},
         {"clip": 0.05},
         {"accumulation": 4},
@@ -102,6 +105,19 @@ def test_shuffled_scores_give_another_allocation(toy, batches, monkeypatch):
 
     monkeypatch.setattr(RankAllocator, "_scores", shuffled)
     _, _, reference, masks = train_pair(toy, batches)
+    assert masks != reference.masks
+
+
+def _observe_absolute(self, pieces, weights, gradients, grad_scale):
+    for piece, weight, gradient in zip(pieces, weights, gradients, strict=True):
+        piece.statistics["taylor"].mul_(self.config.beta1).add_((weight * gradient).abs(), alpha=1 - self.config.beta1)
+
+
+@pytest.mark.parametrize(("name", "value"), [("after_update", True), ("observe", _observe_absolute)])
+def test_a_wrong_taylor_score_parts_from_the_reference(toy, batches, monkeypatch, name, value):
+    """Each mutant is a plausible mistake; the comparison above must be able to see it."""
+    monkeypatch.setattr(Taylor, name, value)
+    _, _, reference, masks = train_pair(toy, batches, preset="taylor")
     assert masks != reference.masks
 
 
