@@ -73,7 +73,7 @@ def test_unknown_key_is_named_before_the_key_it_was_meant_to_be(write):
         ("adalora.init_r=8.5", "adalora.init_r: "),
         ("adalora.tinit=soon", "adalora.tinit: "),
         ("adalora.target_modules=7", "adalora.target_modules: "),
-        ("adalora.preset=papper", "adalora.preset: "),
+        ("adalora.preset=3", "adalora.preset: "),
         ("data.train=[1, 2]", "data.train: "),
         ("model.load_in_4bit=perhaps", "model.load_in_4bit: "),
         ("model.torch_dtype=fp32", "model.torch_dtype: "),
@@ -89,6 +89,13 @@ def test_wrong_type_names_the_key_and_the_value(write, override, expected):
     message = message_of(write(MINIMAL), override)
     assert message.startswith(expected), message
     assert "got " in message
+
+
+def test_unknown_preset_is_named_with_the_nearest_one(write):
+    """A misspelt score would be found after the base model is loaded."""
+    message = message_of(write(MINIMAL), "adalora.preset=papper")
+    assert "adalora.preset is 'papper'" in message
+    assert "Did you mean 'paper'?" in message
 
 
 @pytest.mark.parametrize(

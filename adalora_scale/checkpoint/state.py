@@ -1,7 +1,7 @@
 """From a live model and optimizer to intervals, and back: this rank's pieces only, nothing is gathered.
 
-Two groups of tensors: `adapter` (A, E, B of every adapted module, with Ī and Ū until the final allocation) and `other`
-(whatever else is trained). A tensor of which several ranks hold the same piece is written by one of them.
+Two groups of tensors: `adapter` (A, E, B of every adapted module, with the score's statistics until the final
+allocation) and `other` (whatever else is trained). Of several ranks that hold the same piece one writes it.
 
 After the final allocation adapters may be built at their pruned ranks (`adalora/compaction.py`), so a factor can have
 fewer columns in the file than in the model or the other way round; the masks say which column is which triplet.
@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adalora_scale.adalora.scores import score_named
 from adalora_scale.checkpoint.format import Checkpoint, CheckpointError, Group
 from adalora_scale.controller import RankAllocator
 from adalora_scale.engines import Piece, PieceState, Sharding, adapter_tensors, trained_parameters, whole_shape
 
 ADAPTER, OTHER = "adapter", "other"
-_IMPORTANCE = ("sensitivity", "uncertainty")
 
 
 @dataclass
@@ -59,7 +59,9 @@ def gather(model: nn.Module, sharding: Sharding, allocator: RankAllocator) -> Ga
         # A parameter that never had a gradient has no state yet; zeros with step 0 are what it would begin with.
         values |= {kind: piece.state.get(kind, torch.zeros_like(piece.weight)) for kind in sorted(kinds[name])}
         if name == ADAPTER and not allocator.frozen:
-            values |= {kind: state[f"{kind}.{piece.name}"] for kind in _IMPORTANCE}
+            # Zeros of factors that the score does not look at: all kinds of a group have the same intervals.
+            names = [(kind, f"{kind}.{piece.name}") for kind in allocator.score.statistics]
+            values |= {kind: state.get(name, torch.zeros_like(piece.weight)) for kind, name in names}
         for kind, value in values.items():
             group.values.setdefault(kind, []).append(value)
         if piece.scalars:
@@ -91,7 +93,7 @@ def masks_of(position: Mapping[str, Any]) -> dict[str, list[bool]]:
 
 @torch.no_grad()
 def scatter(checkpoint: Checkpoint, model: nn.Module, sharding: Sharding, allocator: RankAllocator) -> None:
-    """Fill this rank's pieces of weights, optimizer state, Ī and Ū from a checkpoint, and set the allocator's position.
+    """Fill this rank's pieces of weights, optimizer state and statistics, and set the allocator's position.
 
     Every rank calls it, between two steps, with the allocator attached.
 
@@ -114,8 +116,10 @@ def scatter(checkpoint: Checkpoint, model: nn.Module, sharding: Sharding, alloca
     state = position | {"modules": list(masks), "mask": torch.tensor([bit for row in masks.values() for bit in row])}
     if not position["frozen"]:
         for span in sharding.spans:
+            if span.tensor.factor not in allocator.score.factors:
+                continue
             piece = Piece(span.tensor.name, span.start, span.weight, {}, {})
-            state |= {f"{kind}.{piece.name}": reader.values(piece, kind) for kind in _IMPORTANCE}
+            state |= {f"{kind}.{piece.name}": reader.values(piece, kind) for kind in allocator.score.statistics}
     allocator.load_state_dict(state)
 
 
@@ -151,6 +155,7 @@ class _Reader:
         self._kinds = {group: checkpoint.kinds(group) for group in (ADAPTER, OTHER)}
         self._masks = masks_of(checkpoint.manifest["allocator"])
         self._frozen = checkpoint.manifest["allocator"]["frozen"]
+        self._statistics = score_named(checkpoint.manifest["allocator"]["preset"]).statistics
         for name, shape in live[OTHER].items():
             if self._saved[OTHER].get(name) != shape:
                 raise CheckpointError(
@@ -159,7 +164,7 @@ class _Reader:
                 )
 
     def optimizer_kinds(self, piece: Piece) -> list[str]:
-        return sorted(self._kinds[_group(piece, self._live)] - {"weight", *_IMPORTANCE})
+        return sorted(self._kinds[_group(piece, self._live)] - {"weight", *self._statistics})
 
     def values(self, piece: Piece, kind: str) -> Tensor:
         """Return a kind's elements of a live piece, (length,) on the CPU."""

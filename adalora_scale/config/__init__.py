@@ -1,6 +1,7 @@
 """Every option a user can set, and reading them from one YAML file."""
 
 from adalora_scale.config.options import (
+    PRESETS,
     AdaLoraConfig,
     DataConfig,
     EngineConfig,
@@ -16,6 +17,7 @@ from adalora_scale.config.reading import (
 )
 
 __all__ = [
+    "PRESETS",
     "AdaLoraConfig",
     "DataConfig",
     "EngineConfig",

@@ -9,14 +9,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
-from adalora_scale.errors import UserError
+from adalora_scale.errors import UserError, nearest
 
 # Misspelt keys must not be dropped silently; pydantic reads this attribute from plain dataclasses too.
 _FORBID_EXTRA = ConfigDict(extra="forbid")
+
+# Nothing is imported from the method here; its scores are one file each, so looking at the folder is enough.
+PRESETS = tuple(sorted(path.stem for path in (Path(__file__).parents[1] / "adalora" / "scores").glob("[!_]*.py")))
+"""What `adalora.preset` may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +72,9 @@ class AdaLoraConfig:
     """Standard deviation of the initial P and Q; lambda starts at zero."""
     guard_every: int = 100
     """Steps between comparisons of masks and replicated parameters over ranks (trainers only); 0 never compares."""
-    preset: Literal["default", "paper", "peft"] = "default"
-    """Which gradient and weight the importance sees: `default` (task gradient, weight before the update), `paper`
-    (gradient with the penalty, weight before), `peft` (gradient with the penalty, weight after; PEFT's final step)."""
+    preset: str = "default"
+    """The score that ranks triplets, a file in adalora/scores/: `default` is sensitivity times uncertainty, from the
+    task's gradient and the weight before the update; `paper` and `peft` observe it as those two do."""
 
     def __post_init__(self) -> None:
         key = "adalora."
@@ -88,6 +93,8 @@ class AdaLoraConfig:
         _check(self.lora_alpha > 0, f"{key}lora_alpha is {self.lora_alpha}; it must be positive.")
         _check(self.init_std > 0, f"{key}init_std is {self.init_std}; it must be positive.")
         _check(self.orth_reg_weight >= 0, f"{key}orth_reg_weight is {self.orth_reg_weight}; it must not be negative.")
+        hint = nearest(self.preset, PRESETS) or f" Known: {', '.join(PRESETS)}."
+        _check(self.preset in PRESETS, f"{key}preset is '{self.preset}'; there is no such score.{hint}")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _check(0 < value < 1, f"{key}{name} is {value}; it must be between 0 and 1, both excluded.")

@@ -1,6 +1,6 @@
 """The rank allocator: AdaLoRA inside the optimizer step, through two hooks of the torch optimizer.
 
-    before the update:  observe importance (Ī, Ū) → add the orthogonality gradient
+    before the update:  show the score weights and gradients (Ī, Ū) → add the orthogonality gradient
     after the update:   at an allocation step, score triplets → keep exactly b(t) → zero the other λ
 
 Nothing is added to the loss or the training loop, and nothing depends on who calls the optimizer. The pieces of the
@@ -18,13 +18,14 @@ from torch.optim import Optimizer
 
 from adalora_scale.adalora.allocation import Allocation, keep_best, mask_digest, relative_gap
 from adalora_scale.adalora.compaction import is_compact
-from adalora_scale.adalora.importance import update_importance
 from adalora_scale.adalora.injection import adapter_layers, injected_module
 from adalora_scale.adalora.schedule import BudgetSchedule
+from adalora_scale.adalora.scores import score_named
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller.guard import require_equal, require_in_forward, require_same_start, require_same_tensors
+from adalora_scale.controller.scoring import Scoring
 from adalora_scale.controller.step_sums import StepReduction, sum_of_squares
-from adalora_scale.controller.triplets import triplet_scores, zero_lambda, zero_triplets
+from adalora_scale.controller.triplets import zero_lambda, zero_triplets
 from adalora_scale.engines import Sharding, sharding_for
 from adalora_scale.engines.ranks import on_every_rank
 from adalora_scale.errors import Unsupported, UserError
@@ -37,7 +38,7 @@ class RankAllocator:
         allocator.attach(optimizer)
 
     t counts the optimizer steps of the training loop from 1. A step with a non-finite gradient counts, changes nothing
-    (weights, moments, Ī, Ū), and an allocation that was due then happens at the next finite step.
+    (weights, moments, Ī, Ū), and an allocation that was due then happens at the next finite step, or at the run's last.
 
     Args:
         model: the model that `inject_adalora` prepared, wrapped or not.
@@ -55,6 +56,7 @@ class RankAllocator:
         if not layers:
             raise UserError("the model has no AdaLoRA layers; call inject_adalora(model, config) first.")
         self.config = config
+        self.score = score_named(config.preset)(config)
         self.model = model
         self.modules = list(layers)
         self.r = config.init_r
@@ -75,15 +77,14 @@ class RankAllocator:
             self.mask, self.frozen = torch.tensor(rows, device=self.mask.device).view(-1), True
         self._sharding: Sharding | None = None
         self._reduction: StepReduction | None = None
+        self._scoring: Scoring | None = None
         self._allocation_due = False
         self._calls = 0  # of the base optimizer in the step in progress
         self._skipping = False
         self._columns_may_move = False
         self._scale: Tensor | float = 1.0
-        self._penalty = self._orth_norm = self._task_norm = torch.zeros(())
-        self.sensitivity: list[Tensor] = []
-        self.uncertainty: list[Tensor] = []
-        self._observed: tuple[list[int], list[Tensor]] | None = None
+        self._penalty = self._orth_norm = torch.zeros(())
+        self._task_norm: Tensor | None = self._penalty
 
     # ---- attaching ----------------------------------------------------------------------------------------------
 
@@ -120,9 +121,9 @@ class RankAllocator:
         self._sharding = sharding
         self._reduction = StepReduction(sharding, len(self.modules), self.config.orth_reg_weight)
         self.mask = self.mask.to(sharding.spans[0].weight.device)
+        self._scoring = Scoring(self.score, sharding, self.schedule.final_step)
         if not self.frozen:
-            self.sensitivity = [torch.zeros_like(span.weight) for span in sharding.spans]
-            self.uncertainty = [torch.zeros_like(span.weight) for span in sharding.spans]
+            self._scoring.begin()
         base.register_step_pre_hook(self._before_update)
         base.register_step_post_hook(self._after_update)
         return self
@@ -139,6 +140,11 @@ class RankAllocator:
         """Where the engine keeps this rank's pieces; raises UserError before `attach`."""
         return self._attached()
 
+    @property
+    def statistics(self) -> dict[str, list[Tensor]]:
+        """The score's statistics by name, one tensor a span of its factors; none after the final allocation."""
+        return self._scoring.statistics if self._scoring else {}
+
     def ranks(self) -> dict[str, int]:
         """Return the number of kept triplets of every module."""
         counts = self.mask.view(-1, self.r).sum(1).tolist()
@@ -153,10 +159,12 @@ class RankAllocator:
         """Return a short digest of the current mask, for comparison over ranks and runs."""
         return mask_digest(self.mask)
 
-    def metrics(self) -> dict[str, float | int | str]:
-        """Return the figures logged beside the loss (keys of metrics.jsonl)."""
+    def metrics(self) -> dict[str, float | int | str | None]:
+        """Return the figures logged beside the loss (keys of metrics.jsonl); None is unknown."""
         ranks = list(self.ranks().values())
-        task_norm = self._task_norm.item()
+        ratio = None
+        if self._task_norm is not None:
+            ratio = self._orth_norm.item() / self._task_norm.item() if self._task_norm > 0 else 0.0
         return {
             "adalora/budget": self.budget,
             "adalora/rank_total": sum(ranks),
@@ -165,7 +173,7 @@ class RankAllocator:
             "adalora/zero_rank_modules": ranks.count(0),
             "adalora/orth_loss": self._penalty.item(),
             "adalora/orth_grad_norm": self._orth_norm.item(),
-            "adalora/orth_grad_ratio": self._orth_norm.item() / task_norm if task_norm > 0 else 0.0,
+            "adalora/orth_grad_ratio": ratio,
             "adalora/skipped_steps": self.skipped_steps,
             "adalora/masks_digest": self.masks_digest(),
         }
@@ -197,8 +205,14 @@ class RankAllocator:
         self.skipped_steps += max(missed, 0)
         if missed > 0:
             self._attached().missed_steps()  # an engine counted them too
+            if self._allocation_cannot_wait():
+                self._allocate()
+                self._attached().refresh()  # the engine does not come to it: its step is over
 
     # ---- before the update --------------------------------------------------------------------------------------
+
+    def _allocation_cannot_wait(self) -> bool:
+        return self._allocation_due and self.step >= self.schedule.total_step
 
     def _begin_step(self) -> None:
         self.step += 1
@@ -214,21 +228,18 @@ class RankAllocator:
         gradients = sharding.gradients(indices)
         if self._calls in (0, sharding.calls_per_step):  # the latter when the step before ended in an exception
             self._calls = 0
-            self._open_step(optimizer, sharding, gradients)
+            self._open_step(optimizer, sharding, indices, gradients)
         self._calls += 1
         if self._skipping:
             sharding.cancel(optimizer)
             return
-        preset, observes = self.config.preset, not self.frozen
-        if observes and preset == "default":
-            self._observe(indices, gradients)
+        if not self.frozen:
+            self._attached_scoring().see(indices, gradients, self._scale, penalised=False, step=self.step)
         self._regularise(indices, gradients)
-        if observes and preset == "paper":
-            self._observe(indices, gradients)
-        elif observes and preset == "peft":
-            self._observed = (indices, list(torch._foreach_div(gradients, self._scale)) if gradients else [])
+        if not self.frozen:
+            self._attached_scoring().see(indices, gradients, self._scale, penalised=True, step=self.step)
 
-    def _open_step(self, optimizer: Optimizer, sharding: Sharding, gradients: list[Tensor]) -> None:
+    def _open_step(self, optimizer: Optimizer, sharding: Sharding, indices: list[int], gradients: list[Tensor]) -> None:
         """Begin a step of the controller at the engine's first call: count it, and reduce what all ranks must know."""
         for _ in range(sharding.missed_steps()):
             self._begin_step()
@@ -241,24 +252,14 @@ class RankAllocator:
         if found_inf is not None:
             everything = everything + torch.where(found_inf.to(everything.device) > 0, torch.inf, 0.0).sum()
         squares = torch.stack([sum_of_squares(gradients).to(everything.device), everything])
-        keep = self.mask if self.frozen and self._prunes_whole_triplets() and not self.compact else None
+        keep = self.mask if self.frozen and not (self.score.keeps_columns or self.compact) else None
         sums = self._attached_reduction().run(squares.to(self.mask.device), keep)
         self._penalty, self._orth_norm = sums.penalty, sums.penalty_gradient_norm
-        self._task_norm = sums.adapter_squares.sqrt() / self._scale
+        # Of the groups whose turn has not come the engine shows gradients that are not yet clipped, if at all.
+        whole = len(indices) == len(sharding.spans)
+        self._task_norm = sums.adapter_squares.sqrt() / self._scale if whole else None
         self._skipping = not bool(torch.isfinite(sums.all_squares))
         self.skipped_steps += self._skipping
-
-    def _observe(self, indices: list[int], gradients: list[Tensor], scale: Tensor | float | None = None) -> None:
-        spans = self._attached().spans
-        update_importance(
-            [self.sensitivity[i] for i in indices],
-            [self.uncertainty[i] for i in indices],
-            [spans[i].weight for i in indices],
-            gradients,
-            beta1=self.config.beta1,
-            beta2=self.config.beta2,
-            grad_scale=self._scale if scale is None else scale,
-        )
 
     def _regularise(self, indices: list[int], gradients: list[Tensor]) -> None:
         self._attached_reduction().add_penalty_gradient(indices, gradients, self._scale)
@@ -273,12 +274,10 @@ class RankAllocator:
         if last:
             self._calls = 0
         if self._skipping:
+            if last and self._allocation_cannot_wait():  # the run would end unpruned
+                self._allocate()
             return
-        if self._observed is not None:  # preset peft: the gradient with the penalty, the weight after the update
-            # PEFT's final allocation uses the statistics of the step before.
-            if self.step < self.schedule.final_step:
-                self._observe(*self._observed, scale=1.0)
-            self._observed = None
+        self._attached_scoring().updated()
         if not last:
             return
         if self._allocation_due:
@@ -304,7 +303,7 @@ class RankAllocator:
     def _scores(self) -> Tensor:
         """Return S_k of every triplet, (modules · r,) float32, ordered by (module, k)."""
         scores = torch.zeros(len(self.modules) * self.r, dtype=torch.float32, device=self.mask.device)
-        triplet_scores(self._attached(), self.sensitivity, self.uncertainty, scores)
+        self._attached_scoring().add_scores(scores)
         return scores
 
     def _freeze(self) -> None:
@@ -317,13 +316,13 @@ class RankAllocator:
         rows = self.mask.view(-1, self.r).tolist()
         for layer, row in zip(self._layers, rows, strict=True):
             layer.keep_mask = row
-        if self._prunes_whole_triplets() and not self.compact:
+        if not (self.score.keeps_columns or self.compact):
             self._columns_may_move = zero_triplets(self._attached(), self.mask)
-        self.sensitivity, self.uncertainty = [], []
+        self._attached_scoring().release()
 
-    def _prunes_whole_triplets(self) -> bool:
-        # PEFT keeps the columns of pruned triplets, in the penalty too; its preset reproduces that.
-        return self.config.preset != "peft"
+    def _attached_scoring(self) -> Scoring:
+        self._attached()
+        return self._scoring  # type: ignore[return-value]  # made in attach beside the sharding
 
     def _attached_reduction(self) -> StepReduction:
         self._attached()
@@ -337,7 +336,7 @@ class RankAllocator:
     # ---- state --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a continued run needs: step, mask, Ī and Ū (tensors) of this rank's pieces."""
+        """Return what a continued run needs: step, mask, and the score's statistics of this rank's spans."""
         state: dict[str, Any] = {
             "step": self.step,
             "skipped_steps": self.skipped_steps,
@@ -350,11 +349,7 @@ class RankAllocator:
             "allocation_due": self._allocation_due,
             "mask": self.mask.clone(),
         }
-        if not self.frozen:
-            for kind, tensors in (("sensitivity", self.sensitivity), ("uncertainty", self.uncertainty)):
-                for span, tensor in zip(self._attached().spans, tensors, strict=True):
-                    state[f"{kind}.{span.tensor.module}.{span.tensor.factor}"] = tensor.clone()
-        return state
+        return state | self._attached_scoring().state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()` into an attached allocator of the same model and schedule.
@@ -362,7 +357,7 @@ class RankAllocator:
         Raises:
             UserError: the state belongs to another model or schedule.
         """
-        spans = self._attached().spans
+        self._attached()
         if state["modules"] != self.modules:
             raise UserError("the saved state is of another model: it adapts other modules. Resume with the same model.")
         if state["total_step"] != self.schedule.total_step:
@@ -393,7 +388,4 @@ class RankAllocator:
         self.frozen = False
         for layer in self._layers:
             layer.keep_mask = None
-        self.sensitivity, self.uncertainty = (
-            [state[f"{kind}.{span.tensor.module}.{span.tensor.factor}"].to(span.weight, copy=True) for span in spans]
-            for kind in ("sensitivity", "uncertainty")
-        )
+        self._attached_scoring().load(state)

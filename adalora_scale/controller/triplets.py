@@ -1,29 +1,11 @@
-"""Triplets over this rank's spans: their scores, and removing those outside a mask."""
+"""Triplets over this rank's spans: removing those outside a mask."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from adalora_scale.adalora.importance import add_column_sums
 from adalora_scale.engines.span import Sharding
-
-
-@torch.no_grad()
-def triplet_scores(sharding: Sharding, sensitivity: list[Tensor], uncertainty: list[Tensor], out: Tensor) -> None:
-    """Add up S_k of every triplet over all spans of all ranks; one all-reduce.
-
-    Args:
-        sharding: where the adapters are.
-        sensitivity, uncertainty: Ī and Ū, one (length,) tensor a span.
-        out: (modules · r,) float32 zeros, overwritten with the scores ordered by (module, k).
-    """
-    products = torch._foreach_mul(sensitivity, uncertainty)
-    for span, product in zip(sharding.spans, products, strict=True):
-        tensor = span.tensor
-        first = tensor.layer * tensor.r
-        add_column_sums(out[first : first + tensor.r], product / tensor.rows, start=span.start)
-    sharding.all_reduce(out)
 
 
 @torch.no_grad()

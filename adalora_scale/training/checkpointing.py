@@ -11,6 +11,7 @@ from torch import nn
 
 from adalora_scale.adalora.compaction import compact
 from adalora_scale.adalora.injection import adapter_layers, injected_module
+from adalora_scale.adalora.scores import score_named
 from adalora_scale.checkpoint.finding import NOTHING_TO_RESUME, find_checkpoint, set_aside
 from adalora_scale.checkpoint.format import Checkpoint, checkpoints, read_manifest
 from adalora_scale.checkpoint.identity import plain, require_same_run
@@ -79,8 +80,8 @@ def compact_for(checkpoint: Checkpoint, model: nn.Module, *, asked: bool | None,
     ranks = {name: layer.r for name, layer in adapter_layers(model)}
     # Otherwise `load` refuses the checkpoint, and says which key differs.
     fits = ranks == {name: len(mask) for name, mask in masks.items()}
-    # PEFT keeps the columns of pruned triplets, so its preset cannot leave them out.
-    possible = position["frozen"] and position["preset"] != "peft" and fits
+    # Columns that the score keeps cannot be left out.
+    possible = position["frozen"] and not score_named(position["preset"]).keeps_columns and fits
     if asked is True and not position["frozen"]:
         raise UserError(
             f"training.resume_compact=true, but {checkpoint.directory} is from before the final allocation: ranks may "

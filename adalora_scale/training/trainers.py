@@ -168,7 +168,7 @@ class AdaLoraTrainerMixin(_TrainerSeams):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put AdaLoRA's figures beside the loss, for every tracker the trainer reports to."""
         if self.allocator is not None and "loss" in logs:
-            logs.update({k: v for k, v in self.allocator.metrics().items() if not isinstance(v, str)})
+            logs.update({k: v for k, v in self.allocator.metrics().items() if isinstance(v, int | float)})
         if "train_loss" in logs:
             # transformers divides by the steps since the resume; the sum goes back to the run's first step.
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)

@@ -75,6 +75,7 @@ def expected_outcome(variant: str, problem: Problem) -> Outcome:
             beta1=config.beta1,
             beta2=config.beta2,
             orth_reg_weight=config.orth_reg_weight,
+            preset=config.preset,
             lr=problem.lr,
             weight_decay=problem.weight_decay,
             max_grad_norm=problem.max_grad_norm if variant == "clip" else None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ def _weigh(engine: str, problem: MemoryProblem) -> tuple[dict[str, int], int, in
         runner.step(last=True)
         states = [value for state in runner.optimizer.state.values() for value in state.values()]
         used["moments"] = storage_bytes(value for value in states if isinstance(value, Tensor) and value.numel() > 1)
-        used["importance"] = storage_bytes([*runner.allocator.sensitivity, *runner.allocator.uncertainty])
+        used["importance"] = storage_bytes(chain(*runner.allocator.statistics.values()))
         buffer = getattr(getattr(runner.model, "optimizer", None), "grad_partitions_flat_buffer", None)
         if buffer is not None:
             used["accumulated gradients"] = storage_bytes([buffer])

@@ -59,6 +59,8 @@ class Problem:
     weight_decay: float = 0.01
     max_grad_norm: float = 0.5
     """Of the variant `clip`; it binds while the loss falls."""
+    preset: str = "default"
+    """The score that ranks triplets."""
 
     def __post_init__(self) -> None:
         if self.steps < 24:
@@ -75,6 +77,7 @@ class Problem:
             tfinal=self.steps // 4,
             deltaT=max(1, self.steps // 20),
             orth_reg_weight=0.3,
+            preset=self.preset,
         )
 
     @property

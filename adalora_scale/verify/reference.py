@@ -48,15 +48,65 @@ class ReferenceAdapter:
     """One matrix's triplets: A (in, r), E (r,), B (out, r), with their statistics and moments."""
 
     weight: dict[str, Tensor]
-    sensitivity: dict[str, Tensor] = field(default_factory=dict)
-    uncertainty: dict[str, Tensor] = field(default_factory=dict)
+    statistics: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Whatever the score remembers, by its own names, then by factor."""
     m: dict[str, Tensor] = field(default_factory=dict)
     v: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.weight = {f: w.detach().clone().double() for f, w in self.weight.items()}
-        for state in (self.sensitivity, self.uncertainty, self.m, self.v):
+        for state in (self.m, self.v):
             state.update({f: torch.zeros_like(w) for f, w in self.weight.items()})
+
+    def statistic(self, name: str, f: str) -> Tensor:
+        """Zeros before the first observation."""
+        return self.statistics.setdefault(name, {}).setdefault(f, torch.zeros_like(self.weight[f]))
+
+
+@dataclass(frozen=True)
+class ReferenceScore:
+    """Sensitivity times uncertainty, and how the presets of it differ."""
+
+    gradient: str = "task"
+    """Or "whole": with the penalty's."""
+    weight: str = "before"
+    """Or "after" the update."""
+    last_step: bool = True
+    """Whether the step of the final allocation is observed."""
+    columns: str = "zero"
+    """Or "kept": what becomes of a pruned triplet's columns in the end."""
+
+    def observe(self, adapter: ReferenceAdapter, grads: dict[str, Tensor], o: ReferenceOptions) -> None:
+        for f in FACTORS:
+            now = (adapter.weight[f] * grads[f]).abs()
+            mean = o.beta1 * adapter.statistic("I", f) + (1 - o.beta1) * now
+            spread = o.beta2 * adapter.statistic("U", f) + (1 - o.beta2) * (now - mean).abs()
+            adapter.statistics["I"][f], adapter.statistics["U"][f] = mean, spread
+
+    def triplet(self, adapter: ReferenceAdapter, k: int) -> float:
+        s = {f: adapter.statistic("I", f) * adapter.statistic("U", f) for f in FACTORS}
+        return (s["E"][k] + s["A"][:, k].mean() + s["B"][:, k].mean()).item()
+
+
+class ReferenceTaylor(ReferenceScore):
+    """The squared first-order change of the loss when λ is removed, averaged over steps."""
+
+    def observe(self, adapter: ReferenceAdapter, grads: dict[str, Tensor], o: ReferenceOptions) -> None:
+        mean = adapter.statistic("change", "E")
+        for k in range(o.init_r):
+            change = adapter.weight["E"][k] * grads["E"][k]
+            mean[k] = o.beta1 * mean[k] + (1 - o.beta1) * change**2
+
+    def triplet(self, adapter: ReferenceAdapter, k: int) -> float:
+        return adapter.statistic("change", "E")[k].item()
+
+
+SCORES = {
+    "default": ReferenceScore(),
+    "paper": ReferenceScore(gradient="whole"),
+    "peft": ReferenceScore(gradient="whole", weight="after", last_step=False, columns="kept"),
+    "taylor": ReferenceTaylor(),
+}
 
 
 class ReferenceAdaLora:
@@ -70,6 +120,7 @@ class ReferenceAdaLora:
     def __init__(self, adapters: Mapping[str, Mapping[str, Tensor]], options: ReferenceOptions) -> None:
         self.adapters = {name: ReferenceAdapter(dict(weights)) for name, weights in adapters.items()}
         self.o = options
+        self.score = SCORES[options.preset]
         self.t = 0
         self.frozen = False
         self.mask = {
@@ -107,15 +158,15 @@ class ReferenceAdaLora:
             norm = torch.stack([g.square().sum() for gs in grads.values() for g in gs.values()]).sum().sqrt()
             factor = min(1.0, o.max_grad_norm / (norm.item() + 1e-6))
             grads = {n: {f: g * factor for f, g in gs.items()} for n, gs in grads.items()}
-        task = grads
         whole = self.with_penalty(grads)
-        if o.preset != "peft" and not self.frozen:
-            self.observe(whole if o.preset == "paper" else task)
+        seen = {"task": grads, "whole": whole}[self.score.gradient]
+        if self.score.weight == "before":
+            self.observe(seen)
         for name, adapter in self.adapters.items():
             for f in FACTORS:
                 self.adamw(adapter, f, whole[name][f])
-        if o.preset == "peft" and self.t < o.total_step - o.tfinal:
-            self.observe(whole)
+        if self.score.weight == "after":
+            self.observe(seen)
         if self.is_allocation(self.t):
             self.allocate()
         elif self.frozen:
@@ -134,7 +185,7 @@ class ReferenceAdaLora:
     def penalty(self, factors: dict[tuple[str, str], Tensor]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=next(iter(factors.values())).device)
         for (name, _), factor in factors.items():
-            if self.frozen and self.o.preset != "peft":
+            if self.frozen and self.score.columns == "zero":
                 factor = factor[:, self.mask[name]]
             deviation = factor.T @ factor - torch.eye(factor.shape[1]).to(factor)
             if deviation.numel() and deviation.abs().max() > 0:
@@ -151,14 +202,10 @@ class ReferenceAdaLora:
         return {n: {f: g + extra.get((n, f), 0) for f, g in gs.items()} for n, gs in grads.items()}
 
     def observe(self, grads: Tensors) -> None:
-        o = self.o
+        if self.frozen or (self.t == self.o.total_step - self.o.tfinal and not self.score.last_step):
+            return
         for name, adapter in self.adapters.items():
-            for f in FACTORS:
-                now = (adapter.weight[f] * grads[name][f]).abs()
-                adapter.sensitivity[f] = o.beta1 * adapter.sensitivity[f] + (1 - o.beta1) * now
-                adapter.uncertainty[f] = (
-                    o.beta2 * adapter.uncertainty[f] + (1 - o.beta2) * (now - adapter.sensitivity[f]).abs()
-                )
+            self.score.observe(adapter, grads[name], self.o)
 
     # ---- allocation
 
@@ -176,13 +223,10 @@ class ReferenceAdaLora:
         return int((first - last) * (1 - (t - o.tinit) / (end - o.tinit)) ** 3 + last)
 
     def scores(self) -> dict[str, list[float]]:
-        result = {}
-        for name, adapter in self.adapters.items():
-            s = {f: adapter.sensitivity[f] * adapter.uncertainty[f] for f in FACTORS}
-            result[name] = [
-                (s["E"][k] + s["A"][:, k].mean() + s["B"][:, k].mean()).item() for k in range(self.o.init_r)
-            ]
-        return result
+        return {
+            name: [self.score.triplet(adapter, k) for k in range(self.o.init_r)]
+            for name, adapter in self.adapters.items()
+        }
 
     def allocate(self) -> None:
         ranked = [
@@ -201,7 +245,7 @@ class ReferenceAdaLora:
         self.zero_lambda()
         if self.t == self.o.total_step - self.o.tfinal:
             self.frozen = True
-            if self.o.preset != "peft":
+            if self.score.columns == "zero":
                 for name, adapter in self.adapters.items():
                     for state in (adapter.weight, adapter.m, adapter.v):
                         for f in FACTORS:

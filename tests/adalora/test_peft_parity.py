@@ -85,7 +85,7 @@ def test_same_weights_and_gradients_give_the_same_statistics_and_masks(target_r)
         feed()
         optimizer.step()
     for span, ours_i, ours_u in zip(
-        allocator._sharding.spans, allocator.sensitivity, allocator.uncertainty, strict=True
+        allocator._sharding.spans, *(allocator.statistics[n] for n in ("sensitivity", "uncertainty")), strict=True
     ):
         key = f"{span.tensor.module}.{span.tensor.factor}.default"
         for ours, table in ((ours_i, peft_allocator.exp_avg_ipt), (ours_u, peft_allocator.exp_avg_unc)):
@@ -188,5 +188,5 @@ def test_default_preset_differs_from_peft_where_it_says_it_does():
             model(ids).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        runs.append(torch.cat(allocator.sensitivity))
+        runs.append(torch.cat(allocator.statistics["sensitivity"]))
     assert (runs[0] - runs[1]).norm() > 1e-2 * runs[1].norm()

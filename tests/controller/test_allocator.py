@@ -96,8 +96,7 @@ class Run:
             {
                 "weights": self.trainable(),
                 "moments": self.optimizer.state_dict()["state"],
-                "sensitivity": self.allocator.sensitivity,
-                "uncertainty": self.allocator.uncertainty,
+                "statistics": self.allocator.statistics,
                 "mask": self.allocator.mask,
             }
         )
@@ -265,7 +264,7 @@ def test_grad_scaler_changes_nothing(optimizer, clip, autocast):
     scaled = Run(optimizer=optimizer, autocast=autocast, scaler=scaler).train(8, clip=clip)
     assert scaler.get_scale() == 2.0**14  # importance that followed the scale would favour the latest steps
     for kind in ("sensitivity", "uncertainty"):
-        ours, expected = (torch.cat(getattr(run.allocator, kind)) for run in (scaled, plain))
+        ours, expected = (torch.cat(run.allocator.statistics[kind]) for run in (scaled, plain))
         assert (ours - expected).norm() < 1e-6 * expected.norm()
     plain.train(clip=clip)
     scaled.train(clip=clip)
@@ -346,6 +345,44 @@ def test_overflow_at_the_final_allocation_freezes_at_the_next_step():
     assert int(run.allocator.mask.sum()) == 12
     run.train()
     assert list(run.masks) == [6, 9, 12, 15, 19]
+
+
+@pytest.mark.parametrize("preset", ["default", "peft"])
+@pytest.mark.parametrize("bad", [1, 7], ids=["the last step", "every step from the final allocation on"])
+def test_overflow_to_the_end_prunes_with_the_statistics_so_far(bad, preset):
+    """Else a run whose last step is not finite ends with every λ live, and saves an adapter above its budget."""
+    config = options(tfinal=bad - 1, preset=preset)
+    run = Run(config).train(TOTAL - bad)
+    before = run.everything()
+    scores = run.allocator._scores()
+    for _ in range(bad - 1):
+        run.step(poison=POISONS["inf in A"])
+        assert_same(run.everything(), before)
+    run.step(poison=POISONS["inf in A"])
+    assert run.allocator.frozen
+    assert run.allocator.last_allocation.step == TOTAL
+    assert run.allocator.skipped_steps == bad
+    expected = torch.zeros(24, dtype=torch.bool)
+    expected[scores.argsort(descending=True, stable=True)[:12]] = True
+    assert torch.equal(run.allocator.mask, expected)
+    for name, row in run.allocator.rank_pattern().items():
+        keep = torch.tensor(row)
+        module = name.removesuffix(".lora_E")
+        for factor in "AEB":
+            kept = keep | (preset == "peft" and factor != "E")  # no weight moves but those that pruning removes
+            key = f"{module}.lora_{factor}"
+            assert torch.equal(run.trainable()[key], before["weights"][key] * kept)
+
+
+def test_last_step_that_a_scaler_drops_prunes_too():
+    """The optimizer is not even called: nothing but the loop's own count says that the run is over."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    run = Run(options(tfinal=0), head=False, scaler=scaler).train(TOTAL - 1)
+    run.step(poison=POISONS["inf in A"])
+    assert not run.allocator.frozen
+    run.allocator.skip_missed_steps(completed=TOTAL)
+    assert run.allocator.frozen
+    assert int((torch.cat([p for n, p in run.trainable().items() if n.endswith("lora_E")]) != 0).sum()) == 12
 
 
 def test_overflow_after_the_freeze_changes_nothing():
@@ -459,14 +496,14 @@ def test_parameter_without_gradient_counts_as_zero():
     """A layer that a batch does not use (PEFT: TypeError) has sensitivity that fades, and no crash."""
     run = Run().train(4)
     index = [f"{s.tensor.module}.{s.tensor.factor}" for s in run.allocator._sharding.spans].index("blocks.1.up.lora_A")
-    old = run.allocator.sensitivity[index].clone()
+    old = run.allocator.statistics["sensitivity"][index].clone()
 
     def drop(model):
         for factor in "AEB":
             model.get_parameter(f"blocks.1.up.lora_{factor}").grad = None
 
     run.step(poison=drop)
-    torch.testing.assert_close(run.allocator.sensitivity[index], 0.85 * old)
+    torch.testing.assert_close(run.allocator.statistics["sensitivity"][index], 0.85 * old)
     while run.calls < TOTAL:
         run.step(poison=drop)
     assert run.allocator.frozen
@@ -615,12 +652,13 @@ def test_digest_changes_with_the_mask_only():
 
 
 @pytest.mark.parametrize("at", [2, 7, 9, 17, 18, 21], ids=lambda t: f"step {t}")
-@pytest.mark.parametrize("allocator_first", [False, True])
-def test_continued_run_is_bit_equal(at, allocator_first):
+@pytest.mark.parametrize(("preset", "allocator_first"), [("default", False), ("default", True), ("taylor", False)])
+def test_continued_run_is_bit_equal(at, preset, allocator_first):
     """Without Ī, Ū, mask and phase (PEFT saves none) a resumed run prunes other triplets."""
-    straight = Run(head=True).train()
-    snapshot = Run(head=True).train(at).snapshot()
-    resumed = Run(head=True, seed=99).restore(snapshot, allocator_first=allocator_first)
+    config = options(preset=preset, modules_to_save=["head"])
+    straight = Run(config, head=True).train()
+    snapshot = Run(config, head=True).train(at).snapshot()
+    resumed = Run(config, head=True, seed=99).restore(snapshot, allocator_first=allocator_first)
     assert resumed.allocator.step == at
     expected = max((t for t in ALLOCATIONS if t <= at), default=None)
     assert (resumed.allocator.last_allocation.step if expected else resumed.allocator.last_allocation) == expected

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from adalora_scale.adalora.injection import inject_adalora
+from adalora_scale.adalora.scores.default import SensitivityUncertainty
+from adalora_scale.adalora.scores.taylor import Taylor
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
 from adalora_scale.verify.reference import ReferenceAdaLora, ReferenceOptions
@@ -61,6 +63,8 @@ def train_pair(toy, batches, *, accumulation=1, clip=None, fused=None, **options
         {},
         {"preset": "paper"},
         {"preset": "peft"},
+        {"preset": "taylor"},
+        {"preset": "taylor", "clip": 0.05, "accumulation": 4},
         {"orth_reg_weight": 0.0},
         {"clip": 0.05},
         {"accumulation": 4},
@@ -104,35 +108,32 @@ def test_shuffled_scores_give_another_allocation(toy, batches, monkeypatch):
     assert masks != reference.masks
 
 
+def _observe_absolute(self, pieces, weights, gradients, grad_scale):
+    for piece, weight, gradient in zip(pieces, weights, gradients, strict=True):
+        piece.statistics["taylor"].mul_(self.config.beta1).add_((weight * gradient).abs(), alpha=1 - self.config.beta1)
+
+
+@pytest.mark.parametrize(("name", "value"), [("after_update", True), ("observe", _observe_absolute)])
+def test_a_wrong_taylor_score_parts_from_the_reference(toy, batches, monkeypatch, name, value):
+    """Each mutant is a plausible mistake; the comparison above must be able to see it."""
+    monkeypatch.setattr(Taylor, name, value)
+    _, _, reference, masks = train_pair(toy, batches, preset="taylor")
+    assert masks != reference.masks
+
+
 @pytest.mark.parametrize("mutant", ["no_uncertainty", "no_penalty", "weight_after"])
 def test_wrong_methods_part_from_the_reference(toy, batches, monkeypatch, mutant):
     """Each mutant is a plausible mistake; the comparison above must be able to see it."""
     if mutant == "no_uncertainty":
-        monkeypatch.setattr(RankAllocator, "_scores", _scores_without_uncertainty)
+        monkeypatch.setattr(SensitivityUncertainty, "contributions", _sensitivity_alone)
     elif mutant == "no_penalty":
         monkeypatch.setattr(RankAllocator, "_regularise", lambda *args: None)
-    elif mutant == "weight_after":
-        observe = RankAllocator._observe
-        monkeypatch.setattr(RankAllocator, "_observe", lambda self, *args: setattr(self, "_late", args))
-        after = RankAllocator._after_update
-
-        def late(self, *args):
-            if not self.frozen:
-                observe(self, *self._late)
-            after(self, *args)
-
-        monkeypatch.setattr(RankAllocator, "_after_update", late)
+    else:
+        monkeypatch.setattr(SensitivityUncertainty, "after_update", True)
     _, model, reference, masks = train_pair(toy, batches)
     together, _ = relative_distance(model, reference)
     assert masks != reference.masks or together > 1e-4
 
 
-def _scores_without_uncertainty(self):
-    self.uncertainty, kept = [torch.ones_like(u) for u in self.uncertainty], self.uncertainty
-    try:
-        return SCORES(self)
-    finally:
-        self.uncertainty = kept
-
-
-SCORES = RankAllocator._scores
+def _sensitivity_alone(self, pieces, weights):
+    return [piece.statistics["sensitivity"] / piece.rows for piece in pieces]

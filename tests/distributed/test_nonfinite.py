@@ -9,13 +9,15 @@ from tests.distributed.launcher import run_ranks
 WORKER = Path(__file__).parent / "workers" / "nonfinite.py"
 # DeepSpeed 0.19.8 drops such a step itself in float32 and in BF16_Optimizer; in bf16 ZeRO-2 hands it on.
 TWO_RANKS = ["ddp:plain", "fsdp2:plain", "zero2:plain", "zero2:bf16", "zero1:bf16", "zero3:plain", "zero3:bf16"]
+LAST = ["fsdp2:plain:last", "zero2:plain:last", "zero2:bf16:last"]
 CELLS = [*TWO_RANKS, "hsdp:plain"]
 
 
 @pytest.fixture(scope="module")
 def outputs(deepspeed_ops):
-    two, four = run_ranks(WORKER, 2, TWO_RANKS, timeout=300), run_ranks(WORKER, 4, ["hsdp:plain"], timeout=300)
-    return {cell: [rank[cell] for rank in (two if cell in TWO_RANKS else four)] for cell in CELLS}
+    two = run_ranks(WORKER, 2, [*TWO_RANKS, *LAST], timeout=300)
+    four = run_ranks(WORKER, 4, ["hsdp:plain"], timeout=300)
+    return {cell: [rank[cell] for rank in (four if cell == "hsdp:plain" else two)] for cell in [*CELLS, *LAST]}
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -34,3 +36,14 @@ def test_the_step_counts_and_training_goes_on(outputs, cell):
         assert rank["skipped"] == 1
         assert rank["unchanged_later"] == []
         assert rank["not_finite"] == []
+
+
+@pytest.mark.parametrize("cell", LAST)
+def test_a_run_that_ends_on_nan_is_pruned_all_the_same(outputs, cell):
+    """Else it ends with every λ alive, in the masters or in the copies that the forward computes with."""
+    for rank in outputs[cell]:
+        assert rank["frozen"]
+        assert rank["step"] == 24
+        assert rank["kept"] == rank["budget"] == rank["masters"]
+        assert rank["copies"] in (None, rank["budget"])
+    assert len({rank["digest"] for rank in outputs[cell]}) == 1

@@ -1,6 +1,6 @@
 """NaN in one rank's shard only, momentum non-zero, clipping off: what changed, on this rank.
 
-run_ranks(…, args=[CELL…])    CELL is engine:variant
+run_ranks(…, args=[CELL…])    CELL is engine:variant, or engine:variant:last for a run whose last step is the bad one
 """
 
 import os
@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from adalora_scale.engines.full import full_parameter
 from adalora_scale.verify.engines import running
-from adalora_scale.verify.problem import Problem, token_loss
+from adalora_scale.verify.problem import Problem, adapter_weights, token_loss
 from tests.distributed.launcher import report
 
 
@@ -28,8 +29,7 @@ def snapshot(runner):
     return {
         "weights": [span.weight.clone() for span in allocator._sharding.spans],
         "moments": [local(value).clone() for value in states if isinstance(value, torch.Tensor)],
-        "sensitivity": [tensor.clone() for tensor in allocator.sensitivity],
-        "uncertainty": [tensor.clone() for tensor in allocator.uncertainty],
+        **{name: [tensor.clone() for tensor in tensors] for name, tensors in allocator.statistics.items()},
     }
 
 
@@ -53,12 +53,47 @@ def steps(runner, batches, rank, ranks):
         runner.step(last=True)
 
 
+class ToTheEnd(Problem):
+    """The final allocation falls on the last step."""
+
+    @property
+    def config(self):
+        return super().config.replace(tfinal=0)
+
+
+def last_step(engine, variant, rank, ranks):
+    """Poison the last step; what is left in masters and in the weights that the forward computes with."""
+    problem = ToTheEnd(model=None, device=torch.device("cpu"), ranks=ranks, steps=24)
+    model = problem.adapted_model(torch.bfloat16 if variant == "bf16" else torch.float32)
+    *batches, last = problem.batches(model.config.vocab_size)
+    with running(engine, variant, problem, model) as runner:
+        steps(runner, batches, rank, ranks)
+        runner.begin(last=True)
+        runner.backward(token_loss(runner.model, last.part(rank, ranks)) * ranks)
+        poison(engine, runner)
+        runner.step(last=True)
+        runner.allocator.skip_missed_steps(problem.steps)
+        lambdas = [weights["E"] for weights in adapter_weights(model).values()]
+        masters = sum(int((full_parameter(weight) != 0).sum()) for weight in lambdas)
+        copies = None
+        if engine.startswith("zero"):
+            copies = sum(int((weight.detach() != 0).sum()) for weight in lambdas)
+        allocator = runner.allocator
+        return {
+            "frozen": allocator.frozen, "kept": int(allocator.mask.sum()), "budget": allocator.schedule.target_budget,
+            "masters": masters, "copies": copies, "digest": allocator.masks_digest(), "step": allocator.step,
+        }  # fmt: skip
+
+
 def main(*cells):
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     problem = Problem(model=None, device=torch.device("cpu"), ranks=ranks)
     for cell in cells:
-        engine, variant = cell.split(":")
+        engine, variant, *last = cell.split(":")
+        if last:
+            report(**{cell: last_step(engine, variant, rank, ranks)})
+            continue
         model = problem.adapted_model(torch.bfloat16 if variant == "bf16" else torch.float32)
         batches = problem.batches(model.config.vocab_size)
         with running(engine, variant, problem, model) as runner:

@@ -1,0 +1,108 @@
+"""Scores by name, their statistics against plain loops, and column sums."""
+
+import itertools
+
+import pytest
+import torch
+
+from adalora_scale.adalora.layer import FACTORS
+from adalora_scale.adalora.score import Score, ScoredPiece, add_column_sums
+from adalora_scale.adalora.scores import score_named
+from adalora_scale.config import PRESETS, AdaLoraConfig
+from adalora_scale.errors import UserError
+from adalora_scale.verify.reference import SCORES as REFERENCE_SCORES
+
+BETAS = (0.85, 0.6)
+CONFIG = AdaLoraConfig(beta1=BETAS[0], beta2=BETAS[1])
+
+
+def tensors(seed, sizes=(6, 1, 0, 13)):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, generator=generator) for n in sizes]
+
+
+def pieces_of(score, sizes=(6, 1, 0, 13), rows=4, factor="lora_A"):
+    return [ScoredPiece(factor, rows, {name: torch.zeros(n) for name in score.statistics}) for n in sizes]
+
+
+def test_every_file_is_a_score_and_has_a_reference():
+    """Else a name in the config has nothing behind it, or nothing that it is compared with."""
+    assert {"default", "paper", "peft"} <= set(PRESETS)
+    assert set(REFERENCE_SCORES) == set(PRESETS)
+    scores = [score_named(name) for name in PRESETS]
+    assert all(issubclass(score, Score) for score in scores)
+    assert len(set(scores)) == len(PRESETS)
+    for score in scores:
+        assert set(score.factors) <= set(FACTORS)
+        assert score.factors
+
+
+@pytest.mark.parametrize("make", [score_named, lambda name: AdaLoraConfig(preset=name)], ids=["registry", "config"])
+def test_unknown_name_suggests_the_nearest(make):
+    """Else a misspelt score trains with no importance at all, or a later version's checkpoint ends in a traceback."""
+    with pytest.raises(UserError, match=r"adalora\.preset is 'papper'.*Did you mean 'paper'"):
+        make("papper")
+    with pytest.raises(UserError, match=r"Known: default, paper, peft"):
+        make("../layer")
+
+
+def test_ten_updates_equal_a_loop():
+    """Ū must use the new Ī and its own beta; the old Ī or beta1 twice look just as plausible."""
+    score = score_named("default")(CONFIG)
+    pieces = pieces_of(score)
+    expected = [([0.0] * t.numel(), [0.0] * t.numel()) for t in tensors(0)]
+    for step in range(10):
+        weights, gradients = tensors(step), tensors(100 + step)
+        kept = [g.clone() for g in gradients], [w.clone() for w in weights]
+        score.observe(pieces, weights, gradients, 1.0)
+        assert all(torch.equal(a, b) for a, b in zip(kept[0] + kept[1], gradients + weights, strict=True))
+        for (mean, spread), w, g in zip(expected, weights, gradients, strict=True):
+            for i in range(len(mean)):
+                now = abs(w[i].item() * g[i].item())
+                mean[i] = BETAS[0] * mean[i] + (1 - BETAS[0]) * now
+                spread[i] = BETAS[1] * spread[i] + (1 - BETAS[1]) * abs(now - mean[i])
+    for (mean, spread), piece in zip(expected, pieces, strict=True):
+        torch.testing.assert_close(piece.statistics["sensitivity"], torch.tensor(mean), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(piece.statistics["uncertainty"], torch.tensor(spread), rtol=1e-5, atol=1e-7)
+    # 4 rows: the mean over rows is a quarter of the sum
+    for (mean, spread), value in zip(expected, score.contributions(pieces, tensors(0)), strict=True):
+        product = torch.tensor(mean) * torch.tensor(spread) / 4
+        torch.testing.assert_close(value, product, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("scale", [65536.0, torch.tensor(65536.0)], ids=["number", "tensor"])
+def test_scale_of_the_gradients_is_divided_out(name, scale):
+    """A GradScaler changes its scale during the run; importance must not follow it."""
+    runs = []
+    for factor in (1.0, scale):
+        score = score_named(name)(CONFIG)
+        pieces = pieces_of(score)
+        score.observe(pieces, tensors(0), [g * factor for g in tensors(1)], factor)
+        runs.append([value for piece in pieces for value in piece.statistics.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))  # a power of two divides exactly
+    assert any(t.abs().sum() > 0 for t in runs[0])
+
+
+@pytest.mark.parametrize("r", [1, 2, 3, 7, 8])
+def test_column_sums_of_every_piece_equal_a_loop(r):
+    """ZeRO's flat pieces begin and end inside rows; one wrong offset shifts every triplet's score by one."""
+    whole = torch.arange(1.0, 6 * r + 1)
+    for start in range(2 * r + 1):
+        for length in range(len(whole) - start + 1):
+            out = torch.full((r,), 100.0)
+            add_column_sums(out, whole[start : start + length], start=start)
+            expected = [100.0] * r
+            for i in range(start, start + length):
+                expected[i % r] += whole[i].item()
+            assert out.tolist() == expected, (start, length)
+
+
+def test_column_sums_of_pieces_add_up_to_the_whole():
+    """The sum over ranks must be one process's sum."""
+    values = torch.randn(11 * 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for cuts in ([0, 44], [0, 0, 5, 6, 6, 23, 44], [0, 1, 2, 3, 44], [0, 43, 44]):
+        out = torch.zeros(4, dtype=torch.float64)
+        for start, end in itertools.pairwise(cuts):
+            add_column_sums(out, values[start:end], start=start)
+        torch.testing.assert_close(out, values.view(11, 4).sum(0))
