@@ -109,15 +109,10 @@ class RankAllocator:
                 "the base model's fingerprint": getattr(injected_module(self.model), "adalora_base_fingerprint", None),
             }
         )
-        sharding, base = on_every_rank(lambda: sharding_for(self.model, optimizer))
+        sharding, base = on_every_rank(lambda: self._hold(optimizer))
         sharding.connect()
         require_same_start(*sharding.replicas())
         require_in_forward(sharding, write=True, step=0)
-        if getattr(base, "adalora_allocator", None) is not None:
-            raise UserError(
-                "another RankAllocator is attached to this optimizer already; make a new optimizer for a new allocator."
-            )
-        base.adalora_allocator = self  # type: ignore[attr-defined]
         self._sharding = sharding
         self._reduction = StepReduction(sharding, len(self.modules), self.config.orth_reg_weight)
         self.mask = self.mask.to(sharding.spans[0].weight.device)
@@ -127,6 +122,15 @@ class RankAllocator:
         base.register_step_pre_hook(self._before_update)
         base.register_step_post_hook(self._after_update)
         return self
+
+    def _hold(self, target: object) -> tuple[Sharding, Optimizer]:
+        sharding, base = sharding_for(self.model, target)
+        hooks = base._optimizer_step_pre_hooks.values()
+        if any(isinstance(getattr(hook, "__self__", None), RankAllocator) for hook in hooks):
+            raise UserError(
+                "another RankAllocator is attached to this optimizer already; make a new optimizer for a new allocator."
+            )
+        return sharding, base
 
     # ---- what users and the trainer read ------------------------------------------------------------------------
 
