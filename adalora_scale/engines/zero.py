@@ -203,7 +203,7 @@ class ZeroSharding:
             seen = None if full is None else full.reshape(-1)[span.start : span.start + span.weight.numel()]
             same = seen is not None and torch.equal(seen.to(span.weight.device), span.weight)
             span.weight.copy_(before)  # subtracting would round
-            agreed = torch.tensor(float(same), device=self._device)
+            agreed = torch.tensor(float(same), dtype=torch.float32, device=self._device)
             dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=self._group)
             if not agreed:
                 import deepspeed

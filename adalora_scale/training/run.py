@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from adalora_scale.adalora.injection import coverage
+from adalora_scale.checkpoint.writing import write_probe
 from adalora_scale.config import RunConfig
 from adalora_scale.data.chat_templates import resolve_chat_template
 from adalora_scale.data.rows import RawData, load_raw
@@ -43,6 +44,8 @@ from adalora_scale.training.checkpointing import check_asked_checkpoint, choose_
 from adalora_scale.training.console import use_console
 from adalora_scale.training.continuing import rank_fitter, run_identity
 from adalora_scale.training.metrics import accuracy
+from adalora_scale.training.optimizers import check_optimizer
+from adalora_scale.training.packages import check_packages
 from adalora_scale.training.records import hardware, peak_memory_by_rank, versions, write_json
 from adalora_scale.training.trainers import AdaLoraSFTTrainer, AdaLoraTrainer
 
@@ -85,6 +88,8 @@ def prepare(config: RunConfig) -> Inputs:
     """
     engine = resolve_engine(config.engine)
     training = check_training_section(config)
+    check_optimizer(training)
+    check_packages(config, training, engine.name)
     _check_output_dir(training)
     check_asked_checkpoint(training.get("resume_from_checkpoint"), Path(training["output_dir"]))
     check_model_path(config)
@@ -180,7 +185,7 @@ def _check_output_dir(training: dict[str, Any]) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / ".write-probe"
-        probe.touch()
+        write_probe(probe)
         probe.unlink()
     except OSError as error:
         raise UserError(f"training.output_dir={directory} cannot be written: {error.strerror}.") from None
