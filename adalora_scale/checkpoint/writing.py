@@ -6,7 +6,6 @@ how it went, and only then rank 0 writes the manifest and gives the folder its n
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shutil

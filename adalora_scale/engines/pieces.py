@@ -117,8 +117,8 @@ def split_state(optimizer: Optimizer, parameter: Tensor) -> tuple[dict[str, Tens
             scalars[key] = float(value)
         elif value is not None:
             raise Unsupported(
-                f"{type(optimizer).__name__} keeps '{key}' ({_described(value)}), which cannot be cut into intervals of "
-                f"the weights; use training.optim=adamw_torch for checkpoints that can be resumed."
+                f"{type(optimizer).__name__} keeps '{key}' ({_described(value)}), which is not cut like weights; use "
+                f"training.optim=adamw_torch for checkpoints that can be resumed."
             )
     return tensors, scalars
 

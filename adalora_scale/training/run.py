@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import is_offline_mode
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -28,6 +29,7 @@ from adalora_scale.config import RunConfig
 from adalora_scale.data.chat_templates import resolve_chat_template
 from adalora_scale.data.rows import RawData, load_raw
 from adalora_scale.data.tokenization import Prepared, prepare_causal_lm, prepare_classification
+from adalora_scale.engines.builds import bounded_build_waits
 from adalora_scale.engines.place import Engine, resolve_engine, whole_weights, zero3_options
 from adalora_scale.errors import UserError
 from adalora_scale.export.continual import check_start
@@ -73,9 +75,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         Unsupported: the config asks for an engine or quantisation that is not there.
     """
     started = time.time()
-    inputs = prepare(config)
-    trainer = make_trainer(config, inputs)
-    trainer.train()
+    with bounded_build_waits():  # DeepSpeed compiles operators when ranks join and when it takes the optimizer
+        inputs = prepare(config)
+        trainer = make_trainer(config, inputs)
+        trainer.train()
     final = _final_evaluation(trainer) if inputs.data.eval is not None else {}
     trainer.save_model()
     return _write_run(config, inputs, trainer, final, started)
@@ -202,7 +205,14 @@ def check_model_path(config: RunConfig) -> None:
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.model_name_or_path={path}: {reason}") from None
+        raise UserError(f"model.model_name_or_path={path}: {reason}{_offline_hint(path)}") from None
+
+
+def _offline_hint(path: str) -> str:
+    """Say how to get what an offline machine lacks."""
+    if not is_offline_mode() or Path(path).exists():
+        return ""
+    return f" HF_HUB_OFFLINE is set: run `hf download {path}` where there is network, or name a folder."
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -215,7 +225,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.{key}={path}: no tokenizer ({reason})") from None
+        raise UserError(f"model.{key}={path}: no tokenizer ({reason}){_offline_hint(path)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
