@@ -39,8 +39,8 @@ def bounded_build_waits(*, note_after: float = NOTE_AFTER_S, stale_after: float 
     """
     before = FileBaton.wait
 
-    def wait(baton: FileBaton) -> None:
-        _wait(Path(baton.lock_file_path), baton.wait_seconds, note_after, stale_after)
+    def wait(self: FileBaton) -> None:
+        _wait(Path(self.lock_file_path), self.wait_seconds, note_after, stale_after)
 
     FileBaton.wait = wait  # type: ignore[method-assign]
     try:

@@ -292,7 +292,7 @@ def _feed_in_its_dtype(model: nn.Module, head: nn.Module | None) -> None:
 
     def cast(module: nn.Module, args: Any, output: Any) -> Any:
         # The head's own weight, asked for at each step: an engine may show the forward another dtype than it keeps.
-        output.last_hidden_state = output.last_hidden_state.to(head.weight.dtype)  # type: ignore[union-attr, arg-type]
+        output.last_hidden_state = output.last_hidden_state.to(head.weight.dtype)  # type: ignore[union-attr]
         return output
 
-    model.base_model.register_forward_hook(cast)  # type: ignore[union-attr, operator]
+    model.base_model.register_forward_hook(cast)  # type: ignore[union-attr]

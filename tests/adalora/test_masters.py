@@ -1,4 +1,4 @@
-"""What is trained beside the adapters is float32 in a 16-bit model: it moves, it is saved, and what is around it runs."""
+"""What is trained beside the adapters is float32 in a 16-bit model: it moves, is saved, and its neighbours run."""
 
 import pytest
 import torch
@@ -113,7 +113,9 @@ def test_an_adapter_with_such_a_head_loads_to_the_same_logits(dtype, tmp_path):
     loaded = load_adapter(fresh(), tmp_path / "adapter")
     assert torch.equal(loaded(**batch(model)).logits, expected)
     theirs = PeftModel.from_pretrained(fresh(), tmp_path / "adapter")
-    torch.testing.assert_close(theirs(input_ids=batch(model)["input_ids"]).logits.float(), expected.float(), rtol=0.05, atol=0.02)
+    torch.testing.assert_close(
+        theirs(input_ids=batch(model)["input_ids"]).logits.float(), expected.float(), rtol=0.05, atol=0.02
+    )
 
 
 def test_a_float32_base_gets_no_hooks():
