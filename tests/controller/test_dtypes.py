@@ -37,6 +37,7 @@ def prepared(kind=Toy):
     model = inject_adalora(kind(), CONFIG)
     if kind is Tempered:
         model.temperature.requires_grad_(True)
+        model.head.requires_grad_(True)  # written in the same group as the number
     return model
 
 
