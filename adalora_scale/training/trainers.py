@@ -266,7 +266,6 @@ class AdaLoraSFTTrainer(AdaLoraTrainerMixin, SFTTrainer):
             model = AutoModelForCausalLM.from_pretrained(model, **(getattr(training, "model_init_kwargs", None) or {}))
         super().__init__(model, *args, adalora_config=adalora_config, **kwargs)
         head = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
-        _feed_in_its_dtype(unwrapped(model), head)
         for name, layer in adapter_layers(model):
             if layer is head:
                 raise Unsupported(
@@ -279,20 +278,3 @@ class AdaLoraSFTTrainer(AdaLoraTrainerMixin, SFTTrainer):
         if getattr(self.args, "packing", False):
             check_packing_isolated(self.model_wrapped)
         return prepared
-
-
-def _feed_in_its_dtype(model: nn.Module, head: nn.Module | None) -> None:
-    """Give a head that is trained in full hidden states in the dtype of its weights.
-
-    TRL multiplies by the head's weights without calling it, so the cast in front of its forward does not happen.
-    """
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, nn.Parameter) or not weight.requires_grad:
-        return
-
-    def cast(module: nn.Module, args: Any, output: Any) -> Any:
-        # The head's own weight, asked for at each step: an engine may show the forward another dtype than it keeps.
-        output.last_hidden_state = output.last_hidden_state.to(head.weight.dtype)  # type: ignore[union-attr]
-        return output
-
-    model.base_model.register_forward_hook(cast)  # type: ignore[union-attr]

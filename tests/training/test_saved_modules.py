@@ -9,7 +9,7 @@ from tests.distributed.workers.trainer_worker import config_of
 
 @pytest.mark.parametrize("saved", ["lm_head", "embed_tokens"])
 def test_a_tied_head_of_a_16_bit_model_trains_in_float32(saved, stories260k, data_dir, tmp_path):
-    """Else the first step ends in a product of bfloat16 with float32."""
+    """Else it stays in bfloat16 and does not move, or a product of bfloat16 with float32 ends the first step."""
     few = ["training.max_steps=2", "training.learning_rate=2e-5", "adalora.tinit=0", "adalora.tfinal=1"]
     options = [*few, "adalora.deltaT=1", f"adalora.modules_to_save=[{saved}]", "model.torch_dtype=bfloat16"]
     config = config_of("ddp", "sft", stories260k, data_dir, tmp_path, 1, options)
