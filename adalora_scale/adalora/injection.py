@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from adalora_scale.adalora.base_digest import WeightsDigest, tensor_samples
 from adalora_scale.adalora.fingerprint import fingerprint, sample
 from adalora_scale.adalora.layer import AdaLoraLayer, linear_features
+from adalora_scale.adalora.masters import keep_in_float32
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import UserError, nearest
 from adalora_scale.quantization.linear import Linear4bit
@@ -52,6 +53,8 @@ class Coverage:
 
 def inject_adalora(model: nn.Module, config: AdaLoraConfig) -> nn.Module:
     """Freeze `model`, wrap the target modules in `AdaLoraLayer` in place, and return the model.
+
+    Modules in modules_to_save become trainable, in float32 whatever the base (`keep_in_float32`).
 
     Args:
         model: any module with nn.Linear, Conv1D or Linear4bit layers, not yet sharded or wrapped.
@@ -91,6 +94,7 @@ def inject_adalora(model: nn.Module, config: AdaLoraConfig) -> nn.Module:
                 f"keeps it in 16 bits, or adapt it."
             )
         saved.requires_grad_(True)
+    keep_in_float32(model, modules_to_save(model, config))
     model.adalora_base_fingerprint = known or fingerprint(samples)  # type: ignore[assignment]  # ranks compare theirs
     model.adalora_base_digests = digests  # type: ignore[assignment]  # save_adapter writes them
     model.adalora_config = config  # type: ignore[assignment]  # a plain attribute; nn.Module's stub knows only tensors

@@ -93,7 +93,7 @@ class AdaLoraLayer(nn.Module):
             torch.randn(rows, self.r, generator=generator, dtype=torch.float32, device="cpu") * self.init_std
             for rows in (self.in_features, self.out_features)
         )
-        e = torch.zeros(self.r, device="cpu")
+        e = torch.zeros(self.r, dtype=torch.float32, device="cpu")
         if self.earlier is not None:
             for new, old in zip((a, e, b), self.earlier(), strict=True):
                 new[..., : old.shape[-1]] = old

@@ -87,7 +87,7 @@ def write_pieces(
         tensors[f"{name}.{_TABLE}"] = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
         for kind, values in group.values.items():
             flat = [value.detach().reshape(-1).cpu() for value in values]
-            tensors[f"{name}.{kind}"] = torch.cat(flat) if flat else torch.zeros(0)
+            tensors[f"{name}.{kind}"] = torch.cat(flat) if flat else torch.zeros(0, dtype=torch.float32)
     try:
         save_file(tensors, path)
     except SafetensorError as error:  # what Rust's writer makes of a full disk
@@ -272,7 +272,7 @@ class Checkpoint:
                 f"the checkpoint {self.directory} holds {covered} of {length} elements of '{name}' ({kind}); its files "
                 f"do not belong together."
             )
-        return result if covered else (torch.empty(0) if length == 0 else None)
+        return result if covered else (torch.empty(0, dtype=torch.float32) if length == 0 else None)
 
     def read_whole(self, group: str, kind: str, name: str) -> Tensor | None:
         """Return a whole tensor in its shape, or None where this kind was not written for it."""

@@ -198,7 +198,7 @@ class _Reader:
 
         def read(start: int, length: int) -> Tensor:
             first, last = start // width, math.ceil((start + length) / width)
-            whole = torch.zeros(last - first, width)
+            whole = torch.zeros(last - first, width, dtype=torch.float32)
             if pairs and last > first:
                 flat = self._checkpoint.read(group, kind, name, first * width_saved, (last - first) * width_saved)
                 if flat is not None:

@@ -6,7 +6,6 @@ how it went, and only then rank 0 writes the manifest and gives the folder its n
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shutil
@@ -132,29 +131,47 @@ def agree(action: Callable[[], Any] | None, path: Path) -> list[Any]:
 
 
 def probe_shared(output_dir: Path) -> None:
-    """See that every rank's output_dir is the same folder, before hours are spent; a collective call.
+    """See that every rank's output_dir is the same folder and takes its files, before hours are spent.
+
+    A collective call.
 
     Raises:
-        CheckpointError: a rank does not see what rank 0 wrote, or the folder cannot be written.
+        CheckpointError: a rank does not see what rank 0 wrote, or cannot write beside it.
     """
-    rank, world_size = rank_and_size()
-    if world_size == 1:
-        return
-    probe = [output_dir / f".shared-{socket.gethostname()}-{os.getpid()}"]
+    rank = rank_and_size()[0]
+    names: list[Any] = [f".probe-{socket.gethostname()}-{os.getpid()}"]
+
+    def make_folder() -> None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / names[0]).mkdir(exist_ok=True)
+
+    agree(make_folder if rank == 0 else None, output_dir)
+    if rank_and_size()[1] > 1:
+        dist.broadcast_object_list(names, src=0)
+    folder = output_dir / names[0]
 
     def write() -> None:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        probe[0].touch()
+        _must_see(folder)
+        try:
+            write_probe(folder / f"{rank}")
+        except OSError as error:
+            raise UserError(
+                f"training.output_dir={output_dir} cannot be written from {socket.gethostname()}: {error.strerror}."
+            ) from None
 
-    agree(write if rank == 0 else None, output_dir)
-    name: list[Any] = [probe[0].name]
-    dist.broadcast_object_list(name, src=0)
     try:
-        agree(lambda: _must_see(output_dir / name[0]), output_dir)
+        agree(write, output_dir)
     finally:
         if rank == 0:
-            with contextlib.suppress(OSError):
-                probe[0].unlink()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_probe(path: Path) -> None:
+    """Write a small file through to the disk: some file systems notice only then that they are full."""
+    with open(path, "wb") as file:
+        file.write(bytes(4096))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:

@@ -120,13 +120,13 @@ class StepReduction:
             squares: (2,) this rank's sums of squared gradients, of the adapters and of everything.
             keep: (modules · r,) bool after the final allocation when pruned triplets are zero, else None.
         """
-        zero = torch.zeros((), device=self._device)
+        zero = torch.zeros((), dtype=torch.float32, device=self._device)
         if self._weight == 0:
             self._sharding.all_reduce(squares)
             self._sharding.agree(squares)
             return StepSums(squares[0], squares[1], zero, zero)
         sizes = [group.size for group in self._groups]
-        buffer = torch.zeros(sum(sizes) + 2, device=self._device)
+        buffer = torch.zeros(sum(sizes) + 2, dtype=torch.float32, device=self._device)
         parts = buffer[:-2].split(sizes)
         for group, part in zip(self._groups, parts, strict=True):
             group.fill(part)
@@ -160,5 +160,5 @@ class StepReduction:
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
     """Return the sum of squares in float32; a NaN or infinity anywhere makes it non-finite."""
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     return torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)).square().sum()

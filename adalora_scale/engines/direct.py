@@ -9,7 +9,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from adalora_scale.engines.pieces import Piece, PieceState, direct_pieces, local, restore_direct, trained_parameters
+from adalora_scale.engines.pieces import (
+    Piece,
+    PieceState,
+    direct_pieces,
+    local,
+    require_float32,
+    restore_direct,
+    trained_parameters,
+)
 from adalora_scale.engines.probing import See, misplaced
 from adalora_scale.engines.span import Extent, Span, adapter_tensors
 from adalora_scale.errors import UserError
@@ -29,6 +37,8 @@ class DirectSharding:
         self._parameters = parameters
         self._optimizer = optimizer
         self._stepped = False
+        adapters = {id(parameter) for parameter in parameters}
+        require_float32(self._trained, [p for p in self._held() if id(p) not in adapters])
 
     def updating(self, optimizer: Optimizer) -> list[int]:
         """Return every span but those of frozen parameters: all is updated in the one call.

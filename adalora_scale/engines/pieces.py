@@ -19,7 +19,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.optim import Optimizer
 
 from adalora_scale.adalora.injection import injected_module, plain_name
-from adalora_scale.errors import Unsupported
+from adalora_scale.errors import Unsupported, UserError
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,23 @@ def direct_pieces(trained: Mapping[str, nn.Parameter], optimizer: Optimizer) -> 
     return pieces
 
 
+def require_float32(trained: Mapping[str, nn.Parameter], held: list[nn.Parameter]) -> None:
+    """Refuse a trained parameter that the torch optimizer holds in another dtype: there are no masters behind it.
+
+    Raises:
+        UserError: naming the parameter.
+    """
+    names = {id(parameter): f"'{name}'" for name, parameter in trained.items()}
+    for parameter in held:
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.dtype != torch.float32:
+            name = names.get(id(parameter), f"a parameter of shape {tuple(parameter.shape)} in the optimizer")
+            raise UserError(
+                f"{name} is trained as {parameter.dtype}, in which most updates round to nothing and no checkpoint can "
+                f"be written: name its module in adalora.modules_to_save (trained in float32), or make it float32 "
+                f"before the optimizer."
+            )
+
+
 def split_state(optimizer: Optimizer, parameter: Tensor) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Return a parameter's optimizer state: tensors of the parameter's shape, and single numbers.
 
@@ -90,17 +107,35 @@ def split_state(optimizer: Optimizer, parameter: Tensor) -> tuple[dict[str, Tens
     """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, float] = {}
+    # A number's step count has the number's own shape; what has a matrix's shape is one element a weight.
+    cut = _kinds_of_weights(optimizer) if parameter.dim() == 0 else None
     for key, value in optimizer.state.get(parameter, {}).items():
-        if isinstance(value, Tensor) and value.shape == parameter.shape and value.dtype == torch.float32:
+        whole = isinstance(value, Tensor) and value.shape == parameter.shape and value.dtype == torch.float32
+        if whole and (cut is None or key in cut):
             tensors[key] = value
         elif isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
             scalars[key] = float(value)
         elif value is not None:
             raise Unsupported(
-                f"{type(optimizer).__name__} keeps '{key}', which cannot be cut into intervals of the weights; use "
+                f"{type(optimizer).__name__} keeps '{key}' ({_described(value)}), which is not cut like weights; use "
                 f"training.optim=adamw_torch for checkpoints that can be resumed."
             )
     return tensors, scalars
+
+
+def _kinds_of_weights(optimizer: Optimizer) -> set[str]:
+    """Name the state that has one element a weight, from the parameters that are no single numbers."""
+    return {
+        key
+        for parameter, state in optimizer.state.items()
+        if parameter.dim()
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+    }
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 @torch.no_grad()

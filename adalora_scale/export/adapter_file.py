@@ -147,7 +147,7 @@ class AdapterFile:
             e = e.flatten()
         else:
             a, b = (self._file.tensor(f"{PREFIX}{module}.{factor}").float() for factor in _LORA)
-            e = torch.ones(a.shape[0])
+            e = torch.ones(a.shape[0], dtype=torch.float32)
         for factor in (a, e, b):
             if not bool(torch.isfinite(factor).all()):
                 raise UserError(f"{self._file.path}: the update of '{module}' is not finite; export another step.")

@@ -28,6 +28,7 @@ from adalora_scale.adalora.injection import (
     replace_modules,
 )
 from adalora_scale.adalora.layer import AdaLoraLayer, linear_features
+from adalora_scale.adalora.masters import keep_in_float32
 from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
 from adalora_scale.engines.full import full_parameter
 from adalora_scale.errors import Unsupported, UserError
@@ -157,6 +158,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
         layer.keep_mask = pattern.get(f"{name}.lora_E")
         wrappers[layer.base_layer] = layer
     replace_modules(model, wrappers)
+    keep_in_float32(model, modules_to_save(model, config))
     parameters = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, value in others.items():
         parameters[name].copy_(value)
@@ -197,7 +199,7 @@ def saved_values(model: nn.Module, directory: str | Path) -> list[tuple[nn.Param
             shape = (rows, int(keep.sum())) if factor == "lora_B" else (int(keep.sum()), rows)
             if saved is None or tuple(saved.shape) != shape:
                 raise UserError(f"{directory / WEIGHTS_NAME} does not hold '{name}.{factor}' of shape {shape}.")
-            whole = torch.zeros(rows, layer.r)
+            whole = torch.zeros(rows, layer.r, dtype=torch.float32)
             whole[:, keep] = saved if factor == "lora_B" else saved.T
             if layer.r:
                 values.append((getattr(layer, factor), whole[0] if factor == "lora_E" else whole))

@@ -101,7 +101,7 @@ def stored_nested(checkpoint: Checkpoint, weight: str, parts: dict[str, str], sp
     """Read the second level's bytes."""
     if not spec.double_quant:
         return torch.empty(0, dtype=torch.uint8)
-    mean = torch.tensor(float(_state(checkpoint, weight, parts)["nested_offset"]))
+    mean = torch.tensor(float(_state(checkpoint, weight, parts)["nested_offset"]), dtype=torch.float32)
     second, code = checkpoint.whole(parts["nested_absmax"]), checkpoint.whole(parts["nested_quant_map"])
     return functional.join_nested(second.float(), mean, code.float())
 

@@ -128,6 +128,7 @@ class RunCheckpoints:
             if aside:
                 print(f"not continued, renamed to abandoned-…: {', '.join(aside)}", flush=True)
 
+        probe_shared(self.output_dir)  # a trainer made by hand has not chosen a checkpoint, which looks too
         agree(clear if rank_and_size()[0] == 0 else None, self.output_dir)
 
     def load(self, allocator: RankAllocator) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import is_offline_mode
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -23,10 +24,12 @@ from transformers import (
 )
 
 from adalora_scale.adalora.injection import coverage
+from adalora_scale.checkpoint.writing import write_probe
 from adalora_scale.config import RunConfig
 from adalora_scale.data.chat_templates import resolve_chat_template
 from adalora_scale.data.rows import RawData, load_raw
 from adalora_scale.data.tokenization import Prepared, prepare_causal_lm, prepare_classification
+from adalora_scale.engines.builds import bounded_build_waits
 from adalora_scale.engines.place import Engine, resolve_engine, whole_weights, zero3_options
 from adalora_scale.errors import UserError
 from adalora_scale.export.continual import check_start
@@ -43,6 +46,8 @@ from adalora_scale.training.checkpointing import check_asked_checkpoint, choose_
 from adalora_scale.training.console import use_console
 from adalora_scale.training.continuing import rank_fitter, run_identity
 from adalora_scale.training.metrics import accuracy
+from adalora_scale.training.optimizers import check_optimizer
+from adalora_scale.training.packages import check_packages
 from adalora_scale.training.records import hardware, peak_memory_by_rank, versions, write_json
 from adalora_scale.training.trainers import AdaLoraSFTTrainer, AdaLoraTrainer
 
@@ -70,9 +75,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         Unsupported: the config asks for an engine or quantisation that is not there.
     """
     started = time.time()
-    inputs = prepare(config)
-    trainer = make_trainer(config, inputs)
-    trainer.train()
+    with bounded_build_waits():  # DeepSpeed compiles operators when ranks join and when it takes the optimizer
+        inputs = prepare(config)
+        trainer = make_trainer(config, inputs)
+        trainer.train()
     final = _final_evaluation(trainer) if inputs.data.eval is not None else {}
     trainer.save_model()
     return _write_run(config, inputs, trainer, final, started)
@@ -85,6 +91,8 @@ def prepare(config: RunConfig) -> Inputs:
     """
     engine = resolve_engine(config.engine)
     training = check_training_section(config)
+    check_optimizer(training)
+    check_packages(config, training, engine.name)
     _check_output_dir(training)
     check_asked_checkpoint(training.get("resume_from_checkpoint"), Path(training["output_dir"]))
     check_model_path(config)
@@ -180,7 +188,7 @@ def _check_output_dir(training: dict[str, Any]) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe = directory / ".write-probe"
-        probe.touch()
+        write_probe(probe)
         probe.unlink()
     except OSError as error:
         raise UserError(f"training.output_dir={directory} cannot be written: {error.strerror}.") from None
@@ -197,7 +205,14 @@ def check_model_path(config: RunConfig) -> None:
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.model_name_or_path={path}: {reason}") from None
+        raise UserError(f"model.model_name_or_path={path}: {reason}{_offline_hint(path)}") from None
+
+
+def _offline_hint(path: str) -> str:
+    """Say how to get what an offline machine lacks."""
+    if not is_offline_mode() or Path(path).exists():
+        return ""
+    return f" HF_HUB_OFFLINE is set: run `hf download {path}` where there is network, or name a folder."
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -210,7 +225,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.{key}={path}: no tokenizer ({reason})") from None
+        raise UserError(f"model.{key}={path}: no tokenizer ({reason}){_offline_hint(path)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -20,12 +20,14 @@ from adalora_scale.adalora.injection import adapter_layers, inject_adalora
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
 from adalora_scale.data.packing import check_packing_isolated
+from adalora_scale.engines import base_optimizer
 from adalora_scale.engines.place import check_engine, is_sharded, real_engine, refuse_mismatches
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter, saved_values, unwrapped
 from adalora_scale.training.arguments import require_evaluation_at_budget
 from adalora_scale.training.callback import AdaLoraCallback
 from adalora_scale.training.checkpointing import RunCheckpoints, choose_checkpoint
+from adalora_scale.training.optimizers import writes_checkpoints
 
 # The mixin stands in front of a Trainer; telling the type checker so keeps the seams below checked.
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         self.asked_engine: str | None = None
         """ddp, fsdp2 or deepspeed: what must hold the model when training starts; None asks for nothing by name."""
         self.engine = "not started"
+        self._saw_state = False
         super().__init__(model, *args, **kwargs)
         # The model owns its placement and the reduction of its gradients; accelerate must not wrap it again.
         self.is_distributed_loading_by_transformers |= is_sharded(model)
@@ -131,9 +134,23 @@ class AdaLoraTrainerMixin(_TrainerSeams):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         """Finish the step as transformers does, then stop if a signal asked for it."""
+        self._require_state_that_can_be_written()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.allocator is not None:
             self.checkpoints.stop_if_asked(self.allocator)
+
+    def _require_state_that_can_be_written(self) -> None:
+        """After the first step, when the optimizer has its state: see that checkpoints can hold it.
+
+        Raises:
+            Unsupported: they cannot, and this run is going to write some.
+        """
+        args = self.args
+        if self._saw_state or self.allocator is None:
+            return
+        self._saw_state = bool(base_optimizer(self.optimizer).state)  # none yet where the first step was skipped
+        if writes_checkpoints(args.save_strategy, args.save_only_model):
+            self.allocator.sharding.pieces()
 
     @contextlib.contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
