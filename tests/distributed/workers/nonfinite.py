@@ -74,7 +74,7 @@ def last_step(engine, variant, rank, ranks):
         runner.step(last=True)
         runner.allocator.skip_missed_steps(problem.steps)
         lambdas = [weights["E"] for weights in adapter_weights(model).values()]
-        masters = sum(int((full_parameter(weight) != 0).sum()) for weight in lambdas)
+        masters = sum(int((full_parameter(weight, model) != 0).sum()) for weight in lambdas)
         copies = None
         if engine.startswith("zero"):
             copies = sum(int((weight.detach() != 0).sum()) for weight in lambdas)
