@@ -21,7 +21,8 @@ class Cell:
     key: str | None = None
     precision: str = "exact"
     between: str | None = None
-    """What happens between two steps: "offload:STATES" moves an engine's states away and back."""
+    """What happens after a step: "offload:STATES" moves an engine's states away and back at every step; "load" writes
+    DeepSpeed's checkpoint and reads it back after step 5, "assign" gives a model new parameters then."""
     wrap: str | None = None
     """How FSDP2 wraps the model, or what DDP is combined with."""
     ranks: tuple[int, ...] = (2, 3, 4)
@@ -29,7 +30,6 @@ class Cell:
 
 BF16 = {"bf16": {"enabled": True}}
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
-FP16 = {"fp16": {"enabled": True, "loss_scale": 64}}
 OPTIMIZER_ON_CPU = {"offload_optimizer": {"device": "cpu"}}
 PARAMETERS_ON_CPU = {"offload_param": {"device": "cpu"}}
 
@@ -40,9 +40,7 @@ _FLAT = {
     "round-robin-alignment": Cell(
         zero={"round_robin_gradients": True, "parameter_alignment": True}, key="round_robin_gradients"
     ),
-    "round-robin-offload": Cell(
-        zero={"round_robin_gradients": True, **OPTIMIZER_ON_CPU}, key="round_robin_gradients"
-    ),
+    "round-robin-offload": Cell(zero={"round_robin_gradients": True, **OPTIMIZER_ON_CPU}, key="round_robin_gradients"),
     "round-robin-bf16": Cell(
         zero={"round_robin_gradients": True}, config=BF16, precision="bf16", key="round_robin_gradients"
     ),
@@ -61,14 +59,8 @@ _FLAT = {
     "bf16-offload": Cell(zero=OPTIMIZER_ON_CPU, config=BF16, precision="bf16"),
     "bf16-communicate-fp32": Cell(config=BF16 | {"communication_data_type": "fp32"}, precision="bf16"),
     "bf16-fp32-sums": Cell(config=BF16 | FP32_SUMS, precision="bf16"),
-    "bf16-masters": Cell(
-        zero=OPTIMIZER_ON_CPU,
-        config={"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
-        precision="bf16",
-        key="bf16_master_weights_and_grads",
-    ),
-    "fp16": Cell(config=FP16, precision="fp16"),
     "autocast": Cell(config={"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, precision="bf16"),
+    "loaded": Cell(between="load", key="load_checkpoint"),
     "states-away": Cell(between="offload:all", key="offload_states"),
     "masters-away": Cell(between="offload:hp_params", key="offload_states"),
     "copies-away": Cell(between="offload:lp_params", key="offload_states"),
@@ -90,6 +82,7 @@ CELLS: dict[str, dict[str, Cell]] = {
             precision="bf16",
             key="immediate_grad_update",
         ),
+        "fp32-sums-loaded": Cell(config=BF16 | FP32_SUMS, precision="bf16", between="load", key="load_checkpoint"),
     },
     "zero2": _FLAT,
     "zero3": {
@@ -127,18 +120,10 @@ CELLS: dict[str, dict[str, Cell]] = {
         "bf16-sub-groups-offload": Cell(
             zero={**OPTIMIZER_ON_CPU, "sub_group_size": 200}, config=BF16, precision="bf16"
         ),
-        "fp16": Cell(config=FP16, precision="fp16"),
-        "quantised-weights": Cell(
-            zero={"zero_quantized_weights": True}, config=BF16, precision="bf16", key="zero_quantized_weights"
-        ),
-        "quantised-gradients": Cell(
-            zero={"zero_quantized_gradients": True}, config=BF16, precision="bf16", key="zero_quantized_gradients"
-        ),
-        "copies-away": Cell(between="offload:lp_params", key="offload_states"),
         "gradients-away": Cell(between="offload:lp_grads", key="offload_states"),
         "buckets-away": Cell(between="offload:contiguous_grad_buffer", key="offload_states"),
+        "loaded": Cell(between="load", key="load_checkpoint"),
         "cache-emptied": Cell(between="empty_partition_cache"),
-        "bf16-copies-away": Cell(config=BF16, precision="bf16", between="offload:lp_params", key="offload_states"),
     },
     "fsdp2": {
         "plain": Cell(),
@@ -177,6 +162,7 @@ CELLS: dict[str, dict[str, Cell]] = {
         "redundancy": Cell(wrap="redundancy", key="ZeroRedundancyOptimizer"),
         "redundancy-views": Cell(wrap="redundancy-views", key="ZeroRedundancyOptimizer"),
         "fused": Cell(wrap="fused"),
+        "replaced": Cell(between="assign", key="attach"),
     },
 }
 

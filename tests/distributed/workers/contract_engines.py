@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class TorchRunner:
     """One process, DDP and FSDP2."""
 
     def __init__(self, engine: str, cell: Cell, model: nn.Module) -> None:
-        self.engine, self.cell = engine, cell
+        self.engine, self.cell, self.steps = engine, cell, 0
         self.model: Any = model
         if engine == "ddp":
             self.model = nn.parallel.DistributedDataParallel(model, **cell.zero)
@@ -85,6 +86,10 @@ class TorchRunner:
         loss_of(self.model, ids).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.steps += 1
+        if self.cell.between == "assign" and self.steps == 5:
+            state = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.model.load_state_dict(state, assign=True)
 
     def close(self) -> None:
         """Nothing is kept."""
@@ -102,9 +107,7 @@ def fully_sharded(cell: Cell, model: nn.Module) -> nn.Module:
         "mesh:hybrid": (2, ranks // 2),
     }.get(cell.wrap or "", (ranks,))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
-    dtypes = {
-        f"{kind}_dtype": getattr(torch, options.pop(kind)) for kind in ("param", "reduce") if options.get(kind)
-    }
+    dtypes = {f"{kind}_dtype": getattr(torch, options.pop(kind)) for kind in ("param", "reduce") if options.get(kind)}
     if dtypes:
         options["mp_policy"] = MixedPrecisionPolicy(**dtypes)
     if options.pop("offload", False):
@@ -134,7 +137,7 @@ class ZeroRunner:
 
         stage = int(engine[len("zero") :])
         zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 100} if stage == 3 else {}) | cell.zero
-        self.cell = cell
+        self.cell, self.steps = cell, 0
         self.model, *_ = deepspeed.initialize(
             model=model,
             optimizer=torch.optim.AdamW(groups_of(model), **ADAMW),
@@ -154,12 +157,19 @@ class ZeroRunner:
     def train(self, ids: torch.Tensor) -> None:
         self.model.backward(loss_of(self.model, ids))
         self.model.step()
+        self.steps += 1
         if self.cell.between is not None:
             self._between(*self.cell.between.split(":"))
 
     def _between(self, what: str, states: str = "all", pinned: str = "") -> None:
         if what == "empty_partition_cache":
             self.model.empty_partition_cache()
+            return
+        if what == "load":
+            if self.steps == 5:
+                folder = os.environ["ADALORA_RANK_DIR"]  # of the run, the same on all ranks
+                self.model.save_checkpoint(folder, tag="step5")
+                self.model.load_checkpoint(folder, tag="step5")
             return
         from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
 
