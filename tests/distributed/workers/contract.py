@@ -170,6 +170,8 @@ def check_run(
         "moments": from_reference,
         "alive": alive,
         "masks": masks == expected.masks,
+        "calls": allocator.sharding.calls_per_step,
+        "split_rows": allocator._attached_reduction().split_rows,
     }
 
 

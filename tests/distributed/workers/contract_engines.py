@@ -113,7 +113,7 @@ def fully_sharded(cell: Cell, model: nn.Module) -> nn.Module:
     if options.pop("offload", False):
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     if options.pop("columns", False):
-        options["shard_placement_fn"] = lambda p: Shard(p.ndim - 1)
+        options["shard_placement_fn"] = lambda p: Shard(1) if p.ndim > 1 and p.shape[1] % ranks == 0 else None
     shard = functools.partial(fully_shard, mesh=mesh, **options)
     if cell.wrap != "root":
         for block in model.blocks:
