@@ -11,6 +11,7 @@ import gc
 import os
 import sys
 import tempfile
+import traceback
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -242,10 +243,10 @@ def outcome_of(engine: str, name: str, expected: Result, folder: Path) -> dict[s
     except (UserError, Unsupported, RanksDisagree) as error:
         return {"verdict": "refused", "reason": str(error)}
     except Exception as error:
-        import traceback
-
         traceback.print_exc()
-        return {"verdict": "crashed", "reason": f"{type(error).__name__}: {error}"}
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno} {last.name}"
+        return {"verdict": "crashed", "reason": f"{type(error).__name__}: {error} ({where})"}
 
 
 def main(engine: str, *names: str) -> None:
