@@ -146,7 +146,7 @@ CELLS: dict[str, dict[str, Cell]] = {
         "hybrid-offload": Cell(wrap="mesh:hybrid", zero={"offload": True}, ranks=(4,)),
         "hybrid-reshard-to-1": Cell(wrap="mesh:hybrid", zero={"reshard_after_forward": 1}, ranks=(4,)),
         "replicated-offload": Cell(wrap="mesh:replicate", zero={"offload": True}, ranks=(2, 3)),
-        "frozen-by-columns": Cell(zero={"columns": True}, ranks=(2,)),
+        "head-by-columns": Cell(zero={"columns": True}, key="Shard(0)", ranks=(2,)),
         "unsharded-between-steps": Cell(wrap="keep-unsharded", key="reshard"),
         "fused": Cell(wrap="fused"),
     },
