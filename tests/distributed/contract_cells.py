@@ -109,7 +109,6 @@ CELLS: dict[str, dict[str, Cell]] = {
         "small-buckets": Cell(zero={"reduce_bucket_size": 64, "stage3_prefetch_bucket_size": 64}),
         "few-live": Cell(zero={"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}),
         "fetch-by-all-reduce": Cell(zero={"stage3_use_all_reduce_for_fetch_params": True}),
-        "leaf-modules": Cell(zero={"leaf_module": {"classes": ["adalora_scale.adalora.layer.AdaLoraLayer"]}}),
         "communicate-bf16": Cell(config={"communication_data_type": "bf16"}, precision="rounded-gradients"),
         "communicate-fp32": Cell(config={"communication_data_type": "fp32"}),
         "offload": Cell(zero=OPTIMIZER_ON_CPU),

@@ -195,7 +195,10 @@ def distances(values: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[
 
 def whole_pieces(allocator: RankAllocator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Put together, from all ranks, the weights and first moments that a checkpoint would hold."""
-    own = [(p.name, p.start, p.weight.clone(), p.state["exp_avg"].clone()) for p in allocator.sharding.pieces()]
+    pieces = allocator.sharding.pieces()
+    if lost := [piece.name for piece in pieces if "exp_avg" not in piece.state]:
+        raise Wrong(f"a checkpoint would hold no moments of '{lost[0]}'")
+    own = [(piece.name, piece.start, piece.weight.clone(), piece.state["exp_avg"].clone()) for piece in pieces]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, own)
     shapes = {name: p.shape for name, p in trained_parameters(build()).items()}

@@ -163,7 +163,8 @@ class _PlacesTensors(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         there = kwargs.get("device") == ACCELERATOR or (func is Tensor.to and ACCELERATOR in args[1:2])
         if not there:
-            if func is Tensor.cpu or (func is Tensor.to and args[1:2] in (("cpu",), (torch.device("cpu"),))):
+            leaves = func is Tensor.cpu or (func is Tensor.to and args[1:2] in (("cpu",), (torch.device("cpu"),)))
+            if leaves and isinstance(args[0], OnAccelerator):
                 return args[0].as_subclass(Tensor).clone()
             return func(*args, **kwargs)
         if func is Tensor.to:
