@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from adalora_scale.adalora.injection import adapter_layers
 from adalora_scale.engines.fsdp2 import DTensorSharding
+from adalora_scale.engines.full import settle
 from adalora_scale.engines.pieces import Piece, PieceState, trained_parameters, whole_shape
 from adalora_scale.engines.replicated import ReplicatedSharding
 from adalora_scale.engines.span import AdapterTensor, Sharding, Span, adapter_tensors
@@ -49,6 +50,7 @@ def sharding_for(model: nn.Module, target: object) -> tuple[Sharding, Optimizer]
         UserError: the model has no adapters, or the optimizer does not hold them.
         Unsupported: the engine that holds the parameters is not supported.
     """
+    settle(model)
     if not any(True for _ in adapter_layers(model)):
         raise UserError("the model has no AdaLoRA layers; call inject_adalora(model, config) before attach.")
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):

@@ -19,7 +19,7 @@ from adalora_scale.engines.pieces import (
     trained_parameters,
 )
 from adalora_scale.engines.probing import See, misplaced
-from adalora_scale.engines.span import Extent, Span, adapter_tensors
+from adalora_scale.engines.span import Extent, LiveAdapters, Span
 from adalora_scale.errors import UserError
 
 
@@ -35,8 +35,8 @@ class DirectSharding:
         self._model = model
         self._trained = trained_parameters(model)
         self._parameters = parameters
+        self._live = LiveAdapters(model)
         self._optimizer = optimizer
-        self._stepped = False
         adapters = {id(parameter) for parameter in parameters}
         require_float32(self._trained, [p for p in self._held() if id(p) not in adapters])
 
@@ -49,9 +49,7 @@ class DirectSharding:
         Raises:
             UserError: the parameters are not those of attach any more.
         """
-        if not self._stepped:
-            self._require_not_wrapped_since()
-            self._stepped = True
+        self._require_not_wrapped_since()
         for span, parameter in zip(self.spans, self._parameters, strict=True):
             now = getattr(parameter, "_local_tensor", parameter)  # to_local() costs a dispatch a tensor
             if now.numel() and now.data_ptr() != span.weight.data_ptr():
@@ -63,13 +61,13 @@ class DirectSharding:
 
     def _require_not_wrapped_since(self) -> None:
         held = {id(parameter) for parameter in self._held()}
-        for (tensor, now), before in zip(adapter_tensors(self._model), self._parameters, strict=True):
+        for span, now, before in zip(self.spans, self._live.parameters(), self._parameters, strict=True):
             # FSDP2 shows whole, plain parameters between a forward and its backward.
             replaced = now is not before and (isinstance(now, DTensor) or not isinstance(before, DTensor))
             if replaced or id(before) not in held:
                 raise UserError(
-                    f"'{tensor.name}' is not the parameter it was at attach: the model was wrapped since. Call attach "
-                    f"after fully_shard, DistributedDataParallel or deepspeed.initialize."
+                    f"'{span.tensor.name}' is not the parameter it was at attach: the model was wrapped since, or "
+                    f"given other ones (load_state_dict with assign=True). Call attach after that."
                 )
 
     def gradients(self, indices: list[int]) -> list[Tensor]:
@@ -131,7 +129,7 @@ class DirectSharding:
 
     def see_forward(self, see: See) -> None:
         """Show the parameters that the live modules hold now."""
-        for index, (_, parameter) in enumerate(adapter_tensors(self._model)):
+        for index, parameter in enumerate(self._live.parameters()):
             see(index, parameter.detach())
 
     def _held(self) -> list[nn.Parameter]:

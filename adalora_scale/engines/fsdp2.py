@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from adalora_scale.engines.direct import DirectSharding
 from adalora_scale.engines.draws import require_one_adapter
+from adalora_scale.engines.full import settle
 from adalora_scale.engines.pieces import local
 from adalora_scale.engines.probing import See
 from adalora_scale.engines.span import Span, adapter_tensors, check_held, gathered_extents
@@ -76,22 +77,20 @@ class DTensorSharding(DirectSharding):
 
     def updating(self, optimizer: Optimizer) -> list[int]:
         """Free gathered weights that set_reshard_after_backward(False) kept: the next forward would use them again."""
-        if any(not isinstance(parameter, DTensor) for _, parameter in adapter_tensors(self._model)):
+        if any(not isinstance(parameter, DTensor) for parameter in self._live.parameters()):
             self.refresh()
         return super().updating(optimizer)
 
     def refresh(self) -> None:
         """Free what a forward without backward (an evaluation) left gathered: it holds the values of that time."""
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        settle(self._model)
 
     def see_forward(self, see: See) -> None:
         """Gather module by module, as a forward does, and show what the adapter layers then hold."""
         seen: set[int] = set()
 
         def show() -> None:
-            for index, (_, parameter) in enumerate(adapter_tensors(self._model)):
+            for index, parameter in enumerate(self._live.parameters()):
                 if index not in seen and not isinstance(parameter, DTensor):
                     seen.add(index)
                     see(index, parameter.detach())
@@ -101,7 +100,7 @@ class DTensorSharding(DirectSharding):
                 module.unshard()
                 show()
                 module.reshard()
-        for index, (_, parameter) in enumerate(adapter_tensors(self._model)):
+        for index, parameter in enumerate(self._live.parameters()):
             if index not in seen:  # sharded by other means than fully_shard: the forward computes with DTensors
                 see(index, parameter.detach().to(self._device).full_tensor())  # type: ignore[attr-defined]
 
@@ -143,11 +142,21 @@ class DTensorSharding(DirectSharding):
         """Refuse a trained parameter that `fully_shard` did not cover: nobody would reduce its gradient over ranks."""
         held = {id(parameter) for parameter in self._held()}
         for name, parameter in self._trained.items():
+            if id(parameter) in held and isinstance(parameter, DTensor) and not _by_rows(parameter):
+                raise Unsupported(
+                    f"'{name}' is placed as {parameter.placements}; what is trained may be sharded by rows, Shard(0), "
+                    f"over one mesh dimension. Leave it out of shard_placement_fn."
+                )
             if id(parameter) in held and not isinstance(parameter, DTensor) and dist.get_world_size() > 1:
                 raise Unsupported(
                     f"'{name}' is trained but not sharded: nobody would reduce its gradient over ranks. Call "
                     f"fully_shard on the root module too, after its blocks."
                 )
+
+
+def _by_rows(parameter: DTensor) -> bool:
+    shards = [placement for placement in parameter.placements if not isinstance(placement, Replicate)]
+    return len(shards) <= 1 and all(type(placement) is Shard and placement.dim == 0 for placement in shards)
 
 
 def _checked(parameter: nn.Parameter, name: str) -> DTensor:
@@ -161,8 +170,7 @@ def _checked(parameter: nn.Parameter, name: str) -> DTensor:
             f"'{name}' is {parameter.dtype}; adapters are float32 master weights. Use FSDP2's MixedPrecisionPolicy "
             f"for low-precision compute instead of casting the model."
         )
-    shards = [placement for placement in parameter.placements if not isinstance(placement, Replicate)]
-    if len(shards) > 1 or any(type(placement) is not Shard or placement.dim != 0 for placement in shards):
+    if not _by_rows(parameter):
         raise Unsupported(
             f"'{name}' is placed as {parameter.placements}; adapters may be sharded by rows, Shard(0), over one mesh "
             f"dimension (FSDP2, HSDP). Tensor parallelism is not supported."

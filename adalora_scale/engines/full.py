@@ -7,11 +7,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from adalora_scale.engines.probing import same_values
 from adalora_scale.engines.zero_layouts import gathered_as_forward, layout_of
 from adalora_scale.errors import Unsupported
+
+
+def settle(model: nn.Module) -> None:
+    """Put what an evaluation left gathered, whole or on a smaller mesh, back to the parameters that are trained.
+
+    Where FSDP2 holds a model, call it before looking at its parameters; elsewhere nothing happens.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()

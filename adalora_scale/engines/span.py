@@ -161,6 +161,22 @@ def adapter_tensors(model: nn.Module) -> list[tuple[AdapterTensor, nn.Parameter]
     return result
 
 
+class LiveAdapters:
+    """The parameters that the adapter layers hold at the moment, without walking through the model again.
+
+    Args:
+        model: the model with AdaLoRA layers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = [layer for _, layer in adapter_layers(model) if layer.r > 0]
+        self._slots = [(layer, factor) for layer in layers for factor in FACTORS]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return them in the order of `adapter_tensors`."""
+        return [getattr(layer, factor) for layer, factor in self._slots]
+
+
 def check_held(tensors: list[tuple[AdapterTensor, nn.Parameter]], optimizer: Optimizer) -> None:
     """Refuse an optimizer that would leave an adapter untrained.
 

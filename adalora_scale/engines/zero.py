@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from adalora_scale.engines.pieces import Piece, PieceState, Place, flat_pieces, restore_flat, trained_parameters
 from adalora_scale.engines.probing import See, misplaced, same_values
-from adalora_scale.engines.span import Span, adapter_tensors, gathered_extents
+from adalora_scale.engines.span import LiveAdapters, Span, adapter_tensors, gathered_extents
 from adalora_scale.engines.zero_layouts import layout_of, refuse_options
 from adalora_scale.errors import Unsupported, UserError
 
@@ -39,6 +39,7 @@ class ZeroSharding:
         self._group: dist.ProcessGroup = zero_optimizer.dp_process_group
         self._tensors = adapter_tensors(model)
         self._parameters = [parameter for _, parameter in self._tensors]
+        self._live = LiveAdapters(model)
         self._device = self._parameters[0].device
         self._places = self._found_places()
         self._flats = self._layout.masters()
@@ -71,7 +72,8 @@ class ZeroSharding:
         return spans
 
     def _addresses(self) -> list[int]:
-        return [*(flat.data_ptr() for flat in self._layout.masters()), *self._layout.addresses(self._parameters)]
+        masters, live = self._layout.masters(), self._live.parameters()
+        return [*(flat.data_ptr() for flat in masters), *self._layout.addresses(live), *map(id, live)]
 
     def _follow(self) -> None:
         """Take the views anew where DeepSpeed moved its memory (offload_states, reload_states).
@@ -82,6 +84,12 @@ class ZeroSharding:
         now = self._addresses()
         if now == self._seen:
             return
+        for span, live, parameter in zip(self.spans, self._live.parameters(), self._parameters, strict=True):
+            if live is not parameter:
+                raise UserError(
+                    f"'{span.tensor.name}' is not the parameter it was at attach (load_state_dict with assign=True?); "
+                    f"DeepSpeed does not update the new one. Change parameters in place."
+                )
         places, self._flats = self._found_places(), self._layout.masters()
         if places != self._places:
             raise UserError("DeepSpeed's partitions changed after attach; attach after deepspeed.initialize, once.")
@@ -105,7 +113,7 @@ class ZeroSharding:
         layers: dict[int, list[int]] = {}
         for index in indices:
             layers.setdefault(self._tensors[index][0].layer, []).append(index)
-        live = [parameter for _, parameter in adapter_tensors(self._model)]
+        live = self._live.parameters()
         for own in layers.values():
             for index, whole in zip(own, self._layout.gathered([live[index] for index in own]), strict=True):
                 see(index, whole)

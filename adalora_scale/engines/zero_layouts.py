@@ -172,7 +172,7 @@ class PartitionedGroups:
         return (group, offset, start, length) if length else NOWHERE
 
     def addresses(self, parameters: Sequence[Any]) -> list[int]:
-        return [parameter.ds_tensor.data_ptr() for parameter in parameters]
+        return [parameter.ds_tensor.data_ptr() if hasattr(parameter, "ds_tensor") else 0 for parameter in parameters]
 
     def computed(self, parameter: Any, place: Place) -> Tensor:
         return parameter.ds_tensor.detach().view(-1)[: place[3]]

@@ -30,7 +30,7 @@ from adalora_scale.adalora.injection import (
 from adalora_scale.adalora.layer import AdaLoraLayer, linear_features
 from adalora_scale.adalora.masters import keep_in_float32
 from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
-from adalora_scale.engines.full import full_parameter
+from adalora_scale.engines.full import full_parameter, settle
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import (
     CONFIG_NAME,
@@ -63,6 +63,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     Raises:
         UserError: the model has no adapters.
     """
+    settle(model)
     layers = dict(adapter_layers(model))
     config = getattr(unwrapped(model), "adalora_config", None)
     if not layers or config is None:

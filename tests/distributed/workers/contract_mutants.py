@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from adalora_scale import RankAllocator
-from adalora_scale.engines import zero
+from adalora_scale.controller import guard
 from adalora_scale.engines.fsdp2 import DTensorSharding
 from adalora_scale.engines.pieces import local
 from adalora_scale.engines.replicated import ReplicatedSharding
 from adalora_scale.engines.zero import ZeroSharding
+from adalora_scale.engines.zero_layouts import FlatGroups
 
 AfterStep = Callable[[int, RankAllocator], None] | None
 SHARDINGS = (ZeroSharding, DTensorSharding, ReplicatedSharding)
@@ -76,7 +77,7 @@ def _shift_and(probe: Any) -> Any:
 
 @contextlib.contextmanager
 def storage_gone_stale() -> Iterator[AfterStep]:
-    """One master in the middle gets other memory, as offload_states or `.data =` give it; values stay."""
+    """Masters get other memory, as offload_states or `.data =` give it, and nobody follows; values stay."""
 
     def after_step(step: int, allocator: RankAllocator) -> None:
         if step != PLANTED_AFTER:
@@ -95,7 +96,8 @@ def storage_gone_stale() -> Iterator[AfterStep]:
                 else:
                     getattr(layer, kind)._local_tensor = shard.clone()
 
-    yield after_step
+    with mock.patch.object(ZeroSharding, "_follow", lambda self: None):
+        yield after_step
 
 
 @contextlib.contextmanager
@@ -122,7 +124,7 @@ def vendors_places() -> Iterator[AfterStep]:
         low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
         return mapping.param_group_index, high.start, low.start, low.numel
 
-    with mock.patch.object(zero._FlatGroups, "place", place):
+    with mock.patch.object(FlatGroups, "place", place):
         yield None
 
 
@@ -187,6 +189,7 @@ def no_backend_for_cpu_tensors() -> Iterator[AfterStep]:
             device = property(lambda self: ACCELERATOR, lambda self, value: None)
             stack.enter_context(mock.patch.object(kind, "_device", device, create=True))
         stack.enter_context(mock.patch.object(ZeroSharding, "replicas", replicas))
+        stack.enter_context(mock.patch.object(guard, "collective_device", lambda group=None: ACCELERATOR))
         for name in TENSOR_COLLECTIVES:
             stack.enter_context(mock.patch.object(dist, name, _without_cpu(getattr(dist, name))))
         stack.enter_context(_PlacesTensors())
