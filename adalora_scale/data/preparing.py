@@ -19,9 +19,10 @@ import datasets
 import numpy as np
 
 from adalora_scale.config import DataConfig
+from adalora_scale.data.digests import dataset_digest, digest, tokenizer_digest
 from adalora_scale.data.packing import pack
 from adalora_scale.data.rows import RawData
-from adalora_scale.data.token_cache import build_once, dataset_digest, default_cache_dir, digest, tokenizer_digest
+from adalora_scale.data.token_cache import build_once, default_cache_dir
 from adalora_scale.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from adalora_scale.checkpoint.rng import rng_state, set_rng_state
 from adalora_scale.checkpoint.state import allocator_position, gather, masks_of, read_weights, scatter
 from adalora_scale.checkpoint.writing import agree, probe_shared, rank_and_size, rotate, write_checkpoint
 from adalora_scale.controller import RankAllocator
-from adalora_scale.data.fingerprint import data_fingerprint
+from adalora_scale.data.digests import data_fingerprint
 from adalora_scale.engines import base_optimizer
 from adalora_scale.errors import Interrupted, UserError
 from adalora_scale.training.loop_state import loop_state, restore_optimizer, restore_sums
