@@ -96,7 +96,7 @@ SEEN_BEFORE_THE_MODEL = {
         ["training.auto_find_batch_size=true"],
         ["training.auto_find_batch_size", "training.per_device_train_batch_size"],
     ),
-    "unknown task": (["task=causal_ml"], ["task: ", "'causal_lm'?"]),
+    "misspelt task": (["task=causal_ml"], ["task: ", "'causal_lm'?"]),
     "managed model options": (["training.model_init_kwargs={a: 1}"], ["training.model_init_kwargs", "model"]),
     "wrong type in a section": (["adalora.init_r=three"], ["adalora.init_r", "'three'"]),
     "wrong type in training": (["training.max_steps=many"], ["training.max_steps", "'many'"]),
