@@ -39,9 +39,8 @@ def run(name, model, data, folder, *extra, drifts=False, signalled=False):
     def drift():
         before.update(contents(out))
         if rank == ranks - 1:
-            next(layer for _, layer in adapter_layers(trainer.model)).lora_B.data[0] += (
-                1e-3  # of every triplet: some are pruned
-            )
+            first = next(layer for _, layer in adapter_layers(trainer.model))
+            first.lora_B.data[0] += 1e-3  # in every triplet, because some will be pruned
 
     if drifts:
         before_step(trainer, AT, drift)
