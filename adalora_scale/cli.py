@@ -169,9 +169,12 @@ _SHOWN = ("eval_loss", "eval_accuracy")
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
-    if config.task != "causal_lm":
-        raise Unsupported("evaluate generates text, so it needs task=causal_lm; train reports eval_accuracy itself.")
     _quiet_start()
+    from adalora_scale.tasks.registry import TASKS, find_task
+
+    if not find_task(config.task).generates:
+        able = " or ".join(f"task={task.name}" for task in TASKS.values() if task.generates)
+        raise Unsupported(f"evaluate generates text, so it needs {able}; train reports eval_accuracy itself.")
     from adalora_scale.training.evaluate import evaluate_exact_match
 
     result = evaluate_exact_match(

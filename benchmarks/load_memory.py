@@ -43,7 +43,7 @@ from adalora_scale.engines.place import resolve_engine, whole_weights, zero3_opt
 from adalora_scale.errors import UserError, run_reporting_errors
 from adalora_scale.placing import model as placing
 from adalora_scale.placing import streaming
-from adalora_scale.quantization.checkpoint import INDEX_NAME
+from adalora_scale.quantization.base_files import INDEX_NAME
 from adalora_scale.quantization.functional import bitsandbytes
 from adalora_scale.training.arguments import training_arguments
 from adalora_scale.training.records import hardware, versions, write_json

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from adalora_scale.tasks.registry import TASKS
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "adalora_scale"
 MAX_LINES = 400
@@ -39,6 +41,8 @@ LEAVES = {  # what else they may import
     "config": {"errors"},
     "errors": set(),
 }
+TASK_ROOMS = ("tasks", "config")  # who may name a task; the others ask the object
+TASK_WORDS = {*TASKS, *(task.peft_type for task in TASKS.values()), "CausalLM", "SequenceClassification"}
 DEEPSPEED_HOMES = ("engines/zero", "engines/place.py", "verify/")
 
 
@@ -128,6 +132,14 @@ def bare_asserts(source: str, path: str) -> list[str]:
     return [f"{path}:{node.lineno}: assert" for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
 
 
+def task_names(source: str, path: str) -> list[str]:
+    """Find strings that are a task's name, PEFT's name of one, or what tells its classes, outside the tasks' room."""
+    if room_of(path) in TASK_ROOMS:
+        return []
+    strings = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
+    return [f"{path}:{node.lineno}: '{node.value}'" for node in strings if node.value in TASK_WORDS]
+
+
 def python_files(folder: str) -> list[tuple[str, str]]:
     base = ROOT / folder
     return [(path.relative_to(base).as_posix(), path.read_text()) for path in sorted(base.rglob("*.py"))]
@@ -147,6 +159,11 @@ def test_library_code_has_no_bare_assert():
     """Else `python -O` removes a check, and a user sees AssertionError without a word."""
     assert [line for path, source in python_files(PACKAGE) for line in bare_asserts(source, f"{PACKAGE}/{path}")] == []
     assert [line for path, source in python_files("launch") for line in bare_asserts(source, f"launch/{path}")] == []
+
+
+def test_no_task_name_outside_the_tasks_room_and_the_config():
+    """Else the next task touches every place that compares the name, and one of them is forgotten."""
+    assert [line for path, source in python_files(PACKAGE) for line in task_names(source, path)] == []
 
 
 def test_no_file_is_too_long_to_read():
@@ -208,6 +225,23 @@ def test_the_checker_sees_a_forbidden_import(path, source):
 def test_the_checker_lets_an_allowed_import_pass(path, source):
     """Else the rule would forbid what DESIGN.md allows."""
     assert import_violations(source, path) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'if config.task == "sequence_classification":\n    pass',
+        'match task:\n    case "causal_lm":\n        pass',
+        'kinds = {"SEQ_CLS": 1}',
+        'f(task_type="CAUSAL_LM")',
+        'known = "SequenceClassification" in type(model).__name__',
+    ],
+)
+def test_the_checker_sees_a_task_name(source):
+    """Else the rule is kept only by luck."""
+    assert task_names(source, "training/run.py") and task_names(source, "export/merge.py")
+    assert task_names(source, "tasks/causal_lm.py") == task_names(source, "config/options.py") == []
+    assert task_names('"""Text about causal_lm and SEQ_CLS."""\nf(task.peft_type)', "training/run.py") == []
 
 
 def test_the_checker_sees_a_circle_and_an_assert():

@@ -79,6 +79,7 @@ def test_unknown_key_is_named_before_the_key_it_was_meant_to_be(write):
         ("model.torch_dtype=fp32", "model.torch_dtype: "),
         ("engine.config=3", "engine.config: "),
         ("task=regression", "task: "),
+        ("task=causal_ml", "task: "),
         ("model=3", "model: "),
         ("adalora=", "adalora: "),
         ("training=3", "training: "),
@@ -261,3 +262,10 @@ def test_check_value_converts_or_names_the_key():
     assert math.isinf(check_value("training.x", "inf", float))
     with pytest.raises(UserError, match=r"^training\.max_steps: .*got 'many'"):
         check_value("training.max_steps", "many", int)
+
+
+def test_a_misspelt_choice_is_answered_with_the_nearest(write):
+    """Else the user has to find the letter that differs among the choices."""
+    assert message_of(write(MINIMAL), "task=causal_ml").endswith("Did you mean 'causal_lm'?")
+    assert message_of(write(MINIMAL), "adalora.preset=papper").endswith("Did you mean 'paper'?")
+    assert "Did you mean" not in message_of(write(MINIMAL), "adalora.preset=zzz")

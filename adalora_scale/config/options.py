@@ -16,6 +16,9 @@ from pydantic import ConfigDict
 
 from adalora_scale.errors import UserError, nearest
 
+TaskName = Literal["causal_lm", "sequence_classification"]
+"""What can be trained; each has the file of its name in `tasks/`."""
+
 # Misspelt keys must not be dropped silently; pydantic reads this attribute from plain dataclasses too.
 _FORBID_EXTRA = ConfigDict(extra="forbid")
 
@@ -271,9 +274,10 @@ class RunConfig:
     data: DataConfig
     adalora: AdaLoraConfig = field(default_factory=AdaLoraConfig)
     training: dict[str, Any] = field(default_factory=dict)
-    """Keys of transformers' TrainingArguments (causal_lm: TRL's SFTConfig), and `overwrite_output_dir`."""
+    """Keys of the task's training arguments (TRL's SFTConfig, transformers' TrainingArguments), and some of ours."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    task: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    task: TaskName = "causal_lm"
+    """What is trained."""
 
     def __post_init__(self) -> None:
         output_dir = self.training.get("output_dir")

@@ -114,7 +114,8 @@ def _explain(cls: type[Any], error: ValidationError, prefix: str) -> str:
         return f"missing key '{key}'; add it to the config file."
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    return f"{key}: {problem['msg']} (got {problem['input']!r})."
+    choices = problem["ctx"]["expected"].split("'")[1::2] if problem["type"] == "literal_error" else []
+    return f"{key}: {problem['msg']} (got {problem['input']!r}).{nearest(str(problem['input']), choices)}"
 
 
 def _owner(cls: type[Any], path: Sequence[str]) -> type[Any]:

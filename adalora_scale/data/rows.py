@@ -1,6 +1,6 @@
 """Rows of training and evaluation data: read, recognised and validated before any model or tokenizer is loaded.
 
-    raw = load_raw(config.data, task=config.task, seed=42)
+    raw = load_raw(config.data, wanted_rows(find_task(config.task)), seed=42)
 
 Whatever the columns are called in the file, the result has those of its layout:
 
@@ -51,6 +51,18 @@ class RawData:
     """Classification: the class of each label index."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What a task trains on; `tasks.registry.wanted_rows` says it, so that this room knows no task."""
+
+    task: str
+    """The task's name, for messages."""
+    layouts: tuple[Layout, ...]
+    """Layouts that it takes."""
+    takers: Mapping[Layout, str]
+    """For every layout the name of a task that takes it."""
+
+
 @dataclass(frozen=True)
 class _Source:
     """One file or hub split, and a walk over its rows that can say where each one is."""
@@ -60,19 +72,19 @@ class _Source:
     rows: Callable[[], Iterator[tuple[str, Mapping[str, Any]]]]
 
 
-def load_raw(config: DataConfig, *, task: str, seed: int) -> RawData:
+def load_raw(config: DataConfig, wanted: Wanted, *, seed: int) -> RawData:
     """Read, validate and normalise the data of a run.
 
     Args:
         config: the `data` section.
-        task: ``causal_lm`` or ``sequence_classification``.
+        wanted: which layouts the task trains on.
         seed: shuffles the rows before `eval_fraction` of them are held out.
 
     Raises:
         UserError: a file, row, column or label cannot be used; one line that names it and the fix.
     """
     train_sources = _open(config.train, config, config.train_split)
-    layout = _recognise(train_sources[0], config, task)
+    layout = _recognise(train_sources[0], config, wanted)
     train = _normalise(train_sources, layout, config)
     held_out: datasets.Dataset | None = None
     eval_sources: list[_Source] = []
@@ -144,14 +156,13 @@ def _open_hub(name: str, configuration: str | None, split: str) -> _Source:
     return _Source(where, dataset, rows)
 
 
-def _recognise(source: _Source, config: DataConfig, task: str) -> Layout:
+def _recognise(source: _Source, config: DataConfig, wanted: Wanted) -> Layout:
     found = source.dataset.column_names
     fitting = [layout for layout in LAYOUT_COLUMNS if all(c in found for c in _user_columns(layout, config))]
-    wants_labels = task == "sequence_classification"
     if config.format != "auto":
         layout: Layout = config.format
-    elif wants_labels:
-        layout = "classification"
+    elif len(wanted.layouts) == 1:
+        layout = wanted.layouts[0]
     elif fitting:
         layout = fitting[0]
     else:
@@ -159,14 +170,16 @@ def _recognise(source: _Source, config: DataConfig, task: str) -> Layout:
             f"{source.name}: no known layout in the columns {', '.join(found)}. Name them: data.messages_column; or "
             "data.prompt_column and data.completion_column; or data.text_column (and data.label_column)."
         )
-    if wants_labels and layout != "classification":
-        raise UserError(f"task=sequence_classification needs text and label columns, but data.format={layout}.")
-    if not wants_labels and layout == "classification":
-        raise UserError(
-            f"{source.name} is classification data (columns {', '.join(_user_columns(layout, config))}): set "
-            "task=sequence_classification, or data.format=text to train on the text alone."
-        )
-    return layout
+    if layout in wanted.layouts:
+        return layout
+    if len(wanted.layouts) == 1:
+        columns = " and ".join(LAYOUT_COLUMNS[wanted.layouts[0]])
+        raise UserError(f"task={wanted.task} needs {columns} columns, but data.format={layout}.")
+    alone = ", or data.format=text to train on the text alone" if "text" in wanted.layouts else ""
+    raise UserError(
+        f"{source.name} is {layout} data (columns {', '.join(_user_columns(layout, config))}): set "
+        f"task={wanted.takers[layout]}{alone}."
+    )
 
 
 def _user_columns(layout: Layout, config: DataConfig) -> dict[str, str]:

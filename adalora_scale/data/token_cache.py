@@ -7,23 +7,17 @@ The directory's name is a digest of everything that decides its content.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import datasets
-import pyarrow as pa
 from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
-
-_ROWS_PER_HASH = 1000
 
 
 def default_cache_dir() -> Path:
@@ -66,45 +60,6 @@ def build_once(cache_dir: Path, key: str, build: Callable[[Path], None]) -> Path
     finally:
         lock.release()
     return final
-
-
-def digest(parts: Any) -> str:
-    """Return a hexadecimal digest of a JSON-like value."""
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def dataset_digest(dataset: datasets.Dataset) -> str:
-    """Return a digest of the rows themselves: unlike a datasets fingerprint it does not depend on paths or times."""
-    state = hashlib.blake2b(digest_size=16)
-    state.update(repr(sorted(dataset.features.items())).encode())
-    for table in dataset.with_format("arrow").iter(batch_size=_ROWS_PER_HASH):
-        # Chunks joined and schema metadata dropped, so that equal rows give equal bytes however they were read.
-        table = table.combine_chunks().replace_schema_metadata(None)
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        state.update(sink.getvalue())
-    return state.hexdigest()
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Return a digest of what decides a tokenizer's output, its chat template aside."""
-    if tokenizer.is_fast:
-        content = json.loads(tokenizer.backend_tokenizer.to_str())
-        # State left by earlier calls with padding or truncation, which every call sets anew.
-        content.pop("padding", None)
-        content.pop("truncation", None)
-    else:
-        with tempfile.TemporaryDirectory() as directory:
-            tokenizer.save_pretrained(directory)
-            content = {
-                path.name: hashlib.blake2b(path.read_bytes()).hexdigest()
-                for path in sorted(Path(directory).rglob("*"))
-                if path.is_file()
-            }
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    sides = [tokenizer.padding_side, tokenizer.truncation_side]
-    return digest([type(tokenizer).__name__, content, special, sides, sorted(tokenizer.model_input_names)])
 
 
 def _sync(directory: Path) -> None:

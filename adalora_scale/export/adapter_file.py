@@ -17,6 +17,8 @@ from torch import Tensor
 
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.tensor_files import FLOATING, TensorFile
+from adalora_scale.tasks.registry import task_of_peft
+from adalora_scale.tasks.task import Task
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -106,6 +108,11 @@ class AdapterFile:
     def task_type(self) -> str | None:
         """PEFT's name of the task, such as CAUSAL_LM."""
         return self.config.get("task_type")
+
+    @property
+    def task(self) -> Task | None:
+        """What it was trained for, as far as this package knows it."""
+        return task_of_peft(self.task_type)
 
     @property
     def final(self) -> bool:

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from adalora_scale.adalora.base_digest import WeightsDigest
 from adalora_scale.adalora.injection import is_digested, is_inside
-from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.errors import UserError
 from adalora_scale.export.tensor_files import FLOATING, TensorFile
-from adalora_scale.quantization.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from adalora_scale.quantization.base_files import INDEX_NAME, SINGLE_NAME, BaseFiles
+from adalora_scale.tasks.building import build_on_meta
+from adalora_scale.tasks.task import Task
 
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 
@@ -47,7 +47,7 @@ class BaseCheckpoint:
 
     Args:
         directory: the base model's folder.
-        task_type: PEFT's name of the task; decides the class of the model.
+        task: decides the class of the model; None takes the one that config.json names.
         num_labels: classes of a sequence classifier.
         trust_remote_code: run model code that lies in the folder.
 
@@ -57,14 +57,14 @@ class BaseCheckpoint:
     """
 
     def __init__(
-        self, directory: Path, *, task_type: str | None, num_labels: int | None, trust_remote_code: bool = False
+        self, directory: Path, *, task: Task | None, num_labels: int | None, trust_remote_code: bool = False
     ) -> None:
         self.directory = directory
         self.config: dict[str, Any] = _read_json(directory / "config.json")
         self.quantization: dict[str, Any] | None = self.config.get("quantization_config")
         self.checkpoint = _open(directory)
         files = {path: TensorFile(path) for path in dict.fromkeys(t.file for t in self.checkpoint.tensors.values())}
-        self.model = _meta_model(directory, task_type, num_labels, trust_remote_code)
+        self.model = _meta_model(directory, task, num_labels, trust_remote_code)
         self.parameters: dict[str, torch.Size] = {name: t.shape for name, t in self.model.state_dict().items()}
         self.aliases = _aliases(self.model)
         """Parameter → every name of the tensor that the model holds under several (tied embeddings)."""
@@ -158,7 +158,7 @@ def local_base(name: str, revision: str | None = None) -> Path:
         raise UserError(f"the base model {name} cannot be fetched ({reason}); say where it is with --base.") from None
 
 
-def _open(directory: Path) -> Checkpoint:
+def _open(directory: Path) -> BaseFiles:
     if not (directory / INDEX_NAME).is_file() and not (directory / SINGLE_NAME).is_file():
         if any(directory.glob("pytorch_model*.bin")):
             raise UserError(
@@ -166,37 +166,18 @@ def _open(directory: Path) -> Checkpoint:
                 f"read. Save the model with transformers' save_pretrained where you trust it."
             )
         raise UserError(f"no {SINGLE_NAME} or {INDEX_NAME} in {directory}; pass the base model's folder to --base.")
-    return Checkpoint.open(str(directory))
+    return BaseFiles.open(str(directory))
 
 
-def _meta_model(directory: Path, task_type: str | None, num_labels: int | None, trust_remote_code: bool) -> nn.Module:
+def _meta_model(directory: Path, task: Task | None, num_labels: int | None, trust_remote_code: bool) -> nn.Module:
     options: dict[str, Any] = {"num_labels": num_labels} if num_labels is not None else {}
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # what the model is, not how its weights are stored
         config.dtype = torch.float32
-        with init_empty_weights(include_buffers=False):
-            model = _build(config, task_type, trust_remote_code)
-        model.tie_weights()  # type: ignore[operator]  # registering a parameter made a copy of it on the meta device
-        return model
+        return build_on_meta(task, config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the base model in {directory} cannot be built: {reason}") from None
-
-
-def _build(config: PretrainedConfig, task_type: str | None, trust_remote_code: bool) -> nn.Module:
-    factory: Any = {"SEQ_CLS": AutoModelForSequenceClassification, "CAUSAL_LM": AutoModelForCausalLM}.get(
-        task_type or ""
-    )
-    if factory is not None:
-        built: nn.Module = factory.from_config(config, trust_remote_code=trust_remote_code)
-        return built
-    name = (config.architectures or [""])[0]
-    if not hasattr(transformers, name):
-        raise Unsupported(f"the base's config.json names the architecture '{name}', unknown to transformers.")
-    built = getattr(transformers, name)(config)
-    return built
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:

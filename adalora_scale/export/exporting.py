@@ -31,7 +31,6 @@ from adalora_scale.export.peft_forms import write_peft_adalora, write_peft_lora
 
 _TOLERANCE = 1e-4  # of the largest logit, for forms that only rearrange float32 numbers
 _HEADROOM = 1.5  # loading holds a tensor twice, computing needs activations
-_HEADS = ("classifier.weight", "score.weight", "out_proj.weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +115,7 @@ def _base(request: Request, adapter: AdapterFile) -> BaseCheckpoint | None:
     try:
         base = BaseCheckpoint(
             local_base(name),
-            task_type=adapter.task_type,
+            task=adapter.task,
             num_labels=_num_labels(adapter),
             trust_remote_code=request.trust_remote_code,
         )
@@ -130,9 +129,7 @@ def _base(request: Request, adapter: AdapterFile) -> BaseCheckpoint | None:
 
 def _num_labels(adapter: AdapterFile) -> int | None:
     """Read the number of classes off the head."""
-    if adapter.task_type != "SEQ_CLS":
-        return None
-    return next((shape[0] for name, shape in adapter.others.items() if name.endswith(_HEADS)), None)
+    return adapter.task.label_count(adapter.others) if adapter.task else None
 
 
 def _rearrange(request: Request, adapter: AdapterFile, base: BaseCheckpoint | None, report: dict[str, Any]) -> None:

@@ -19,8 +19,8 @@ from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from adalora_scale.export.output import copy_tokenizer
 from adalora_scale.export.tensor_files import save_file
+from adalora_scale.tasks.registry import TASKS
 
-_TASKS = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS"}
 _FACTORS = ("lora_A", "lora_E", "lora_B")
 
 
@@ -76,9 +76,10 @@ def write_adapter(checkpoint: Checkpoint, folder: Path) -> None:
     for name in checkpoint.shapes("other"):
         tensors[PREFIX + name] = _whole(checkpoint, "other", name)
     tinit, tfinal = options.phase_steps(position["total_step"])
+    task = TASKS.get(str(_part(checkpoint, "identity").get("task")))
     config: dict[str, Any] = {
         "peft_type": "ADALORA",
-        "task_type": _TASKS.get(str(_part(checkpoint, "identity").get("task"))),
+        "task_type": task.peft_type if task else None,
         "base_model_name_or_path": checkpoint.manifest.get("base_model"),
         "inference_mode": True,
         "bias": "none",

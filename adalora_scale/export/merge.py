@@ -257,4 +257,5 @@ def _refuse_missing(plan: Plan, base: BaseCheckpoint) -> None:
 
 def _other_head(adapter: AdapterFile, base: BaseCheckpoint) -> bool:
     """Whether the result is of another class than the checkpoint, whose own head would only lie around."""
-    return adapter.task_type == "SEQ_CLS" and base.config.get("architectures") != [type(base.model).__name__]
+    has_own = adapter.task is not None and adapter.task.has_labels
+    return has_own and base.config.get("architectures") != [type(base.model).__name__]

@@ -70,7 +70,7 @@ def write_companions(adapter: AdapterFile, base: BaseCheckpoint, plan: Plan, fol
         config.pop("quantization_config", None)
         config.pop("torch_dtype", None)
         config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
-    if adapter.task_type == "SEQ_CLS":
+    if adapter.task is not None and adapter.task.has_labels:
         model_config: Any = base.model.config
         labels = adapter.record.get("labels") or list(model_config.id2label.values())
         config["id2label"] = {str(number): label for number, label in enumerate(labels)}

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from adalora_scale.adalora.base_digest import same_base
@@ -45,9 +44,9 @@ from adalora_scale.export.adapter_file import (
 from adalora_scale.export.adapter_file import PREFIX as _PREFIX
 from adalora_scale.export.dequantise import quantised_base
 from adalora_scale.export.tensor_files import save_file
+from adalora_scale.tasks.registry import task_of_model
 
 _FACTORS = ("lora_A", "lora_E", "lora_B")
-_CAUSAL_LMS = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 @torch.no_grad()
@@ -97,7 +96,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     text = json.dumps(peft_config, indent=2) + "\n"
     # Both files are complete before either takes its place: what can fail, fails while the old pair still stands.
     partial = {name: directory / f".{name}.partial" for name in (WEIGHTS_NAME, CONFIG_NAME)}
-    save_file(tensors, partial[WEIGHTS_NAME], metadata=_record(base, peft_config["task_type"]))
+    save_file(tensors, partial[WEIGHTS_NAME], metadata=_record(base))
     partial[CONFIG_NAME].write_text(text, encoding="utf-8")
     for name, temporary in partial.items():
         os.replace(temporary, directory / name)
@@ -242,17 +241,10 @@ def _peft_config(
     total_step = getattr(model, "adalora_total_step", None)
     # PEFT refuses a config without a schedule; an adapter that was never trained gets the smallest valid one.
     tinit, tfinal = config.phase_steps(total_step) if total_step else (0, 0)
-    base = getattr(model, "config", None)
-    # fully_shard puts FSDP before a class's name.
-    names = {type(model).__name__.removeprefix("FSDP"), *(getattr(base, "architectures", None) or [])}
-    task_type = (
-        "SEQ_CLS" if any("SequenceClassification" in name for name in names)
-        else "CAUSAL_LM" if any("CausalLM" in name for name in names) or names & _CAUSAL_LMS
-        else None
-    )  # fmt: skip
+    task = task_of_model(model)
     return {
         "peft_type": "ADALORA",
-        "task_type": task_type,
+        "task_type": task.peft_type if task else None,
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "inference_mode": True,
         "bias": "none",
@@ -278,10 +270,11 @@ def _is_transposed(base: nn.Module) -> bool:
     return isinstance(base, Conv1D) or bool(getattr(base, "transposed", False))  # Linear4bit
 
 
-def _record(base: nn.Module, task_type: str | None) -> dict[str, str]:
+def _record(base: nn.Module) -> dict[str, str]:
     """Return the metadata that says what PEFT's config has no key for: which base this is, and the classes' names."""
     record: dict[str, Any] = {"base": getattr(base, "adalora_base_digests", None) or {}}
-    if task_type == "SEQ_CLS":
+    task = task_of_model(base)
+    if task is not None and task.has_labels:
         labels: dict[int, str] = base.config.id2label  # type: ignore[union-attr, assignment]
         record["labels"] = [labels[index] for index in sorted(labels)]
     if quantisation := quantised_base(base):

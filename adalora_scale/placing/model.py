@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainingArguments
+from transformers import TrainingArguments
 from transformers.utils import logging as hf_logging
 
 from adalora_scale.adalora.injection import inject_adalora, modules_to_save
@@ -18,6 +18,7 @@ from adalora_scale.engines.place import Engine, partition_zero3, shard_fsdp2, tr
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.continual import check_start, start_from_adapter
 from adalora_scale.placing import streaming
+from adalora_scale.tasks.registry import find_task
 
 
 def load_model(config: RunConfig, label_names: list[str] | None = None) -> nn.Module:
@@ -34,14 +35,8 @@ def load_model(config: RunConfig, label_names: list[str] | None = None) -> nn.Mo
     }
     if model_config.attn_implementation:
         options["attn_implementation"] = model_config.attn_implementation
-    factory: Any = AutoModelForCausalLM
-    if config.task == "sequence_classification":
-        if label_names is None:
-            raise UserError("task=sequence_classification needs the names of the classes.")
-        factory = AutoModelForSequenceClassification
-        options["num_labels"] = len(label_names)
-        options["id2label"] = dict(enumerate(label_names))
-        options["label2id"] = {name: index for index, name in enumerate(label_names)}
+    task = find_task(config.task)
+    factory, options = task.auto_class(), options | task.label_options(label_names)
     # transformers tables what does not fit over many lines; here it is one line, as an error or as a note.
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity(hf_logging.CRITICAL)
@@ -152,20 +147,16 @@ def _begin_streaming(
 
 
 def new_heads(config: RunConfig, model: nn.Module) -> list[str]:
-    """Name the modules that a classifier's checkpoint need not hold, and that are never quantised."""
-    if config.task != "sequence_classification":
+    """Name the modules that the task's checkpoint need not hold, and that are never quantised."""
+    if not find_task(config.task).has_labels:
         return []
     return modules_to_save(model, adalora_config_for(config, model))
 
 
 def adalora_config_for(config: RunConfig, model: nn.Module) -> AdaLoraConfig:
-    """Return the adalora section, with a new classifier head in modules_to_save unless the user named some."""
+    """Return the adalora section, with the task's new head in modules_to_save unless the user named some."""
     adalora = config.adalora
-    if config.task != "sequence_classification" or adalora.modules_to_save is not None:
+    if adalora.modules_to_save is not None:
         return adalora
-    heads = [name for name, _ in model.named_children() if name in ("classifier", "score", "classification_head")]
-    if not heads:
-        raise UserError(
-            f"cannot tell the classifier head of {type(model).__name__}; name it in adalora.modules_to_save."
-        )
-    return adalora.replace(modules_to_save=heads)
+    heads = find_task(config.task).new_heads(model)
+    return adalora.replace(modules_to_save=heads) if heads else adalora

@@ -17,16 +17,9 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GenerationConfig,
-    PretrainedConfig,
-)
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from adalora_scale.adalora.fingerprint import LEADING, WeightSample, fingerprint, sample
@@ -42,7 +35,7 @@ from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.config import AdaLoraConfig, ModelConfig, RunConfig
 from adalora_scale.errors import UserError
 from adalora_scale.export.tensor_files import TensorFile
-from adalora_scale.quantization.checkpoint import FLOATS, Checkpoint
+from adalora_scale.quantization.base_files import FLOATS, BaseFiles
 from adalora_scale.quantization.fill import copy_rows, draw_fresh, fill
 from adalora_scale.quantization.functional import check_kernels
 from adalora_scale.quantization.linear import Linear4bit, quantized_share
@@ -50,6 +43,8 @@ from adalora_scale.quantization.materialize import materialize, materialize_shar
 from adalora_scale.quantization.memory import give_back_freed
 from adalora_scale.quantization.plan import LoadingPlan, Slot, make_plan
 from adalora_scale.quantization.spec import QuantSpec
+from adalora_scale.tasks import building
+from adalora_scale.tasks.registry import find_task
 
 Fresh = list[tuple[nn.Module, dict[str, nn.Parameter]]]
 
@@ -91,7 +86,7 @@ def begin(
         Unsupported: the architecture's weights have to be converted; bitsandbytes lacks a kernel.
     """
     model_config = _model_config(config.model)
-    checkpoint = Checkpoint.open(config.model.model_name_or_path, config.model.revision)
+    checkpoint = BaseFiles.open(config.model.model_name_or_path, config.model.revision)
     dtype = _dtype(config.model, model_config, checkpoint)
     spec = quant_spec(config.model) if is_streamed(config.model) else None
     if spec is not None:
@@ -120,20 +115,11 @@ def build_on_meta(
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.model.trust_remote_code}
     if config.model.attn_implementation:
         options["attn_implementation"] = config.model.attn_implementation
-    factory: Any = AutoModelForCausalLM
-    if config.task == "sequence_classification":
-        factory = AutoModelForSequenceClassification
-        if label_names is not None:
-            model_config.num_labels = len(label_names)
-            model_config.id2label = dict(enumerate(label_names))
-            model_config.label2id = {name: index for index, name in enumerate(label_names)}
-    if _stored_quantization(model_config) is not None:
-        del model_config.quantization_config  # what is loaded here are no modules of bitsandbytes'
-    with init_empty_weights(include_buffers=False):
-        model: nn.Module = factory.from_config(model_config, **options)
-    model.tie_weights()  # type: ignore[operator]  # registering a parameter made a copy of it on the meta device
+    _stored_quantization(model_config)  # refuses other ones than 4 bits
+    task = find_task(config.task)
+    model = building.build_on_meta(task, model_config, label_names=label_names, **options)
     model.name_or_path = config.model.model_name_or_path  # type: ignore[assignment]  # as from_pretrained does
-    if config.task == "causal_lm":
+    if task.generates:
         with contextlib.suppress(OSError):  # there is none: transformers derives one from config.json
             model.generation_config = GenerationConfig.from_pretrained(  # type: ignore[assignment]
                 config.model.model_name_or_path, revision=config.model.revision or "main"
@@ -372,7 +358,7 @@ def _stored_quantization(config: PretrainedConfig) -> Any:
     return options
 
 
-def _dtype(config: ModelConfig, model_config: PretrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+def _dtype(config: ModelConfig, model_config: PretrainedConfig, checkpoint: BaseFiles) -> torch.dtype:
     if config.torch_dtype != "auto":
         return cast(torch.dtype, getattr(torch, config.torch_dtype))
     if isinstance(stated := getattr(model_config, "dtype", None), torch.dtype):

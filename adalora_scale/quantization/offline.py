@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from adalora_scale.errors import UserError
 from adalora_scale.quantization import functional
-from adalora_scale.quantization.checkpoint import FLOATS, INDEX_NAME, SINGLE_NAME
+from adalora_scale.quantization.base_files import FLOATS, INDEX_NAME, SINGLE_NAME
 from adalora_scale.quantization.linear import Linear4bit
 from adalora_scale.quantization.plan import LoadingPlan, Slot
 from adalora_scale.quantization.prequantized import stored_form

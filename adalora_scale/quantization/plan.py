@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adalora_scale.errors import UserError
-from adalora_scale.quantization.checkpoint import FLOATS, Checkpoint
+from adalora_scale.quantization.base_files import FLOATS, BaseFiles
 from adalora_scale.quantization.linear import Linear4bit, quantization_targets, replace_linears
 from adalora_scale.quantization.memory import PIECE, row_pieces
 from adalora_scale.quantization.naming import Names, match_names
@@ -44,7 +44,7 @@ class Slot:
 class LoadingPlan:
     """How a model is filled from a checkpoint."""
 
-    checkpoint: Checkpoint
+    checkpoint: BaseFiles
     dtype: torch.dtype
     """Dtype of weights that are not quantised, and of those that are before quantisation."""
     slots: list[Slot]
@@ -63,7 +63,7 @@ class LoadingPlan:
 
 def make_plan(
     model: nn.Module,
-    checkpoint: Checkpoint,
+    checkpoint: BaseFiles,
     *,
     dtype: torch.dtype,
     spec: QuantSpec | None,
@@ -126,7 +126,7 @@ _fits = "use a config.json and weights that belong together"
 
 def _put_layers(
     model: nn.Module,
-    checkpoint: Checkpoint,
+    checkpoint: BaseFiles,
     names: Names,
     spec: QuantSpec | None,
     compute_dtype: torch.dtype,
@@ -149,7 +149,7 @@ def _put_layers(
     replace_linears(model, spec, quantization_targets(model, [*skip, *new_heads]))
 
 
-def _untie_what_differs(model: nn.Module, checkpoint: Checkpoint, names: Names) -> None:
+def _untie_what_differs(model: nn.Module, checkpoint: BaseFiles, names: Names) -> None:
     """Keep weights apart that config.json ties but the files hold with different values, as transformers does."""
     places = {name: (module, leaf) for name, module, leaf, _ in _own_tensors(model)}
     for group in _tied_names(model):
@@ -162,7 +162,7 @@ def _untie_what_differs(model: nn.Module, checkpoint: Checkpoint, names: Names) 
                     module._parameters[leaf] = nn.Parameter(torch.empty_like(tied), requires_grad=tied.requires_grad)
 
 
-def _same_values(checkpoint: Checkpoint, first: str, second: str) -> bool:
+def _same_values(checkpoint: BaseFiles, first: str, second: str) -> bool:
     one, other = checkpoint.tensors[first], checkpoint.tensors[second]
     if one.shape != other.shape or not one.shape:
         return one.shape == other.shape
@@ -197,7 +197,7 @@ def _ties(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _check(slot: Slot, tensor: Tensor, checkpoint: Checkpoint) -> None:
+def _check(slot: Slot, tensor: Tensor, checkpoint: BaseFiles) -> None:
     stored = checkpoint.tensors[slot.source]
     layer = slot.module
     if slot.parts and isinstance(layer, Linear4bit):

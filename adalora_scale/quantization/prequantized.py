@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.quantization import functional
-from adalora_scale.quantization.checkpoint import Checkpoint
+from adalora_scale.quantization.base_files import BaseFiles
 from adalora_scale.quantization.spec import CODES, NESTED_BLOCK, QuantSpec
 
 _STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
@@ -25,7 +25,7 @@ _STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
 
 
 def stored_spec(
-    checkpoint: Checkpoint, weight: str, parts: dict[str, str], compute_dtype: torch.dtype
+    checkpoint: BaseFiles, weight: str, parts: dict[str, str], compute_dtype: torch.dtype
 ) -> tuple[QuantSpec, tuple[int, int]]:
     """Read one weight's options and its (out_features, in_features) shape.
 
@@ -60,7 +60,7 @@ def stored_spec(
     return spec, (out_features, in_features)
 
 
-def check_stored(checkpoint: Checkpoint, tensor: str, parts: dict[str, str], spec: QuantSpec, blocks: int) -> None:
+def check_stored(checkpoint: BaseFiles, tensor: str, parts: dict[str, str], spec: QuantSpec, blocks: int) -> None:
     """Compare the sizes of a 4-bit weight's tensors with its number of blocks, from headers alone.
 
     Raises:
@@ -84,7 +84,7 @@ def check_stored(checkpoint: Checkpoint, tensor: str, parts: dict[str, str], spe
 
 
 def stored_blocks(
-    checkpoint: Checkpoint, tensor: str, parts: dict[str, str], spec: QuantSpec, start: int, stop: int
+    checkpoint: BaseFiles, tensor: str, parts: dict[str, str], spec: QuantSpec, start: int, stop: int
 ) -> tuple[Tensor, Tensor]:
     """Read blocks start to stop: packed (stop - start, blocksize / 2) and their scales, both uint8."""
     half = spec.blocksize // 2
@@ -97,7 +97,7 @@ def stored_blocks(
     return packed.view(torch.uint8).view(-1, half), scales
 
 
-def stored_nested(checkpoint: Checkpoint, weight: str, parts: dict[str, str], spec: QuantSpec) -> Tensor:
+def stored_nested(checkpoint: BaseFiles, weight: str, parts: dict[str, str], spec: QuantSpec) -> Tensor:
     """Read the second level's bytes."""
     if not spec.double_quant:
         return torch.empty(0, dtype=torch.uint8)
@@ -143,7 +143,7 @@ def _as_tensor(state: dict[str, Any]) -> Tensor:
     return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
 
 
-def _state(checkpoint: Checkpoint, weight: str, parts: dict[str, str]) -> dict[str, Any]:
+def _state(checkpoint: BaseFiles, weight: str, parts: dict[str, str]) -> dict[str, Any]:
     packed = [key for suffix, key in parts.items() if suffix.startswith("quant_state.")]
     if len(packed) != 1:
         raise UserError(f"the checkpoint has no quant_state of '{weight}'; download it again.")

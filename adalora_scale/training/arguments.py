@@ -6,15 +6,15 @@ import math
 import os
 import sys
 from datetime import timedelta
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import torch
 from transformers import TrainingArguments
-from trl import SFTConfig
 
 from adalora_scale.config import AdaLoraConfig, RunConfig, check_value
 from adalora_scale.engines.place import Engine, join_deepspeed_on_cpu, join_on_cpu, refuse_mismatches
 from adalora_scale.errors import Unsupported, UserError, nearest
+from adalora_scale.tasks.registry import find_task
 from adalora_scale.training.batch import batch_sizes
 
 OWN_KEYS = {
@@ -54,7 +54,7 @@ def check_training_section(config: RunConfig, world_size: int | None = None) -> 
 
     Raises:
         UserError: as `convert_training_section`, or a global batch that the ranks do not divide.
-        Unsupported: as `refuse_unsupported`.
+        Unsupported: as `convert_training_section`.
     """
     checked = convert_training_section(config)
     sizes = batch_sizes(checked, int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size)
@@ -67,9 +67,13 @@ def convert_training_section(config: RunConfig) -> dict[str, Any]:
 
     Raises:
         UserError: a key is unknown or belongs to another section, or a value has the wrong type.
-        Unsupported: as `refuse_unsupported`.
+        Unsupported: a key that adapter training cannot keep its promises under.
     """
-    hints = get_type_hints(_arguments_class(config)) | OWN_KEYS | {"resume_from_checkpoint": bool | str | None}
+    hints = (
+        get_type_hints(find_task(config.task).arguments_class())
+        | OWN_KEYS
+        | {"resume_from_checkpoint": bool | str | None}
+    )
     checked: dict[str, Any] = {}
     for key, value in config.training.items():
         if key in _MANAGED:
@@ -79,14 +83,32 @@ def convert_training_section(config: RunConfig) -> dict[str, Any]:
         if value is False and key.endswith("_strategy"):
             value = "no"  # YAML reads the bare word as false
         checked[key] = check_value(f"training.{key}", value, hints[key])
+    if checked.get("auto_find_batch_size"):
+        refuse_batch_search()
     for key in _COUNTS:
         if checked.get(key, 1) < 1:
             raise UserError(f"training.{key} is {checked[key]}; it must be at least 1.")
     return checked
 
 
+def refuse_batch_search() -> NoReturn:
+    """Refuse transformers' search for a batch that fits.
+
+    After each out-of-memory error transformers builds optimizer and steps anew with a smaller batch, on weights that
+    have been trained already: another global batch, another total_step, and a second allocator on the same adapters.
+
+    Raises:
+        Unsupported: always.
+    """
+    raise Unsupported(
+        "training.auto_find_batch_size=true starts again with other steps after running out of memory, which the "
+        "schedule of pruning cannot follow; remove it and set training.per_device_train_batch_size to what "
+        "adalora-scale plan says fits (training.global_batch_size keeps the steps)."
+    )
+
+
 def training_arguments(config: RunConfig, engine: Engine) -> TrainingArguments:
-    """Build TrainingArguments (or SFTConfig) from the section over defaults that fit adapter training.
+    """Build the task's TrainingArguments from the section over defaults that fit adapter training.
 
     Under FSDP2 `bf16` stays out of the arguments, where it would mean autocast: the sharded model computes in bfloat16
     by itself (`computes_in_bf16`).
@@ -119,22 +141,15 @@ def training_arguments(config: RunConfig, engine: Engine) -> TrainingArguments:
         options["eval_strategy"] = "steps"
     if "save_strategy" not in checked and "save_steps" not in checked and checked.get("load_best_model_at_end"):
         options["save_strategy"] = "best"
-    if config.task == "causal_lm":
-        # Rows arrive tokenised, masked, cut and packed: the trainer only has to collate them.
-        options |= {
-            "dataset_kwargs": {"skip_prepare_dataset": True},
-            "max_length": config.data.max_length,
-            "packing": config.data.packing,
-        }
-    else:
-        options.setdefault("include_num_input_tokens_seen", "non_padding")  # tokens_per_second needs it
+    task = find_task(config.task)
+    task.settle_arguments(options, config.data)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     # Without a GPU accelerate needs to be told that CPU is meant; asked here, before transformers warns about it.
     alone = launched > 1 and not torch.cuda.is_available() and not options["use_cpu"]
     if launched > 1 and options["use_cpu"] and engine.name != "deepspeed":
         join_on_cpu(_timeout(options))
     try:
-        arguments = None if alone else _arguments_class(config)(**options)
+        arguments = None if alone else task.arguments_class()(**options)
     except (ValueError, TypeError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from None
     if arguments is None or arguments.world_size != launched:
@@ -212,7 +227,3 @@ def total_steps(args: TrainingArguments, examples: int) -> int:
         batches = examples // (args.per_device_train_batch_size * world_size)
     per_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
     return math.ceil(args.num_train_epochs * per_epoch)
-
-
-def _arguments_class(config: RunConfig) -> type[TrainingArguments]:
-    return SFTConfig if config.task == "causal_lm" else TrainingArguments

@@ -36,6 +36,7 @@ class AdaLoraCallback(TrainerCallback):
         self.kept_lines: dict[str, int] | None = None
         """Of a continued run: how many lines of each of the files stay."""
         self._attached_early = False
+        self._guarded_step = -1
         self._last_written = 0
         self._clock = time.perf_counter()
         self._tokens = 0.0
@@ -78,7 +79,24 @@ class AdaLoraCallback(TrainerCallback):
         config = unwrapped(model).adalora_config
         self.allocator = RankAllocator(model, config, total_step=total_step).attach(optimizer)  # type: ignore[arg-type]
         self._attached_early = True
+        self._guarded_step = -1
         return self.allocator
+
+    def guard(self) -> None:
+        """Compare ranks, once a step at most and never with guard_every=0; all ranks call it before they save.
+
+        Raises:
+            RanksDisagree: ranks differ: what would be written is not what every rank trains.
+        """
+        allocator = self.allocator
+        if allocator is None or allocator.config.guard_every == 0 or allocator.step == self._guarded_step:
+            return
+        allocator.check_consistency()
+        self._guarded_step = allocator.step
+
+    def forget_guard(self) -> None:
+        """Let the next guard look again although no step passed: weights were loaded."""
+        self._guarded_step = -1
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count a step that a GradScaler dropped, and write the step's allocation if there was one."""
@@ -87,7 +105,7 @@ class AdaLoraCallback(TrainerCallback):
         self.allocator.skip_missed_steps(state.global_step)
         every = self.allocator.config.guard_every
         if every and state.global_step % every == 0:
-            self.allocator.check_consistency()
+            self.guard()
         allocation = self.allocator.last_allocation
         if allocation is not None and allocation.step != self._last_written:
             self._last_written = allocation.step
@@ -117,6 +135,7 @@ class AdaLoraCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the adapter beside what the trainer just wrote."""
         if self.allocator is not None and self._saves_checkpoints:
+            self.guard()
             save_adapter(kwargs["model"], Path(args.output_dir or ".") / f"checkpoint-{state.global_step}")
 
     def on_train_end(
@@ -124,6 +143,7 @@ class AdaLoraCallback(TrainerCallback):
     ) -> None:
         """Save the adapter."""
         if self.allocator is not None:
+            self.guard()
             save_adapter(kwargs["model"], args.output_dir or ".")
 
     def _speed(self, logs: dict[str, Any], state: TrainerState) -> dict[str, float]:

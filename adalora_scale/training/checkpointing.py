@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from adalora_scale.checkpoint.rng import rng_state, set_rng_state
 from adalora_scale.checkpoint.state import allocator_position, gather, masks_of, read_weights, scatter
 from adalora_scale.checkpoint.writing import agree, probe_shared, rank_and_size, rotate, write_checkpoint
 from adalora_scale.controller import RankAllocator
-from adalora_scale.data.fingerprint import data_fingerprint
+from adalora_scale.data.digests import data_fingerprint
 from adalora_scale.engines import base_optimizer
 from adalora_scale.errors import Interrupted, UserError
 from adalora_scale.training.loop_state import loop_state, restore_optimizer, restore_sums
@@ -120,16 +121,17 @@ class RunCheckpoints:
     # ---- going on -----------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Clear the way for this run's own checkpoints; rank 0 writes."""
+        """Clear the way for this run's own checkpoints, and agree on the run's name; rank 0 writes."""
 
-        def clear() -> None:
+        def clear() -> str:
             (self.output_dir / REQUEUE_NAME).unlink(missing_ok=True)
             aside = set_aside(self.output_dir, self.resumed)
             if aside:
                 print(f"not continued, renamed to abandoned-…: {', '.join(aside)}", flush=True)
+            return uuid.uuid4().hex  # draws from no generator that training uses
 
         probe_shared(self.output_dir)  # a trainer made by hand has not chosen a checkpoint, which looks too
-        agree(clear if rank_and_size()[0] == 0 else None, self.output_dir)
+        self.stop.run = agree(clear if rank_and_size()[0] == 0 else None, self.output_dir)[0]
 
     def load(self, allocator: RankAllocator) -> None:
         """Put the chosen checkpoint into the wrapped model, its optimizer and the attached allocator.
@@ -186,11 +188,13 @@ class RunCheckpoints:
         """Write `checkpoint-<step>`, once a step, and delete what `save_total_limit` allows; all ranks call it.
 
         Raises:
+            RanksDisagree: ranks hold different values; nothing is written.
             CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
         """
         trainer, step = self.trainer, self.trainer.state.global_step
         if step == self._saved_step:
             return
+        trainer.adalora_callback.guard()
         base = base_optimizer(trainer.optimizer)
         loop, tensors = loop_state(trainer, base)
         records = trainer.adalora_callback.records

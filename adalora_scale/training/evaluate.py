@@ -12,6 +12,7 @@ from adalora_scale.data.rows import load_raw
 from adalora_scale.errors import UserError
 from adalora_scale.export.peft_adalora import load_adapter
 from adalora_scale.placing.model import load_model
+from adalora_scale.tasks.registry import find_task, wanted_rows
 from adalora_scale.training.metrics import ExactMatch, exact_match
 from adalora_scale.training.run import check_model_path, load_tokenizer
 
@@ -35,7 +36,7 @@ def evaluate_exact_match(
         except re.error as error:
             raise UserError(f"--extract '{extract}' is not a valid regular expression ({error}).") from None
     check_model_path(config)
-    raw = load_raw(config.data, task=config.task, seed=config.training.get("seed", 42))
+    raw = load_raw(config.data, wanted_rows(find_task(config.task)), seed=config.training.get("seed", 42))
     if raw.eval is None or raw.layout != "prompt_completion":
         raise UserError("evaluate needs prompt/completion rows in data.eval (or data.eval_fraction).")
     tokenizer = load_tokenizer(config)

@@ -1,4 +1,4 @@
-"""Figures a person understands: accuracy of a classifier, exact match of generated completions."""
+"""A figure a person understands: exact match of generated completions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -24,12 +23,6 @@ class ExactMatch:
     def value(self) -> float:
         """Matches over examples."""
         return self.matches / max(self.examples, 1)
-
-
-def accuracy(prediction: Any) -> dict[str, float]:
-    """Trainer's `compute_metrics` for classification: the share of rows whose best class is the label."""
-    logits, labels = prediction
-    return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == labels))}
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ from huggingface_hub import is_offline_mode
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    DataCollatorWithPadding,
     PreTrainedTokenizerBase,
     TrainingArguments,
     set_seed,
@@ -26,15 +25,15 @@ from transformers import (
 from adalora_scale.adalora.injection import coverage
 from adalora_scale.checkpoint.writing import write_probe
 from adalora_scale.config import RunConfig
-from adalora_scale.data.chat_templates import resolve_chat_template
+from adalora_scale.data.preparing import Prepared
 from adalora_scale.data.rows import RawData, load_raw
-from adalora_scale.data.tokenization import Prepared, prepare_causal_lm, prepare_classification
 from adalora_scale.engines.builds import bounded_build_waits
 from adalora_scale.engines.place import Engine, resolve_engine, whole_weights, zero3_options
 from adalora_scale.errors import UserError
 from adalora_scale.export.continual import check_start
 from adalora_scale.placing import streaming
 from adalora_scale.placing.model import place_model
+from adalora_scale.tasks.registry import find_task, wanted_rows
 from adalora_scale.training.arguments import (
     check_training_section,
     computes_in_bf16,
@@ -45,11 +44,10 @@ from adalora_scale.training.arguments import (
 from adalora_scale.training.checkpointing import check_asked_checkpoint, choose_checkpoint
 from adalora_scale.training.console import use_console
 from adalora_scale.training.continuing import rank_fitter, run_identity
-from adalora_scale.training.metrics import accuracy
 from adalora_scale.training.optimizers import check_optimizer
 from adalora_scale.training.packages import check_packages
 from adalora_scale.training.records import hardware, peak_memory_by_rank, versions, write_json
-from adalora_scale.training.trainers import AdaLoraSFTTrainer, AdaLoraTrainer
+from adalora_scale.training.trainers import AdaLoraSFTTrainer, AdaLoraTrainer, with_adalora
 
 RUN_NAME = "run.json"
 _RUN_FILES = (RUN_NAME, "metrics.jsonl", "ranks.jsonl", "adapter_config.json", "adapter_model.safetensors")
@@ -101,19 +99,13 @@ def prepare(config: RunConfig) -> Inputs:
     if config.model.load_in_4bit:
         streaming.quant_spec(config.model)
     seed = training.get("seed", 42)
-    raw = load_raw(config.data, task=config.task, seed=seed)
+    task = find_task(config.task)
+    raw = load_raw(config.data, wanted_rows(task), seed=seed)
     arguments = training_arguments(config, engine)
     if raw.eval is None and arguments.eval_strategy != "no":
         raise UserError("training.eval_strategy needs evaluation data; set data.eval or data.eval_fraction.")
     tokenizer = load_tokenizer(config)
-    if config.task == "causal_lm":
-        template = resolve_chat_template(tokenizer, config.data, layout=raw.layout)
-        data = prepare_causal_lm(raw, tokenizer, config.data, seed=seed)
-        if template is not None:
-            # The saved tokenizer must render conversations the way the adapter learnt them.
-            tokenizer.chat_template = template
-    else:
-        data = prepare_classification(raw, tokenizer, config.data, seed=seed)
+    data = task.prepare(raw, tokenizer, config.data, seed=seed)
     steps = total_steps(arguments, len(data.train))
     if steps < 1:
         raise UserError("training.num_train_epochs and training.max_steps leave no step to train; raise one of them.")
@@ -144,24 +136,15 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
         print(coverage(model), flush=True)
         if streaming.is_streamed(config.model):
             print(streaming.describe(model), flush=True)
-    if config.task == "causal_lm":
-        trainer: AdaLoraSFTTrainer | AdaLoraTrainer = AdaLoraSFTTrainer(
-            model,
-            args=arguments,
-            train_dataset=inputs.data.train,
-            eval_dataset=inputs.data.eval,
-            processing_class=inputs.tokenizer,
-        )
-    else:
-        trainer = AdaLoraTrainer(
-            model,
-            args=arguments,
-            train_dataset=inputs.data.train,
-            eval_dataset=inputs.data.eval,
-            processing_class=inputs.tokenizer,
-            data_collator=DataCollatorWithPadding(inputs.tokenizer),
-            compute_metrics=accuracy,
-        )
+    task = find_task(config.task)
+    trainer = with_adalora(task.trainer_class())(
+        model,
+        args=arguments,
+        train_dataset=inputs.data.train,
+        eval_dataset=inputs.data.eval,
+        processing_class=inputs.tokenizer,
+        **task.trainer_options(inputs.tokenizer),
+    )
     trainer.asked_engine = inputs.engine.name
     trainer.checkpoints.run_identity = run_identity(config)
     trainer.checkpoints.allowed_changes = training.get("resume_allow_changed") or []

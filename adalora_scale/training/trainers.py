@@ -24,7 +24,8 @@ from adalora_scale.engines import base_optimizer
 from adalora_scale.engines.place import check_engine, is_sharded, real_engine, refuse_mismatches
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter, saved_values, unwrapped
-from adalora_scale.training.arguments import require_evaluation_at_budget
+from adalora_scale.tasks.registry import task_of_class
+from adalora_scale.training.arguments import refuse_batch_search, require_evaluation_at_budget
 from adalora_scale.training.callback import AdaLoraCallback
 from adalora_scale.training.checkpointing import RunCheckpoints, choose_checkpoint
 from adalora_scale.training.optimizers import writes_checkpoints
@@ -60,8 +61,12 @@ class AdaLoraTrainerMixin(_TrainerSeams):
             inject_adalora(model, adalora_config)
         elif adalora_config is not None:
             raise UserError("the model already has adapters; leave out adalora_config.")
-        if "SequenceClassification" in type(model).__name__:
-            # transformers 5.23: these take num_items_in_batch and ignore it, so that Trainer's correction for it
+        training = kwargs.get("args") or (args[0] if args else None)
+        if getattr(training, "auto_find_batch_size", False):
+            refuse_batch_search()
+        task = task_of_class(type(model).__name__)
+        if task is not None and task.ignores_num_items:
+            # transformers 5.23: its models take num_items_in_batch and ignore it, so that Trainer's correction for it
             # multiplies loss and gradient by the number of ranks and of micro-batches.
             model.accepts_loss_kwargs = False  # type: ignore[assignment]
         self.asked_engine: str | None = None
@@ -196,6 +201,7 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         if self.model is None:
             return
         directory = Path(output_dir or self.args.output_dir or ".")
+        self.adalora_callback.guard()
         save_adapter(self.model, directory)
         if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(directory)
@@ -214,6 +220,7 @@ class AdaLoraTrainerMixin(_TrainerSeams):
             self.allocator.sharding.write(saved_values(self.model, self.state.best_model_checkpoint))
         else:
             self.checkpoints.load_weights(self.state.best_model_checkpoint, self.allocator)
+        self.adalora_callback.forget_guard()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write everything a run needs to go on; with save_only_model just the adapter, as transformers does."""
@@ -278,3 +285,15 @@ class AdaLoraSFTTrainer(AdaLoraTrainerMixin, SFTTrainer):
         if getattr(self.args, "packing", False):
             check_packing_isolated(self.model_wrapped)
         return prepared
+
+
+def with_adalora(vendor: type[Trainer]) -> type[AdaLoraTrainer] | type[AdaLoraSFTTrainer]:
+    """Return the vendor's trainer with AdaLoRA.
+
+    Raises:
+        Unsupported: there is none of that vendor's class.
+    """
+    for ours in (AdaLoraTrainer, AdaLoraSFTTrainer):
+        if vendor in ours.__bases__:
+            return ours
+    raise Unsupported(f"there is no {vendor.__name__} with AdaLoRA; derive one from AdaLoraTrainerMixin.")

@@ -10,6 +10,7 @@ import pytest
 from adalora_scale.config import DataConfig
 from adalora_scale.data.rows import load_raw, loss_target
 from adalora_scale.errors import UserError
+from adalora_scale.tasks.registry import find_task, wanted_rows
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
@@ -33,7 +34,7 @@ def lines(path, rows):
 
 
 def load(train, task="causal_lm", **options):
-    return load_raw(DataConfig(train=train, **options), task=task, seed=1)
+    return load_raw(DataConfig(train=train, **options), wanted_rows(find_task(task)), seed=1)
 
 
 def refusal(train, task="causal_lm", **options):
@@ -118,7 +119,10 @@ def test_files_of_a_list_are_joined_in_order(tmp_path):
 
 def test_held_out_rows_follow_the_seed(tmp_path):
     path = lines(tmp_path / "a.jsonl", [{"text": f"row {i}"} for i in range(20)])
-    raws = [load_raw(DataConfig(train=path, eval_fraction=0.2), task="causal_lm", seed=s) for s in (1, 1, 2)]
+    raws = [
+        load_raw(DataConfig(train=path, eval_fraction=0.2), wanted_rows(find_task("causal_lm")), seed=s)
+        for s in (1, 1, 2)
+    ]
     first, same, other = (raw.eval["text"][:] for raw in raws)
     assert first == same != other and len(first) == 4
     assert set(first) | set(raws[0].train["text"]) == {f"row {i}" for i in range(20)}

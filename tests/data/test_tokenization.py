@@ -16,12 +16,13 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from adalora_scale.config import DataConfig
-from adalora_scale.data import tokenization
+from adalora_scale.data import preparing
 from adalora_scale.data.chat_templates import resolve_chat_template
 from adalora_scale.data.packing import check_packing_isolated
 from adalora_scale.data.rows import load_raw
-from adalora_scale.data.tokenization import prepare_causal_lm, prepare_classification
+from adalora_scale.data.tokenization import prepare_classification, prepare_language_model
 from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.tasks.registry import find_task, wanted_rows
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 MODEL = SHARED / "models" / "stories260k"
@@ -63,8 +64,8 @@ def maths(**options):
 
 
 def prepare(config, tokenizer, tmp_path, seed=1):
-    raw = load_raw(config, task="causal_lm", seed=seed)
-    return prepare_causal_lm(raw, tokenizer, config, seed=seed, cache_dir=tmp_path / "tokens")
+    raw = load_raw(config, wanted_rows(find_task("causal_lm")), seed=seed)
+    return prepare_language_model(raw, tokenizer, config, seed=seed, cache_dir=tmp_path / "tokens")
 
 
 def from_rows(tmp_path, rows, **options):
@@ -93,7 +94,7 @@ def test_tokens_and_labels_are_trls(tokenizer, tmp_path, kind, max_length):
     }
     config = make[kind]()
     ours = prepare(config, tokenizer, tmp_path).train
-    raw = load_raw(config, task="causal_lm", seed=1)
+    raw = load_raw(config, wanted_rows(find_task("causal_lm")), seed=1)
     tokenizer.chat_template = resolve_chat_template(tokenizer, config, layout=raw.layout)
     theirs = trl_trainer(
         raw.train,
@@ -111,7 +112,7 @@ def test_tokens_and_labels_are_trls(tokenizer, tmp_path, kind, max_length):
 def test_packing_is_trls(tokenizer, tmp_path):
     config = maths(max_length=512, packing=True)
     ours = prepare(config, tokenizer, tmp_path).train
-    raw = load_raw(config, task="causal_lm", seed=1)
+    raw = load_raw(config, wanted_rows(find_task("causal_lm")), seed=1)
     # TRL packs after its shuffle only when asked to, and shuffles again afterwards: do the first shuffle alone.
     theirs = trl_trainer(raw.train.shuffle(seed=1), tokenizer, tmp_path, max_length=512, packing=True).train_dataset
     assert ours.column_names == ["input_ids", "labels", "seq_lengths"]
@@ -198,8 +199,8 @@ def test_the_number_of_workers_changes_nothing(tokenizer, tmp_path):
 
 def test_the_cache_is_taken_only_for_the_same_inputs(tokenizer, tmp_path, monkeypatch):
     builds = []
-    original = tokenization._prepare_part
-    monkeypatch.setattr(tokenization, "_prepare_part", lambda *a: builds.append(1) or original(*a))
+    original = preparing._prepare_part
+    monkeypatch.setattr(preparing, "_prepare_part", lambda *a: builds.append(1) or original(*a))
     config = maths(max_length=300)
     first = prepare(config, tokenizer, tmp_path)
     tokenizer(["leaves padding and truncation set", "in"], padding=True, truncation=True, max_length=3)
@@ -232,11 +233,13 @@ def test_three_processes_tokenise_once(tokenizer, tmp_path):
         from pathlib import Path
         from transformers import AutoTokenizer
         from adalora_scale.config import DataConfig
-        from adalora_scale.data import tokenization
+        from adalora_scale.data import preparing
         from adalora_scale.data.rows import load_raw
+        from adalora_scale.data.tokenization import prepare_language_model
+        from adalora_scale.tasks.registry import find_task, wanted_rows
 
         model, data, base, me = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4]
-        original = tokenization._prepare_part
+        original = preparing._prepare_part
 
         def counted(*args):
             with open(base / "builds", "a") as file:
@@ -244,16 +247,16 @@ def test_three_processes_tokenise_once(tokenizer, tmp_path):
             time.sleep(1)  # long enough for the others to arrive at the lock
             return original(*args)
 
-        tokenization._prepare_part = counted
+        preparing._prepare_part = counted
         config = DataConfig(train=data, prompt_column="question", completion_column="answer", packing=True,
                             max_length=512, max_train_samples=200)
         tokenizer = AutoTokenizer.from_pretrained(model)
         (base / f"ready{me}").touch()
         while len(list(base.glob("ready*"))) < 3:
             time.sleep(0.01)
-        raw = load_raw(config, task="causal_lm", seed=1)
-        ready = tokenization.prepare_causal_lm(raw, tokenizer, config, seed=1, cache_dir=base / "tokens")
-        print(tokenization.dataset_digest(ready.train), ready.report)
+        raw = load_raw(config, wanted_rows(find_task("causal_lm")), seed=1)
+        ready = prepare_language_model(raw, tokenizer, config, seed=1, cache_dir=base / "tokens")
+        print(preparing.dataset_digest(ready.train), ready.report)
         """)
     )
     arguments = [real("models/stories260k"), real("data/gsm8k/train.jsonl"), str(tmp_path)]
@@ -355,7 +358,7 @@ def test_texts_to_classify_carry_their_label_and_fit_the_encoder(tokenizer, tmp_
         max_eval_samples=50,
         max_length=64,
     )
-    raw = load_raw(config, task="sequence_classification", seed=1)
+    raw = load_raw(config, wanted_rows(find_task("sequence_classification")), seed=1)
     tokenizer.model_max_length = 32
     ready = prepare_classification(raw, tokenizer, config, seed=1, cache_dir=tmp_path / "tokens")
     assert ready.train["labels"][:] == raw.train["label"][:]

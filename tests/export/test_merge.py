@@ -20,6 +20,7 @@ from adalora_scale.cli import main
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.export.base_checkpoint import BaseCheckpoint
 from adalora_scale.export.peft_adalora import save_adapter
+from adalora_scale.tasks.registry import task_of_peft
 from tests.adalora import tiny
 from tests.export.adapters import (
     KINDS,
@@ -274,8 +275,8 @@ def test_digests_agree_between_files_and_memory(request, tmp_path):
         model = load(base, kind)
         inject_adalora(model, options(kind))
         targets = [n.removesuffix(".lora_A") for n, _ in model.named_parameters() if n.endswith(".lora_A")]
-        task = "SEQ_CLS" if classifies(kind) else "CAUSAL_LM"
-        checkpoint = BaseCheckpoint(base, task_type=task, num_labels=3 if classifies(kind) else None)
+        task = task_of_peft("SEQ_CLS" if classifies(kind) else "CAUSAL_LM")
+        checkpoint = BaseCheckpoint(base, task=task, num_labels=3 if classifies(kind) else None)
         saved = ["classifier"] if classifies(kind) else []
         own = checkpoint.digests(targets, saved)
         assert own == model.adalora_base_digests and own.keys() == {"adapted", "rest"}

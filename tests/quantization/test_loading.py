@@ -26,7 +26,7 @@ from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.placing import streaming
 from adalora_scale.placing.model import load_model
-from adalora_scale.quantization.checkpoint import INDEX_NAME, SINGLE_NAME
+from adalora_scale.quantization.base_files import INDEX_NAME, SINGLE_NAME
 from adalora_scale.quantization.linear import Linear4bit, quantize_model
 from adalora_scale.quantization.spec import QuantSpec
 

@@ -92,6 +92,11 @@ SEEN_BEFORE_THE_MODEL = {
     "managed loss": (["training.assistant_only_loss=true"], ["training.assistant_only_loss", "data.loss_on"]),
     "managed deepspeed": (["training.deepspeed=ds.json"], ["training.deepspeed", "engine.config"]),
     "managed fsdp": (["training.fsdp=full_shard"], ["training.fsdp", "engine.name"]),
+    "search for a batch": (
+        ["training.auto_find_batch_size=true"],
+        ["training.auto_find_batch_size", "training.per_device_train_batch_size"],
+    ),
+    "misspelt task": (["task=causal_ml"], ["task: ", "'causal_lm'?"]),
     "managed model options": (["training.model_init_kwargs={a: 1}"], ["training.model_init_kwargs", "model"]),
     "wrong type in a section": (["adalora.init_r=three"], ["adalora.init_r", "'three'"]),
     "wrong type in training": (["training.max_steps=many"], ["training.max_steps", "'many'"]),

@@ -85,6 +85,12 @@ def test_trainer_takes_a_config_an_injected_model_or_a_name(make, stories260k):
     assert losses[-1] < losses[0]
 
 
+def test_search_for_a_batch_is_refused_by_the_trainer_too(make):
+    """Else it trains on after an out-of-memory error, with a second allocator on adapters that are trained already."""
+    with pytest.raises(Unsupported, match="auto_find_batch_size"):
+        make(auto_find_batch_size=True)
+
+
 def test_trainer_without_adapters_or_with_two_sets_of_options_is_refused(make, stories260k):
     """Training would do nothing, or one of two contradicting configs would be dropped silently."""
     with pytest.raises(UserError, match="adalora_config"):

@@ -20,6 +20,7 @@ from adalora_scale.errors import Unsupported
 from adalora_scale.placing.model import adalora_config_for
 from adalora_scale.placing.streaming import build_on_meta, quant_spec
 from adalora_scale.quantization.linear import Linear4bit, quantization_targets, replace_linears
+from adalora_scale.tasks.registry import find_task
 
 KINDS = (
     "4-bit weights",
@@ -72,8 +73,7 @@ def build_base(request: Request, layers: int | None = None) -> nn.Module:
     shape = model_config(config.model)
     if layers is not None:
         shape = shortened(shape, layers)
-    if config.task == "sequence_classification" and getattr(shape, "pad_token_id", None) is None:
-        shape.pad_token_id = 0  # training takes the tokenizer's; a batch needs one
+    find_task(config.task).complete_shape(shape)
     attention = config.model.attn_implementation
     model = build_on_meta(
         request.config if not is_flash(attention) else _with_sdpa(request), shape, dtype_of(request, shape)

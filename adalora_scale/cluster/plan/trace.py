@@ -23,11 +23,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trl.kernels import chunked_logprob
-from trl.trainer.utils import add_fused_lm_head
 
 from adalora_scale.cluster.plan.model import build, is_flash
 from adalora_scale.cluster.plan.request import Request
 from adalora_scale.engines.place import transformer_blocks
+from adalora_scale.tasks.registry import find_task
 
 BLOCKS = 2
 """Blocks of the traced model."""
@@ -82,23 +82,15 @@ def trace_step(
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(torch.bfloat16)
-    classifies = request.config.task == "sequence_classification"
-    if not (classifies or request.whole_logits):
-        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # as SFTTrainer does
+    task = find_task(request.config.task)
+    task.prepare_trace(model, whole_logits=request.whole_logits)
     if checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable()
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        length = request.config.data.max_length
-        inputs: dict[str, Any] = {"input_ids": torch.zeros(sequences, length, dtype=torch.long)}
-        inputs["labels"] = torch.zeros(sequences, dtype=torch.long) if classifies else inputs["input_ids"]
-        if not classifies:
-            inputs["use_cache"] = False
-            inputs |= {} if request.whole_logits else {"fused_lm_head": True}
-            if not is_flash(request.config.model.attn_implementation):
-                # Packing and padding need a mask; a batch that needs none is cheaper.
-                inputs["attention_mask"] = torch.ones(sequences, 1, length, length, dtype=torch.bool)
+        length, masked = request.config.data.max_length, not is_flash(request.config.model.attn_implementation)
+        inputs = task.trace_batch(sequences, length, whole_logits=request.whole_logits, masked=masked)
         cast = torch.autocast("cpu", torch.bfloat16) if request.bf16 and autocast else nullcontext()
         with _tiles_in_place() if gpu else nullcontext():
             return _run(model, inputs, cast)

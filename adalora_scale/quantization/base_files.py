@@ -33,7 +33,7 @@ class StoredTensor:
     """safetensors' name: F32, BF16, U8 …"""
 
 
-class Checkpoint:
+class BaseFiles:
     """The tensors of a checkpoint, without reading them.
 
     Args:
@@ -52,7 +52,7 @@ class Checkpoint:
             self._add(file, None if expected is None else expected[file])
 
     @classmethod
-    def open(cls, path: str, revision: str | None = None) -> Checkpoint:
+    def open(cls, path: str, revision: str | None = None) -> BaseFiles:
         """Find a local folder's or a hub id's files and read their headers.
 
         Raises:
@@ -86,7 +86,7 @@ class Checkpoint:
             raise UserError(f"model.model_name_or_path={path}: {str(error).strip().splitlines()[0]}") from None
 
     @classmethod
-    def _from_index(cls, index: Path, files: dict[str, Path]) -> Checkpoint:
+    def _from_index(cls, index: Path, files: dict[str, Path]) -> BaseFiles:
         expected: dict[Path, set[str]] = {path: set() for path in files.values()}
         for tensor, name in _index_map(index).items():
             expected[files[name]].add(tensor)

@@ -1,0 +1,165 @@
+"""Tokenised data, prepared once among all processes of a job, counted, and kept for later runs.
+
+TRL prepares inside the trainer, where other ranks wait in a collective; here they wait for a file lock (see
+`token_cache`). No process group is needed or touched.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from adalora_scale.config import DataConfig
+from adalora_scale.data.digests import dataset_digest, digest, tokenizer_digest
+from adalora_scale.data.packing import pack
+from adalora_scale.data.rows import RawData
+from adalora_scale.data.token_cache import build_once, default_cache_dir
+from adalora_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = 1  # raise when the prepared columns change, so that old caches are not taken
+
+Batch = dict[str, list[Any]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokenised data, read from the cache directory (memory-mapped)."""
+
+    train: datasets.Dataset
+    eval: datasets.Dataset | None
+    report: dict[str, int]
+    """Counts for train, and with the prefix ``eval_`` for eval: train_examples / eval_examples, dropped_empty_loss,
+    truncated (among the kept), train_tokens / eval_tokens, loss_tokens, packed_sequences (0 without packing)."""
+
+
+def prepare(
+    raw: RawData,
+    tokenizer: Any,
+    tokenize: Callable[..., Batch],
+    config: DataConfig,
+    options: list[Any],
+    seed: int,
+    cache_dir: Path | None,
+) -> Prepared:
+    """Tokenise, drop rows without a loss, pack and count; or load what another process or run has prepared.
+
+    Args:
+        raw: rows of `load_raw`.
+        tokenizer: a transformers tokenizer.
+        tokenize: a function of a batch and its rows' numbers, for `datasets.map`; beside the trainer's columns it
+            gives `length`, `loss_tokens` and `truncated` of each row.
+        config: the `data` section.
+        options: what else decides the tokens, as JSON; part of the cache's key.
+        seed: order of the training examples before packing.
+        cache_dir: where prepared data is kept and the lock lives; None is `default_cache_dir()`.
+
+    Raises:
+        UserError: no example has a loss.
+    """
+    parts = {"train": raw.train} | ({"eval": raw.eval} if raw.eval is not None else {})
+    versions = [version(name) for name in ("transformers", "tokenizers", "trl", "datasets")]
+    contents = {name: dataset_digest(dataset) for name, dataset in parts.items()}
+    key = digest([_FORMAT, versions, options, contents, tokenizer_digest(tokenizer)])
+
+    def build(directory: Path) -> None:
+        report: dict[str, int] = {}
+        work_dir = directory / "work"
+        work_dir.mkdir()
+        for name, dataset in parts.items():
+            ready, counts = _prepare_part(dataset, name, tokenize, config, seed, work_dir)
+            ready.save_to_disk(directory / name)
+            report |= _named_counts(counts, name)
+        for file in work_dir.iterdir():
+            file.unlink()
+        work_dir.rmdir()
+        (directory / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+    directory = build_once(cache_dir or default_cache_dir(), key, build)
+    report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+    _log(report)
+    return Prepared(
+        train=datasets.load_from_disk(directory / "train"),
+        eval=datasets.load_from_disk(directory / "eval") if raw.eval is not None else None,
+        report=report,
+    )
+
+
+def _prepare_part(
+    dataset: datasets.Dataset,
+    name: str,
+    tokenize: Callable[..., Batch],
+    config: DataConfig,
+    seed: int,
+    work_dir: Path,
+) -> tuple[datasets.Dataset, dict[str, int]]:
+    # The function holds a whole tokenizer: hashing it for datasets' own cache costs seconds and is not needed here.
+    tokens = dataset.map(
+        tokenize,
+        batched=True,
+        with_indices=True,
+        remove_columns=dataset.column_names,
+        num_proc=config.preprocessing_num_workers,
+        cache_file_name=str(work_dir / f"{name}.arrow"),
+        load_from_cache_file=False,
+        new_fingerprint=f"{name}-tokens",
+        desc=f"Tokenizing {name}",
+    )
+    counted = tokens.select_columns(["length", "loss_tokens", "truncated"]).with_format("numpy")[:]
+    kept = np.flatnonzero(counted["loss_tokens"] > 0)
+    if not len(kept):
+        raise UserError(_explain_empty(name, counted["truncated"], config))
+    counts = {
+        "examples": len(kept),
+        "dropped_empty_loss": len(tokens) - len(kept),
+        "truncated": int(counted["truncated"][kept].sum()),
+        "tokens": int(counted["length"][kept].sum()),
+        "loss_tokens": int(counted["loss_tokens"][kept].sum()),
+        "packed_sequences": 0,
+    }
+    tokens = tokens.remove_columns(["length", "loss_tokens", "truncated"])
+    if len(kept) < len(tokens):
+        tokens = tokens.select(kept, keep_in_memory=True)
+    if config.packing:
+        tokens = pack(tokens, config.max_length, seed=seed if name == "train" else None, work_dir=work_dir, name=name)
+        counts["packed_sequences"] = len(tokens)
+    return tokens, counts
+
+
+def _named_counts(counts: dict[str, int], name: str) -> dict[str, int]:
+    prefixed = {"examples": f"{name}_examples", "tokens": f"{name}_tokens"}
+    other = "" if name == "train" else f"{name}_"
+    return {prefixed.get(key, other + key): value for key, value in counts.items()}
+
+
+def _explain_empty(name: str, truncated: np.ndarray, config: DataConfig) -> str:
+    if truncated.any():
+        cause = (
+            f"{int(truncated.sum())} were cut at data.max_length={config.max_length} before any token with a loss; "
+            "raise data.max_length"
+        )
+    else:
+        cause = (
+            "the completions or assistant turns are empty, or the chat template's {% generation %} marks enclose "
+            "nothing; check a row, the template, and data.loss_on"
+        )
+    return f"none of the {len(truncated)} {name} examples has a token that counts in the loss: {cause}."
+
+
+def _log(report: dict[str, int]) -> None:
+    """One line, from one rank, that a user sees when data was lost."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    lost = any(value for key, value in report.items() if key.endswith(("dropped_empty_loss", "truncated")))
+    line = ", ".join(f"{key} {value:,}" for key, value in report.items())
+    logger.log(logging.WARNING if lost else logging.INFO, "data: %s", line)

@@ -1,0 +1,1 @@
+"""What is trained: one file a task, one object in it, and nobody else compares its name."""

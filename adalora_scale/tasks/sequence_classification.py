@@ -1,0 +1,106 @@
+"""Models that choose one class for a text: a new head over the base, trained in full beside the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from adalora_scale.config import DataConfig
+from adalora_scale.errors import UserError
+from adalora_scale.tasks.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, Trainer, TrainingArguments
+
+    from adalora_scale.data.preparing import Prepared
+    from adalora_scale.data.rows import Layout, RawData
+
+_HEADS = ("classifier", "score", "classification_head")
+_HEAD_WEIGHTS = ("classifier.weight", "score.weight", "out_proj.weight")
+
+
+class SequenceClassification(Task):
+    """`task=sequence_classification`."""
+
+    name: ClassVar[str] = "sequence_classification"
+    peft_type: ClassVar[str] = "SEQ_CLS"
+    layouts: ClassVar[tuple[Layout, ...]] = ("classification",)
+    has_labels: ClassVar[bool] = True
+    ignores_num_items: ClassVar[bool] = True
+
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
+    def builds(self, class_name: str) -> bool:
+        return "SequenceClassification" in class_name
+
+    def label_options(self, label_names: list[str] | None) -> dict[str, Any]:
+        if label_names is None:
+            raise UserError(f"task={self.name} needs the names of the classes.")
+        return {
+            "num_labels": len(label_names),  # first: setting it renames the classes
+            "id2label": dict(enumerate(label_names)),
+            "label2id": {name: index for index, name in enumerate(label_names)},
+        }
+
+    def new_heads(self, model: nn.Module) -> list[str]:
+        heads = [name for name, _ in model.named_children() if name in _HEADS]
+        if not heads:
+            raise UserError(
+                f"cannot tell the classifier head of {type(model).__name__}; name it in adalora.modules_to_save."
+            )
+        return heads
+
+    def label_count(self, trained: Mapping[str, tuple[int, ...]]) -> int | None:
+        return next((shape[0] for name, shape in trained.items() if name.endswith(_HEAD_WEIGHTS)), None)
+
+    def prepare(
+        self, raw: RawData, tokenizer: Any, data: DataConfig, *, seed: int, cache_dir: Path | None = None
+    ) -> Prepared:
+        from adalora_scale.data.tokenization import prepare_classification
+
+        return prepare_classification(raw, tokenizer, data, seed=seed, cache_dir=cache_dir)
+
+    def trainer_class(self) -> type[Trainer]:
+        from transformers import Trainer
+
+        return Trainer
+
+    def arguments_class(self) -> type[TrainingArguments]:
+        from transformers import TrainingArguments
+
+        return TrainingArguments
+
+    def settle_arguments(self, options: dict[str, Any], data: DataConfig) -> None:
+        options.setdefault("include_num_input_tokens_seen", "non_padding")  # tokens_per_second needs it
+
+    def trainer_options(self, tokenizer: Any) -> dict[str, Any]:
+        from transformers import DataCollatorWithPadding
+
+        return {"data_collator": DataCollatorWithPadding(tokenizer), "compute_metrics": accuracy}
+
+    def complete_shape(self, shape: PretrainedConfig) -> None:
+        if getattr(shape, "pad_token_id", None) is None:
+            shape.pad_token_id = 0  # training takes the tokenizer's; a batch needs one
+
+    def trace_batch(self, sequences: int, length: int, *, whole_logits: bool, masked: bool) -> dict[str, Any]:
+        return {
+            "input_ids": torch.zeros(sequences, length, dtype=torch.long),
+            "labels": torch.zeros(sequences, dtype=torch.long),
+        }
+
+
+def accuracy(prediction: Any) -> dict[str, float]:
+    """Trainer's `compute_metrics`: the share of rows whose best class is the label."""
+    logits, labels = prediction
+    return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == labels))}
+
+
+TASK = SequenceClassification()
