@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from adalora_scale.adalora.adaptables import FACTORS
 from adalora_scale.adalora.fingerprint import LEADING, WeightSample, fingerprint, sample
 from adalora_scale.adalora.injection import (
     coverage,
@@ -271,7 +272,7 @@ def _fill_drawn(loading: Loading, where: nn.Module | list[nn.Module]) -> None:
     members = {id(module) for module in modules}
     for module in modules:
         if isinstance(module, AdaLoraLayer):
-            for name, value in zip(("lora_A", "lora_E", "lora_B"), module.initial_factors(), strict=True):
+            for name, value in zip(FACTORS, module.initial_factors(), strict=True):
                 copy_rows(getattr(module, name), value, name)
     for head, values in loading.fresh:
         for prefix, part in head.named_modules():

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from adalora_scale.adalora.compaction import compact
-from adalora_scale.adalora.injection import adapter_layers, injected_module
+from adalora_scale.adalora.injection import adapter_layers, file_forms, injected_module
 from adalora_scale.checkpoint.finding import NOTHING_TO_RESUME, find_checkpoint, set_aside
 from adalora_scale.checkpoint.format import Checkpoint, checkpoints, read_manifest
 from adalora_scale.checkpoint.identity import plain, require_same_run
@@ -199,6 +199,7 @@ class RunCheckpoints:
             "identity": plain(self._identity(allocator)),
             "optimizer": {"class": type(base).__name__},
             "compact": allocator.compact,
+            "forms": file_forms(trainer.model),
             "loop": loop,
             "records": {name: lines.lines for name, lines in records.items()},
             "base_model": getattr(injected_module(trainer.model), "name_or_path", None),
