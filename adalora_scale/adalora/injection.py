@@ -55,12 +55,33 @@ class Coverage:
         )
 
 
-def inject_adalora(model: nn.Module, config: AdaLoraConfig) -> nn.Module:
+@dataclass
+class Injection:
+    """What a model with adapters carries beside them, as its attribute `adalora`; its state_dict does not hold it."""
+
+    config: AdaLoraConfig
+    base_digests: dict[str, dict[str, str]]
+    """Of the base, for adapter files to record."""
+    base_fingerprint: str | None = None
+    """Of the base as this rank holds it, for ranks to compare; None for an adapter that was loaded."""
+    total_step: int | None = None
+    """Steps of the run, for adapter files to record; None before there is an allocator."""
+
+
+def inject_adalora(
+    model: nn.Module,
+    config: AdaLoraConfig,
+    *,
+    base_fingerprint: str | None = None,
+    base_digests: dict[str, dict[str, str]] | None = None,
+) -> nn.Module:
     """Freeze `model`, wrap the target modules in `AdaLoraLayer` in place, and return the model.
 
     Args:
         model: any module with layers of the types in `adaptables`, not yet sharded or wrapped.
         config: the method's options.
+        base_fingerprint, base_digests: of the base, from a loader that fills it in later; by default read off the
+            model.
 
     Raises:
         UserError: a pattern matches nothing, `all-linear` meets weights it cannot adapt, or adapters are already there.
@@ -69,11 +90,9 @@ def inject_adalora(model: nn.Module, config: AdaLoraConfig) -> nn.Module:
     if any(True for _ in adapter_layers(model)):
         raise UserError("the model already has AdaLoRA layers; inject into a fresh base model.")
     targets = find_targets(model, config)
-    known = getattr(model, "adalora_base_fingerprint", None)  # a loader that streams weights in later knows it
     samples = [sample(name, cast(Tensor, model.get_submodule(name).weight).detach()) for name in targets]
-    digests = getattr(model, "adalora_base_digests", None)
-    if digests is None:
-        digests = digest_base(model, targets, modules_to_save(model, config))
+    if base_digests is None:
+        base_digests = digest_base(model, targets, modules_to_save(model, config))
     model.requires_grad_(False)
     wrappers: dict[nn.Module, AdaLoraLayer] = {}
     seed = int(torch.randint(2**48, (1,), device="cpu"))
@@ -96,9 +115,7 @@ def inject_adalora(model: nn.Module, config: AdaLoraConfig) -> nn.Module:
                 f"keeps it in 16 bits, or adapt it."
             )
         saved.requires_grad_(True)
-    model.adalora_base_fingerprint = known or fingerprint(samples)  # type: ignore[assignment]  # ranks compare theirs
-    model.adalora_base_digests = digests  # type: ignore[assignment]  # save_adapter writes them
-    model.adalora_config = config  # type: ignore[assignment]  # a plain attribute; nn.Module's stub knows only tensors
+    attach_injection(model, Injection(config, base_digests, base_fingerprint or fingerprint(samples)))
     return model
 
 
@@ -116,10 +133,21 @@ def file_forms(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {name: dataclasses.asdict(form) for name, form in forms.items() if form != MATRIX}
 
 
+def attach_injection(model: nn.Module, injection: Injection) -> None:
+    """Make `injection` the model's own."""
+    model.adalora = injection  # type: ignore[assignment]  # a plain attribute; nn.Module's stub knows only tensors
+
+
 def injected_module(model: nn.Module) -> nn.Module | None:
     """Return the module that `inject_adalora` was given, inside whatever wraps it now; None if there is no one such."""
-    roots = [module for module in model.modules() if "adalora_config" in vars(module)]
+    roots = [module for module in model.modules() if isinstance(vars(module).get("adalora"), Injection)]
     return roots[0] if len(roots) == 1 else None
+
+
+def injection_of(model: nn.Module) -> Injection | None:
+    """Return what a model, wrapped or not, carries beside its adapters; None if it has none."""
+    root = injected_module(model)
+    return None if root is None else cast(Injection, vars(root)["adalora"])
 
 
 def plain_name(name: str) -> str:

@@ -22,9 +22,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from adalora_scale.adalora.adaptables import FACTORS, adaptable_of, module_of_factor
 from adalora_scale.adalora.base_digest import same_base
 from adalora_scale.adalora.injection import (
+    Injection,
     adapter_layers,
+    attach_injection,
     digest_base,
     injected_module,
+    injection_of,
     modules_to_save,
     replace_modules,
 )
@@ -63,8 +66,8 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         UserError: the model has no adapters.
     """
     layers = dict(adapter_layers(model))
-    config = getattr(unwrapped(model), "adalora_config", None)
-    if not layers or config is None:
+    injection = injection_of(model)
+    if not layers or injection is None:
         raise UserError("the model has no AdaLoRA layers to save; call inject_adalora(model, config) first.")
     writes = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     tensors: dict[str, Tensor] = {}
@@ -82,7 +85,7 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         for factor, part in zip(layer.form.adalora, (stored_a, e.unsqueeze(1), stored_b), strict=True):
             tensors[f"{_PREFIX}{name}.{factor}"] = part
     base = unwrapped(model)
-    for name in modules_to_save(base, config):
+    for name in modules_to_save(base, injection.config):
         for key, tensor in _whole_tensors(base.get_submodule(name)):
             if (value := _gathered(tensor, writes)) is not None:
                 tensors[f"{_PREFIX}{name}.{key}"] = value
@@ -91,11 +94,11 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
-    peft_config = _peft_config(base, config, layers, pattern)
+    peft_config = _peft_config(base, injection, layers, pattern)
     text = json.dumps(peft_config, indent=2) + "\n"
     # Both files are complete before either takes its place: what can fail, fails while the old pair still stands.
     partial = {name: directory / f".{name}.partial" for name in (WEIGHTS_NAME, CONFIG_NAME)}
-    save_file(tensors, partial[WEIGHTS_NAME], metadata=_record(base, peft_config["task_type"]))
+    save_file(tensors, partial[WEIGHTS_NAME], metadata=_record(base, injection, peft_config["task_type"]))
     partial[CONFIG_NAME].write_text(text, encoding="utf-8")
     for name, temporary in partial.items():
         os.replace(temporary, directory / name)
@@ -166,13 +169,11 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
         for full, module in model.named_modules():
             if full == name or full.endswith("." + name):
                 module.requires_grad_(trainable)
-    model.adalora_config = config  # type: ignore[assignment]  # a plain attribute
-    model.adalora_base_digests = record.get("base") or digests  # type: ignore[assignment]
+    attach_injection(model, Injection(config, record.get("base") or digests, total_step=saved.get("total_step")))
     labels = record.get("labels")
     if isinstance(labels, list) and getattr(getattr(model, "config", None), "num_labels", None) == len(labels):
         model.config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
         model.config.label2id = {name: index for index, name in enumerate(labels)}  # type: ignore[union-attr]
-    model.adalora_total_step = saved.get("total_step")  # type: ignore[assignment]
     return model
 
 
@@ -239,9 +240,9 @@ def _whole_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _peft_config(
-    model: nn.Module, config: AdaLoraConfig, layers: dict[str, AdaLoraLayer], pattern: dict[str, list[bool]]
+    model: nn.Module, injection: Injection, layers: dict[str, AdaLoraLayer], pattern: dict[str, list[bool]]
 ) -> dict[str, Any]:
-    total_step = getattr(model, "adalora_total_step", None)
+    config, total_step = injection.config, injection.total_step
     # PEFT refuses a config without a schedule; an adapter that was never trained gets the smallest valid one.
     tinit, tfinal = config.phase_steps(total_step) if total_step else (0, 0)
     base = getattr(model, "config", None)
@@ -280,9 +281,9 @@ def _fan_in_fan_out(layer: AdaLoraLayer) -> bool:
     return layer.adaptable.linear and layer.adaptable.is_transposed(layer.base_layer)
 
 
-def _record(base: nn.Module, task_type: str | None) -> dict[str, str]:
+def _record(base: nn.Module, injection: Injection, task_type: str | None) -> dict[str, str]:
     """Return the metadata that says what PEFT's config has no key for: which base this is, and the classes' names."""
-    record: dict[str, Any] = {"base": getattr(base, "adalora_base_digests", None) or {}}
+    record: dict[str, Any] = {"base": injection.base_digests}
     if task_type == "SEQ_CLS":
         labels: dict[int, str] = base.config.id2label  # type: ignore[union-attr, assignment]
         record["labels"] = [labels[index] for index in sorted(labels)]

@@ -169,10 +169,13 @@ def load_whole(loading: Loading) -> nn.Module:
 
 def inject(loading: Loading, adalora: AdaLoraConfig) -> nn.Module:
     """Put adapters on the meta device around the base, whose fingerprint comes from its files."""
-    loading.model.adalora_base_fingerprint = fingerprint(list(_samples(loading, adalora)))  # type: ignore[assignment]
     targets, saved = find_targets(loading.model, adalora), modules_to_save(loading.model, adalora)
-    loading.model.adalora_base_digests = digests(loading, targets, saved)  # type: ignore[assignment]
-    return inject_adalora(loading.model, adalora)
+    return inject_adalora(
+        loading.model,
+        adalora,
+        base_fingerprint=fingerprint(list(_samples(loading, adalora))),
+        base_digests=digests(loading, targets, saved),
+    )
 
 
 def digests(loading: Loading, targets: Iterable[str], saved: Iterable[str]) -> dict[str, dict[str, str]]:
