@@ -8,6 +8,7 @@ from torch import nn
 
 from adalora_scale.adalora.adaptables.base import FACTORS, MATRIX, Adaptable, FileForm, block
 from adalora_scale.adalora.adaptables.conv1d import TransposedLinear
+from adalora_scale.adalora.adaptables.convolution import Convolution
 from adalora_scale.adalora.adaptables.linear import Linear
 from adalora_scale.adalora.adaptables.linear4bit import QuantisedLinear
 from adalora_scale.errors import Unsupported
@@ -26,7 +27,7 @@ __all__ = [
     "sides",
 ]
 
-ADAPTABLES: tuple[Adaptable[Any], ...] = (Linear(), TransposedLinear(), QuantisedLinear())
+ADAPTABLES: tuple[Adaptable[Any], ...] = (Linear(), TransposedLinear(), QuantisedLinear(), Convolution())
 
 
 def namings() -> tuple[FileForm, ...]:
