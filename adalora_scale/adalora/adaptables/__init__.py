@@ -9,6 +9,7 @@ from torch import nn
 from adalora_scale.adalora.adaptables.base import FACTORS, MATRIX, Adaptable, FileForm, block
 from adalora_scale.adalora.adaptables.conv1d import TransposedLinear
 from adalora_scale.adalora.adaptables.convolution import Convolution
+from adalora_scale.adalora.adaptables.embedding import Embedding
 from adalora_scale.adalora.adaptables.linear import Linear
 from adalora_scale.adalora.adaptables.linear4bit import QuantisedLinear
 from adalora_scale.errors import Unsupported
@@ -27,7 +28,7 @@ __all__ = [
     "sides",
 ]
 
-ADAPTABLES: tuple[Adaptable[Any], ...] = (Linear(), TransposedLinear(), QuantisedLinear(), Convolution())
+ADAPTABLES: tuple[Adaptable[Any], ...] = (Linear(), TransposedLinear(), QuantisedLinear(), Convolution(), Embedding())
 
 
 def namings() -> tuple[FileForm, ...]:
