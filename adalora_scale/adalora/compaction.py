@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from adalora_scale.adalora.adaptables import FACTORS
 from adalora_scale.adalora.injection import adapter_layers
-from adalora_scale.adalora.layer import FACTORS, AdaLoraLayer
+from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.errors import UserError
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from adalora_scale.adalora.adaptables import FACTORS, MATRIX, FileForm, is_linear, sides
 from adalora_scale.adalora.base_digest import WeightsDigest, tensor_samples
 from adalora_scale.adalora.fingerprint import fingerprint, sample
-from adalora_scale.adalora.layer import AdaLoraLayer, linear_features
+from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.adalora.masters import keep_in_float32
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import UserError, nearest
@@ -41,37 +43,59 @@ class Coverage:
     """Trainable elements outside the adapters (modules_to_save)."""
     matrices: int
     """Number of adapted matrices."""
+    other_adapted: int = 0
+    """Elements of the adapted weights that are of no linear layer (embeddings, convolutions)."""
 
     def __str__(self) -> str:
         share = self.adapted_weights / max(self.linear_weights, 1)
+        beside = f" and {self.other_adapted:,} weights of other layers" if self.other_adapted else ""
         extra = f" and {self.other_trainable:,} in modules_to_save" if self.other_trainable else ""
         return (
-            f"AdaLoRA on {self.matrices} matrices: {share:.1%} of the linear weights adapted, "
+            f"AdaLoRA on {self.matrices} matrices: {share:.1%} of the linear weights{beside} adapted, "
             f"{self.adapter_parameters:,} adapter parameters{extra}"
         )
 
 
-def inject_adalora(model: nn.Module, config: AdaLoraConfig) -> nn.Module:
+@dataclass
+class Injection:
+    """What a model with adapters carries beside them, as its attribute `adalora`; its state_dict does not hold it."""
+
+    config: AdaLoraConfig
+    base_digests: dict[str, dict[str, str]]
+    """Of the base, for adapter files to record."""
+    base_fingerprint: str | None = None
+    """Of the base as this rank holds it, for ranks to compare; None for an adapter that was loaded."""
+    total_step: int | None = None
+    """Steps of the run, for adapter files to record; None before there is an allocator."""
+
+
+def inject_adalora(
+    model: nn.Module,
+    config: AdaLoraConfig,
+    *,
+    base_fingerprint: str | None = None,
+    base_digests: dict[str, dict[str, str]] | None = None,
+) -> nn.Module:
     """Freeze `model`, wrap the target modules in `AdaLoraLayer` in place, and return the model.
 
     Modules in modules_to_save become trainable, in float32 whatever the base (`keep_in_float32`).
 
     Args:
-        model: any module with nn.Linear, Conv1D or Linear4bit layers, not yet sharded or wrapped.
+        model: any module with layers of the types in `adaptables`, not yet sharded or wrapped.
         config: the method's options.
+        base_fingerprint, base_digests: of the base, from a loader that fills it in later; by default read off the
+            model.
 
     Raises:
         UserError: a pattern matches nothing, `all-linear` meets weights it cannot adapt, or adapters are already there.
-        Unsupported: a pattern matches a layer that is not linear.
+        Unsupported: a pattern matches a layer that cannot be adapted.
     """
     if any(True for _ in adapter_layers(model)):
         raise UserError("the model already has AdaLoRA layers; inject into a fresh base model.")
     targets = find_targets(model, config)
-    known = getattr(model, "adalora_base_fingerprint", None)  # a loader that streams weights in later knows it
     samples = [sample(name, cast(Tensor, model.get_submodule(name).weight).detach()) for name in targets]
-    digests = getattr(model, "adalora_base_digests", None)
-    if digests is None:
-        digests = digest_base(model, targets, modules_to_save(model, config))
+    if base_digests is None:
+        base_digests = digest_base(model, targets, modules_to_save(model, config))
     model.requires_grad_(False)
     wrappers: dict[nn.Module, AdaLoraLayer] = {}
     seed = int(torch.randint(2**48, (1,), device="cpu"))
@@ -95,9 +119,7 @@ def inject_adalora(model: nn.Module, config: AdaLoraConfig) -> nn.Module:
             )
         saved.requires_grad_(True)
     keep_in_float32(model, modules_to_save(model, config))
-    model.adalora_base_fingerprint = known or fingerprint(samples)  # type: ignore[assignment]  # ranks compare theirs
-    model.adalora_base_digests = digests  # type: ignore[assignment]  # save_adapter writes them
-    model.adalora_config = config  # type: ignore[assignment]  # a plain attribute; nn.Module's stub knows only tensors
+    attach_injection(model, Injection(config, base_digests, base_fingerprint or fingerprint(samples)))
     return model
 
 
@@ -109,10 +131,27 @@ def adapter_layers(model: nn.Module) -> Iterator[tuple[str, AdaLoraLayer]]:
             yield (plain_name(name) if root is None else _WRAPPERS.sub("", name).rstrip(".")), module
 
 
+def file_forms(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return adapted module → how a file holds its update, as JSON values; matrices are left out."""
+    forms: dict[str, FileForm] = {name: layer.form for name, layer in adapter_layers(model)}
+    return {name: dataclasses.asdict(form) for name, form in forms.items() if form != MATRIX}
+
+
+def attach_injection(model: nn.Module, injection: Injection) -> None:
+    """Make `injection` the model's own."""
+    model.adalora = injection  # type: ignore[assignment]  # a plain attribute; nn.Module's stub knows only tensors
+
+
 def injected_module(model: nn.Module) -> nn.Module | None:
     """Return the module that `inject_adalora` was given, inside whatever wraps it now; None if there is no one such."""
-    roots = [module for module in model.modules() if "adalora_config" in vars(module)]
+    roots = [module for module in model.modules() if isinstance(vars(module).get("adalora"), Injection)]
     return roots[0] if len(roots) == 1 else None
+
+
+def injection_of(model: nn.Module) -> Injection | None:
+    """Return what a model, wrapped or not, carries beside its adapters; None if it has none."""
+    root = injected_module(model)
+    return None if root is None else cast(Injection, vars(root)["adalora"])
 
 
 def plain_name(name: str) -> str:
@@ -125,14 +164,14 @@ def find_targets(model: nn.Module, config: AdaLoraConfig) -> list[str]:
 
     Raises:
         UserError: a pattern matches nothing, or `all-linear` would leave expert tensors behind.
-        Unsupported: a named target is not a linear layer.
+        Unsupported: a named target cannot be adapted.
     """
     names = [name for name, _ in model.named_modules() if name]
     excluded = _matches(names, config.exclude_modules, "adalora.exclude_modules") if config.exclude_modules else set()
     saved = set(modules_to_save(model, config))
     if config.target_modules == ALL_LINEAR:
         head = _output_head(model)
-        linear = {name for name in names if _is_linear(model.get_submodule(name))}
+        linear = {name for name in names if is_linear(model.get_submodule(name))}
         selected = {name for name in linear if model.get_submodule(name) is not head and not is_inside(name, saved)}
         _refuse_unreachable_weights(model, excluded)
     else:
@@ -144,7 +183,7 @@ def find_targets(model: nn.Module, config: AdaLoraConfig) -> list[str]:
     if not targets:
         raise UserError("adalora.target_modules selects no module after adalora.exclude_modules was applied.")
     for name in targets:
-        linear_features(model.get_submodule(name))
+        sides(model.get_submodule(name))
         if is_inside(name, saved):
             raise UserError(
                 f"'{name}' is in both adalora.target_modules and adalora.modules_to_save; keep it in one of them."
@@ -213,21 +252,22 @@ def is_digested(name: str, dimensions: int, saved: Iterable[str]) -> bool:
 
 def coverage(model: nn.Module) -> Coverage:
     """Measure which share of the linear weights has an adapter."""
-    adapted = linear = adapter = matrices = 0
+    adapted = other_adapted = linear = adapter = matrices = 0
     owned: set[int] = set()
     for _, module in model.named_modules():
         if isinstance(module, AdaLoraLayer):
-            adapted += module.in_features * module.out_features
+            weights = module.in_features * module.out_features
+            adapted += weights if module.adaptable.linear else 0
+            other_adapted += 0 if module.adaptable.linear else weights
             adapter += module.r * (module.in_features + module.out_features + 1)
-            owned |= {id(parameter) for parameter in (module.lora_A, module.lora_E, module.lora_B)}
+            owned |= {id(getattr(module, factor)) for factor in FACTORS}
             matrices += 1
-        elif _is_linear(module):
-            features = linear_features(module)
-            linear += features[0] * features[1]
+        elif is_linear(module):
+            linear += math.prod(sides(module))
     linear += sum(_whole_shape(parameter).numel() for _, _, parameter in expert_tensors(model))
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in owned]
     other = sum(_whole_shape(parameter).numel() for parameter in others)
-    return Coverage(adapted, linear, adapter, other, matrices)
+    return Coverage(adapted, linear, adapter, other, matrices, other_adapted)
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
@@ -236,10 +276,6 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
         for leaf, child in list(parent._modules.items()):
             if child is not None and child in replacements:
                 setattr(parent, leaf, replacements[child])
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D | Linear4bit)
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

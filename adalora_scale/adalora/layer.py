@@ -1,4 +1,4 @@
-"""A linear layer with a rank-adaptive update in SVD form.
+"""A base layer with a rank-adaptive update in SVD form.
 
 Vocabulary (the paper's in brackets; r is the number of triplets, k indexes them):
 
@@ -6,6 +6,7 @@ Vocabulary (the paper's in brackets; r is the number of triplets, k indexes them
     lora_E   (r,)                [the diagonal of Λ]
     lora_B   (out_features, r)   [P]              column k is the left vector of triplet k
 
+What in_features and out_features are for a type of base layer, and how the update is computed, say the adaptables.
 Both factors are tall with the rank last, so a triplet is a column in each and sharding over rows never cuts one. The
 file format (PEFT's) has A as (r, in) and E as (r, 1); shapes turn only there.
 """
@@ -16,22 +17,16 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-from adalora_scale.errors import Unsupported
-from adalora_scale.quantization.linear import Linear4bit
-
-FACTORS = ("lora_A", "lora_E", "lora_B")
-"""Names of a layer's adapter parameters, in the order every list of adapter tensors follows."""
+from adalora_scale.adalora.adaptables import FACTORS, FileForm, adaptable_of, block
 
 
 class AdaLoraLayer(nn.Module):
     """``y = base(x) + s · ((dropout(x) A) ⊙ E) Bᵀ`` with a frozen base.
 
     Args:
-        base_layer: nn.Linear, transformers' Conv1D or a Linear4bit; its parameters are frozen.
+        base_layer: a layer of one of the types in `adaptables`; its parameters are frozen.
         r: number of triplets; 0 makes the layer transparent.
         scaling: s = lora_alpha / init_r, constant through pruning.
         dropout: probability of dropping an input feature of the adapter.
@@ -40,10 +35,10 @@ class AdaLoraLayer(nn.Module):
             so ranks that hold different layers or rows draw the same adapter.
 
     The adapter's parameters are float32 whatever the base's dtype (they are the master weights) and are cast to the
-    dtype of the input for the product, as autocast does.
+    dtype of the input for the product, as autocast does; of the output where the input is no floating point number.
 
     Raises:
-        Unsupported: the base layer's type is not one of the three.
+        Unsupported: nothing handles the base layer's type, or it has a setting that is not supported.
 
     Source: arXiv 2303.10512 eq. 3; peft/tuners/adalora/layer.py, SVDLinear.
     """
@@ -59,7 +54,9 @@ class AdaLoraLayer(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear_features(base_layer)
+        self.adaptable = adaptable_of(base_layer)
+        self.in_features, self.out_features = self.adaptable.sides(base_layer)
+        """Rows of A and of B."""
         self.base_layer = base_layer.requires_grad_(False)
         self.r = r
         self.scaling = scaling
@@ -80,8 +77,8 @@ class AdaLoraLayer(nn.Module):
         """Set A and B to what `initial_factors` draws, and E to zero; nothing happens on the meta device."""
         if self.lora_A.is_meta:
             return
-        for parameter, value in zip((self.lora_A, self.lora_E, self.lora_B), self.initial_factors(), strict=True):
-            parameter.copy_(value)
+        for factor, value in zip(FACTORS, self.initial_factors(), strict=True):
+            getattr(self, factor).copy_(value)
 
     def initial_factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the A, E and B that training starts with, whole, float32, on the CPU.
@@ -93,6 +90,7 @@ class AdaLoraLayer(nn.Module):
             torch.randn(rows, self.r, generator=generator, dtype=torch.float32, device="cpu") * self.init_std
             for rows in (self.in_features, self.out_features)
         )
+        a[self.adaptable.still_rows(self.base_layer)] = 0
         e = torch.zeros(self.r, dtype=torch.float32, device="cpu")
         if self.earlier is not None:
             for new, old in zip((a, e, b), self.earlier(), strict=True):
@@ -110,37 +108,24 @@ class AdaLoraLayer(nn.Module):
         """The frozen base bias."""
         return cast(torch.Tensor | None, self.base_layer.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in_features) -> (..., out_features)
-        y = self.base_layer(x)
+    @property
+    def form(self) -> FileForm:
+        """How files hold the layer's update."""
+        return self.adaptable.form(self.base_layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = cast(torch.Tensor, self.base_layer(x))
         if self.r == 0:
             return y
-        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        singular = (self.lora_E * self.scaling).to(x.dtype)
-        update = F.linear((self.dropout(x) @ a) * singular, b)
-        return y + update.to(y.dtype)
+        dtype = x.dtype if x.is_floating_point() else y.dtype
+        a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
+        singular = (self.lora_E * self.scaling).to(dtype)
+        return y + self.adaptable.update(self.base_layer, x, a, singular, b, self.dropout).to(y.dtype)
 
     @torch.no_grad()
     def delta_weight(self) -> torch.Tensor:
         """Return ΔW = s · B diag(E) Aᵀ as float32, shaped (out_features, in_features)."""
-        return (self.lora_B * (self.lora_E * self.scaling)) @ self.lora_A.T
+        return block(self.lora_A.T, self.lora_E * self.scaling, self.lora_B, 0, self.out_features, transposed=False)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, scaling={self.scaling:g}"
-
-
-def linear_features(module: nn.Module) -> tuple[int, int]:
-    """Return (in_features, out_features) of a supported base layer.
-
-    Read from attributes, not from the weight: under ZeRO-3 a partitioned weight has shape (0,).
-
-    Raises:
-        Unsupported: the module is neither nn.Linear, nor transformers' Conv1D, nor a Linear4bit.
-    """
-    if isinstance(module, nn.Linear | Linear4bit):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    raise Unsupported(
-        f"cannot adapt a {type(module).__module__}.{type(module).__name__}; AdaLoRA layers wrap nn.Linear and "
-        f"transformers' Conv1D. Exclude it with adalora.exclude_modules."
-    )

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from adalora_scale.adalora.allocation import Allocation, keep_best, mask_digest, relative_gap
 from adalora_scale.adalora.compaction import is_compact
-from adalora_scale.adalora.injection import adapter_layers, injected_module
+from adalora_scale.adalora.injection import adapter_layers, injection_of
 from adalora_scale.adalora.schedule import BudgetSchedule
 from adalora_scale.adalora.scores import score_named
 from adalora_scale.config import AdaLoraConfig
@@ -64,8 +64,10 @@ class RankAllocator:
         self.compact = is_compact(layers, self.r)
         """Whether the adapters were built at the ranks of a final mask."""
         self.schedule = BudgetSchedule.from_config(config, matrices=len(layers), total_step=total_step)
-        if (injected := injected_module(model)) is not None:
-            injected.adalora_total_step = total_step  # type: ignore[assignment]  # save_adapter writes it
+        injection = injection_of(model)
+        if injection is not None:
+            injection.total_step = total_step  # save_adapter writes it
+        self._base_fingerprint = injection.base_fingerprint if injection else None
         self.step = 0
         self.skipped_steps = 0
         self.frozen = False
@@ -106,7 +108,7 @@ class RankAllocator:
                 **{f"adalora.{key}": value for key, value in dataclasses.asdict(self.config).items()},
                 "total_step": self.schedule.total_step,
                 "the adapted modules": self.modules,
-                "the base model's fingerprint": getattr(injected_module(self.model), "adalora_base_fingerprint", None),
+                "the base model's fingerprint": self._base_fingerprint,
             }
         )
         sharding, base = on_every_rank(lambda: self._hold(optimizer))

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from adalora_scale.adalora.adaptables import FACTORS
 from adalora_scale.adalora.injection import adapter_layers
-from adalora_scale.adalora.layer import FACTORS
 from adalora_scale.engines.pieces import Piece, PieceState
 from adalora_scale.errors import UserError
 
@@ -154,9 +154,8 @@ def adapter_tensors(model: nn.Module) -> list[tuple[AdapterTensor, nn.Parameter]
     for index, (name, layer) in enumerate(adapter_layers(model)):
         if layer.r == 0:  # built without triplets after the final allocation
             continue
-        rows = {"lora_A": layer.in_features, "lora_E": 1, "lora_B": layer.out_features}
-        for factor in FACTORS:
-            tensor = AdapterTensor(layer=index, module=name, factor=factor, rows=rows[factor], r=layer.r)
+        for factor, rows in zip(FACTORS, (layer.in_features, 1, layer.out_features), strict=True):
+            tensor = AdapterTensor(layer=index, module=name, factor=factor, rows=rows, r=layer.r)
             result.append((tensor, getattr(layer, factor)))
     return result
 

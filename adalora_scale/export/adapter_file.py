@@ -5,7 +5,9 @@ Only JSON and safetensors are read. Pickled weights can run code when they are o
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adalora_scale.adalora.adaptables import MATRIX, FileForm, block, module_of_factor, namings
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.tensor_files import FLOATING, TensorFile
 from adalora_scale.tasks.registry import task_of_peft
@@ -27,8 +30,6 @@ RECORD_KEY = "adalora_scale"
 """Entry of the weight file's metadata with what PEFT's config has no key for."""
 PEFT_SCALE = "peft_scale"
 """Key of the record: λ was multiplied by `peft_scale(init_r)`, so that PEFT's function is exact."""
-_ADALORA = ("lora_A", "lora_E", "lora_B")
-_LORA = ("lora_A.weight", "lora_B.weight")
 _NOT_PLAIN = ("use_dora", "lora_bias", "use_qalora", "layer_replication", "megatron_config")
 
 
@@ -38,7 +39,11 @@ class ModuleShape:
 
     rank: int
     in_features: int
+    """Rows of A: the size of the matrix's input, for a convolution channels · kernel."""
     out_features: int
+    """Rows of B."""
+    form: FileForm = MATRIX
+    """How the file holds the factors."""
 
     @property
     def parameters(self) -> int:
@@ -55,10 +60,8 @@ class Update:
     b: Tensor  # (out_features, r)
 
     def delta(self, start: int, stop: int, *, transposed: bool) -> Tensor:
-        """Return rows [start, stop) of ΔW (out_features, in_features), or of its transpose (Conv1D's layout)."""
-        if transposed:
-            return (self.a[:, start:stop].T * self.e) @ self.b.T
-        return (self.b[start:stop] * self.e) @ self.a
+        """Return rows [start, stop) of ΔW (out_features, in_features), or of its transpose (input first)."""
+        return block(self.a, self.e, self.b, start, stop, transposed=transposed)
 
 
 class AdapterFile:
@@ -77,7 +80,6 @@ class AdapterFile:
         self.config = read_adapter_config(self.directory, methods=("ADALORA", "LORA"))
         self.method: str = self.config["peft_type"]
         self._file = TensorFile(weights_path(self.directory))
-        factors = _ADALORA if self.method == "ADALORA" else _LORA
         self._refuse_variants()
         self._scalings: dict[str, float] = {}
         self.modules: dict[str, ModuleShape] = {}
@@ -88,8 +90,8 @@ class AdapterFile:
             name = key.removeprefix(PREFIX)
             if entry.dtype not in FLOATING and "lora_" in name:
                 raise UserError(f"{self._file.path} holds '{key}' as {entry.dtype}; adapters are floating point.")
-            if name.endswith(factors):
-                module = next(name.removesuffix("." + factor) for factor in factors if name.endswith("." + factor))
+            module = module_of_factor(name, self.method)
+            if module is not None:
                 if module not in self.modules:
                     self.modules[module] = self._shape(module)
             elif "lora_" in name:
@@ -97,7 +99,8 @@ class AdapterFile:
             else:
                 self.others[name] = entry.shape
         if not self.modules:
-            raise UserError(f"{self._file.path} holds no {self.method} tensors (no key ends in .{factors[0]}).")
+            first = MATRIX.names(self.method)[0]
+            raise UserError(f"{self._file.path} holds no {self.method} tensors (no key ends in .{first}).")
 
     @property
     def base(self) -> str | None:
@@ -149,12 +152,10 @@ class AdapterFile:
         Raises:
             UserError: it is not finite.
         """
-        if self.method == "ADALORA":
-            a, e, b = (self._file.tensor(f"{PREFIX}{module}.{factor}").float() for factor in _ADALORA)
-            e = e.flatten()
-        else:
-            a, b = (self._file.tensor(f"{PREFIX}{module}.{factor}").float() for factor in _LORA)
-            e = torch.ones(a.shape[0], dtype=torch.float32)
+        names = self.modules[module].form.names(self.method)
+        a, *lambdas, b = (self._file.tensor(f"{PREFIX}{module}.{name}").float() for name in names)
+        e = lambdas[0].flatten() if lambdas else torch.ones(a.shape[0], dtype=torch.float32)
+        a, b = a.flatten(1), b.flatten(1)
         for factor in (a, e, b):
             if not bool(torch.isfinite(factor).all()):
                 raise UserError(f"{self._file.path}: the update of '{module}' is not finite; export another step.")
@@ -173,18 +174,22 @@ class AdapterFile:
         return self._file.tensor(PREFIX + name if PREFIX + name in self._file.entries else name)
 
     def _shape(self, module: str) -> ModuleShape:
-        entries = self._file.entries
-        parts = {factor: entries.get(f"{PREFIX}{module}.{factor}") for factor in _ADALORA + _LORA}
-        a, b = parts["lora_A"] or parts["lora_A.weight"], parts["lora_B"] or parts["lora_B.weight"]
-        e = parts["lora_E"]
-        if a is None or b is None or (self.method == "ADALORA" and e is None):
+        entries, method = self._file.entries, self.method
+        stored = (
+            (naming, [entries.get(f"{PREFIX}{module}.{name}") for name in naming.names(method)]) for naming in namings()
+        )
+        complete = next(((naming, parts) for naming, parts in stored if None not in parts), None)
+        if complete is None:
             raise UserError(f"{self._file.path} has no complete triplets for '{module}'.")
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
-            raise Unsupported(f"{self._file.path}: '{module}' has factors {a.shape} and {b.shape}, not two matrices.")
-        if e is not None and e.shape not in ((a.shape[0], 1), (a.shape[0],)):
-            raise UserError(f"{self._file.path}: '{module}' has λ of shape {e.shape} for {a.shape[0]} triplets.")
-        self._scalings[module] = self._scaling(module, a.shape[0])
-        return ModuleShape(a.shape[0], a.shape[1], b.shape[0])
+        a, *lambdas, b = (entry.shape for entry in complete[1] if entry is not None)
+        kernel = a[2:]
+        if len(a) < 2 or b[2:] != (1,) * len(kernel) or len(b) < 2 or a[0] != b[1]:
+            raise Unsupported(f"{self._file.path}: '{module}' has factors {a} and {b}, not two matrices.")
+        if lambdas and lambdas[0] not in ((a[0], 1), (a[0],)):
+            raise UserError(f"{self._file.path}: '{module}' has λ of shape {lambdas[0]} for {a[0]} triplets.")
+        self._scalings[module] = self._scaling(module, a[0])
+        form = dataclasses.replace(complete[0], kernel=kernel)
+        return ModuleShape(a[0], math.prod(a[1:]), b[0], form)
 
     def _scaling(self, module: str, rank: int) -> float:
         if self.method == "ADALORA":

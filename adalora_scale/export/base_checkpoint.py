@@ -18,6 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from adalora_scale.adalora.adaptables import adaptable_of
 from adalora_scale.adalora.base_digest import WeightsDigest
 from adalora_scale.adalora.injection import is_digested, is_inside
 from adalora_scale.errors import UserError
@@ -86,8 +87,14 @@ class BaseCheckpoint:
         return max(sizes, key=lambda name: sizes[name], default="F32")
 
     def transposed(self, module: str) -> bool:
-        """Return whether the module's weight lies as (in, out): transformers' Conv1D."""
-        return type(self.model.get_submodule(module)).__name__ == "Conv1D"
+        """Return whether the module's weight lies as (in, out): transformers' Conv1D, embeddings."""
+        layer = self.model.get_submodule(module)
+        return adaptable_of(layer).is_transposed(layer)
+
+    def is_head(self, parameter: str) -> bool:
+        """Return whether a parameter is the output head's."""
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        return head is not None and self.model.get_submodule(parameter.rpartition(".")[0]) is head
 
     def same_module(self, first: str, second: str) -> bool:
         """Return whether two parameter names belong to one module that the model holds twice."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adalora_scale.adalora.base_digest import same_base
-from adalora_scale.adalora.injection import adapter_layers, digest_base
+from adalora_scale.adalora.injection import adapter_layers, digest_base, injection_of
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import AdapterFile
@@ -60,8 +60,10 @@ def start_from_adapter(
             init_r, or other classes.
         Unsupported: it is of another method.
     """
-    config: AdaLoraConfig = model.adalora_config  # type: ignore[assignment]  # a plain attribute
-    adapter = check_start(directory, config)
+    injection = injection_of(model)
+    if injection is None:
+        raise UserError("the model has no AdaLoRA layers; call inject_adalora(model, config) first.")
+    adapter = check_start(directory, injection.config)
     layers = dict(adapter_layers(model))
     for name, shape in adapter.modules.items():
         layer = layers.get(name)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adalora_scale.adalora.adaptables import adaptable_of
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.base_checkpoint import BaseCheckpoint, local_base
@@ -139,6 +140,7 @@ def _rearrange(request: Request, adapter: AdapterFile, base: BaseCheckpoint | No
             report |= write_peft_adalora(adapter, folder, base=request.base)
             what = "PEFT AdaLoRA"
         else:
+            _refuse_other_function(adapter, base)
             report |= write_peft_lora(adapter, folder, base=request.base, uniform=request.uniform, rank=request.rank)
             what = "plain LoRA, zero-padded to one rank" if request.uniform else "plain LoRA, a rank for every matrix"
         ranks = report["ranks"].values()
@@ -148,6 +150,16 @@ def _rearrange(request: Request, adapter: AdapterFile, base: BaseCheckpoint | No
         report["notes"].append(f"{len(report['left_out'])} matrices have rank 0 and are left out, PEFT's LoRA has none")
     if request.uniform and adapter.others:
         report["notes"].append("servers such as vLLM take no modules_to_save; this adapter has some")
+
+
+def _refuse_other_function(adapter: AdapterFile, base: BaseCheckpoint | None) -> None:
+    """Refuse settings of an adapted layer under which PEFT's LoRA would compute something else."""
+    if base is None:
+        return
+    for name in adapter.modules:
+        layer = base.model.get_submodule(name)
+        if (reason := adaptable_of(layer).why_not_peft(layer)) is not None:
+            raise Unsupported(f"'{name}' cannot be exported for PEFT: {reason}. Use --format merged.")
 
 
 def _merge(
@@ -172,7 +184,9 @@ def _merge(
         report["what"] = f"{request.output}: {len(plan.merged)} matrices merged into {into}{heads}"
         write_report(folder, report)
     if plan.untied:
-        report["notes"].append("the output head is adapted, so it is no longer tied to the embedding")
+        report["notes"].append(
+            "the adapter is on one side of the tie between output head and embedding, so they are no longer tied"
+        )
     if quantised is None and (trained := adapter.record.get("quantisation")):
         report["notes"].append(
             f"the adapter was trained on the {trained.get('quant_type')} values of its base; these are the original "
@@ -187,6 +201,9 @@ def _why_not_measured(request: Request, adapter: AdapterFile, base: BaseCheckpoi
         return "the base model is not at hand; name it with --base"
     if (request.format != "merged" or adapter.method == "LORA") and importlib.util.find_spec("peft") is None:
         return "PEFT is not installed"
+    inputs = getattr(base.model, "main_input_name", "input_ids")
+    if inputs != "input_ids":
+        return f"the model takes {inputs}, the samples are text"
     needed = 4 * sum(parameter.numel() for parameter in base.model.parameters())
     available = available_memory()
     if request.fidelity is None and available is not None and needed * _HEADROOM > available:

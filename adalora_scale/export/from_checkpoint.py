@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adalora_scale.adalora.adaptables import FACTORS, MATRIX, FileForm
 from adalora_scale.checkpoint.format import MANIFEST_NAME, Checkpoint
 from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
 from adalora_scale.errors import UserError
@@ -20,8 +21,6 @@ from adalora_scale.export.adapter_file import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from adalora_scale.export.output import copy_tokenizer
 from adalora_scale.export.tensor_files import save_file
 from adalora_scale.tasks.registry import TASKS
-
-_FACTORS = ("lora_A", "lora_E", "lora_B")
 
 
 @contextlib.contextmanager
@@ -65,14 +64,16 @@ def write_adapter(checkpoint: Checkpoint, folder: Path) -> None:
     position, options = _part(checkpoint, "allocator"), adalora_options(checkpoint)
     tensors: dict[str, Tensor] = {}
     kept = masks(checkpoint)
+    forms: dict[str, Any] = checkpoint.manifest.get("forms", {})
     for module, mask in kept.items():
-        a, e, b = (_whole(checkpoint, "adapter", f"{module}.{factor}") for factor in _FACTORS)
+        a, e, b = (_whole(checkpoint, "adapter", f"{module}.{factor}") for factor in FACTORS)
         if position["frozen"] and e.numel() == len(mask):
             keep = torch.tensor(mask)
             a, e, b = a[:, keep], e[keep], b[:, keep]
-        tensors[f"{PREFIX}{module}.lora_A"] = a.T.contiguous()
-        tensors[f"{PREFIX}{module}.lora_E"] = e.unsqueeze(1).contiguous()
-        tensors[f"{PREFIX}{module}.lora_B"] = b.contiguous()
+        form = FileForm.of_record(forms[module]) if module in forms else MATRIX
+        a, b = form.stored(a.T, b)
+        for factor, value in zip(form.adalora, (a, e.unsqueeze(1).contiguous(), b), strict=True):
+            tensors[f"{PREFIX}{module}.{factor}"] = value
     for name in checkpoint.shapes("other"):
         tensors[PREFIX + name] = _whole(checkpoint, "other", name)
     tinit, tfinal = options.phase_steps(position["total_step"])

@@ -6,6 +6,7 @@ in float32 and written row block by row block, in the base's dtype. The result k
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from adalora_scale.adalora.adaptables import adaptable_of, sides
 from adalora_scale.adalora.base_digest import same_base
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import AdapterFile
@@ -105,7 +107,8 @@ def check_same_base(adapter: AdapterFile, base: BaseCheckpoint) -> None:
                 f"have; pass the base it was trained on to --base."
             )
         expected = (shape.out_features, shape.in_features)
-        if tuple(own) != (expected[::-1] if base.transposed(module) else expected):
+        layer = base.model.get_submodule(module)
+        if sides(layer) != expected[::-1] or adaptable_of(layer).form(layer) != shape.form:
             raise UserError(
                 f"the adapter in {adapter.directory} has {expected} for '{module}', the base in {base.directory} "
                 f"{tuple(own)}; pass the base it was trained on to --base."
@@ -137,12 +140,13 @@ def merged(source: Source, key: str, adapter: AdapterFile, module: str, transpos
 
     def pieces() -> Iterator[Tensor]:
         update = adapter.update(module)
-        rows, columns = entry.shape
-        step = max(1, _BLOCK // columns)
+        rows, *rest = entry.shape
+        step = max(1, _BLOCK // math.prod(rest))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             weight = source.file.rows(source.key, start, stop)
-            yield added(weight, update.delta(start, stop, transposed=transposed), entry.dtype, module)
+            delta = update.delta(start, stop, transposed=transposed).view_as(weight)
+            yield added(weight, delta, entry.dtype, module)
 
     return Planned(key, entry.dtype, entry.shape, entry.size, pieces)
 
@@ -216,6 +220,7 @@ def _plan_the_rest(
         plan.tensors.append(merged(source, name, adapter, module, base.transposed(module)))
         plan.merged.append(module)
         plan.untied = True
+    _keep_other_side(plan, sources, targets, adapter, base)
     for name in adapter.others:
         if name in done or any(alias in done for alias in base.aliases.get(name, [])):
             continue
@@ -225,6 +230,28 @@ def _plan_the_rest(
     for key in new:
         if not base.keeps_name(key):
             raise Unsupported(f"'{key}' cannot be written: transformers renames it while loading this architecture.")
+
+
+def _keep_other_side(
+    plan: Plan, sources: dict[str, Source], targets: dict[str, str], adapter: AdapterFile, base: BaseCheckpoint
+) -> None:
+    """Write the weight as it was for the head that an adapted embedding was tied to: the adapter is not the head's."""
+    for name in targets:
+        group = base.aliases.get(name, [])
+        for alias in group:
+            if alias in targets or alias in sources or alias in adapter.others:
+                continue
+            if any(base.same_module(alias, target) for target in group if target in targets):
+                continue
+            if not base.is_head(alias):
+                raise Unsupported(
+                    f"'{name}' shares its weight with '{alias}', which is not the output head, so the two cannot part "
+                    f"in a merged model; export the adapter with --format peft-lora."
+                )
+            source = next(sources[other] for other in group if other in sources)
+            if alias not in {tensor.key for tensor in plan.tensors}:
+                plan.tensors.append(dataclasses.replace(copied(source), key=alias))
+                plan.untied = True
 
 
 def _refuse_converted(name: str, source: Source) -> NoReturn:

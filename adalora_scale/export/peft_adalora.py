@@ -1,7 +1,8 @@
 """The adapter in PEFT's AdaLoRA format: `adapter_config.json` and `adapter_model.safetensors`.
 
 In the file A is (r, in_features), E is (r, 1) and B is (out_features, r); after the final allocation only the kept
-triplets are written and `rank_pattern` says which they were. Source: peft/tuners/adalora/model.py.
+triplets are written and `rank_pattern` says which they were. Source: peft/tuners/adalora/model.py. PEFT's AdaLoRA has
+linear layers only: for other types the file has the shapes that PEFT's LoRA gives them, and only this package reads it.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from adalora_scale.adalora.adaptables import FACTORS, adaptable_of, module_of_factor
 from adalora_scale.adalora.base_digest import same_base
 from adalora_scale.adalora.injection import (
+    Injection,
     adapter_layers,
+    attach_injection,
     digest_base,
     injected_module,
+    injection_of,
     modules_to_save,
     replace_modules,
 )
-from adalora_scale.adalora.layer import AdaLoraLayer, linear_features
+from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.adalora.masters import keep_in_float32
 from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
 from adalora_scale.engines.full import full_parameter, settle
@@ -46,8 +50,6 @@ from adalora_scale.export.dequantise import quantised_base
 from adalora_scale.export.tensor_files import save_file
 from adalora_scale.tasks.registry import task_of_model
 
-_FACTORS = ("lora_A", "lora_E", "lora_B")
-
 
 @torch.no_grad()
 def save_adapter(model: nn.Module, directory: str | Path) -> None:
@@ -64,14 +66,14 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     """
     settle(model)
     layers = dict(adapter_layers(model))
-    config = getattr(unwrapped(model), "adalora_config", None)
-    if not layers or config is None:
+    injection = injection_of(model)
+    if not layers or injection is None:
         raise UserError("the model has no AdaLoRA layers to save; call inject_adalora(model, config) first.")
     writes = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     tensors: dict[str, Tensor] = {}
     pattern: dict[str, list[bool]] = {}
     for name, layer in layers.items():
-        a, e, b = (_gathered(parameter, model, writes) for parameter in (layer.lora_A, layer.lora_E, layer.lora_B))
+        a, e, b = (_gathered(getattr(layer, factor), model, writes) for factor in FACTORS)
         if a is None or e is None or b is None:
             continue
         if layer.keep_mask is not None:
@@ -79,11 +81,11 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
             if len(layer.keep_mask) == layer.r:
                 keep = torch.tensor(layer.keep_mask)
                 a, e, b = a[:, keep], e[keep], b[:, keep]
-        tensors[f"{_PREFIX}{name}.lora_A"] = a.T
-        tensors[f"{_PREFIX}{name}.lora_E"] = e.unsqueeze(1)
-        tensors[f"{_PREFIX}{name}.lora_B"] = b
+        stored_a, stored_b = layer.form.stored(a.T, b)
+        for factor, part in zip(layer.form.adalora, (stored_a, e.unsqueeze(1), stored_b), strict=True):
+            tensors[f"{_PREFIX}{name}.{factor}"] = part
     base = unwrapped(model)
-    for name in modules_to_save(base, config):
+    for name in modules_to_save(base, injection.config):
         for key, tensor in _whole_tensors(base.get_submodule(name)):
             if (value := _gathered(tensor, model, writes)) is not None:
                 tensors[f"{_PREFIX}{name}.{key}"] = value
@@ -92,11 +94,11 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
-    peft_config = _peft_config(base, config, layers, pattern)
+    peft_config = _peft_config(base, injection, layers, pattern)
     text = json.dumps(peft_config, indent=2) + "\n"
     # Both files are complete before either takes its place: what can fail, fails while the old pair still stands.
     partial = {name: directory / f".{name}.partial" for name in (WEIGHTS_NAME, CONFIG_NAME)}
-    save_file(tensors, partial[WEIGHTS_NAME], metadata=_record(base))
+    save_file(tensors, partial[WEIGHTS_NAME], metadata=_record(base, injection))
     partial[CONFIG_NAME].write_text(text, encoding="utf-8")
     for name, temporary in partial.items():
         os.replace(temporary, directory / name)
@@ -122,11 +124,12 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
         raise UserError("the model already has AdaLoRA layers; load an adapter onto a fresh base model.")
     saved = read_adapter_config(directory)
     tensors, record = _read_weights(directory)
-    layers = dict.fromkeys(key.removeprefix(_PREFIX).rpartition(".")[0] for key in tensors if key.endswith(_FACTORS))
+    found = {key: module_of_factor(key.removeprefix(_PREFIX), "ADALORA") for key in tensors}
+    layers = dict.fromkeys(module for module in found.values() if module is not None)
     if not layers:
         raise UserError(f"{directory / WEIGHTS_NAME} holds no AdaLoRA tensors (no key ends in .lora_E).")
-    checked = {name: _checked_factors(model, name, tensors, directory) for name in layers}
-    others = {k.removeprefix(_PREFIX): v for k, v in tensors.items() if not k.endswith(_FACTORS)}
+    checked = {name: _checked_factors(name, _base_of(model, name, directory), tensors, directory) for name in layers}
+    others = {k.removeprefix(_PREFIX): v for k, v in tensors.items() if found[k] is None}
     _check_others(model, others, directory)
 
     fields = {field.name for field in dataclasses.fields(AdaLoraConfig)}
@@ -152,7 +155,8 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
         layer = AdaLoraLayer(
             model.get_submodule(name), r=e.numel(), scaling=scaling, dropout=saved.get("lora_dropout", 0.0)
         )
-        for parameter, value in ((layer.lora_A, a.T), (layer.lora_E, e.flatten() * lowered), (layer.lora_B, b)):
+        for factor, value in zip(FACTORS, (a.flatten(1).T, e.flatten() * lowered, b.flatten(1)), strict=True):
+            parameter: nn.Parameter = getattr(layer, factor)
             parameter.copy_(value)
             parameter.requires_grad_(trainable)
         layer.keep_mask = pattern.get(f"{name}.lora_E")
@@ -166,13 +170,11 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
         for full, module in model.named_modules():
             if full == name or full.endswith("." + name):
                 module.requires_grad_(trainable)
-    model.adalora_config = config  # type: ignore[assignment]  # a plain attribute
-    model.adalora_base_digests = record.get("base") or digests  # type: ignore[assignment]
+    attach_injection(model, Injection(config, record.get("base") or digests, total_step=saved.get("total_step")))
     labels = record.get("labels")
     if isinstance(labels, list) and getattr(getattr(model, "config", None), "num_labels", None) == len(labels):
         model.config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
         model.config.label2id = {name: index for index, name in enumerate(labels)}  # type: ignore[union-attr]
-    model.adalora_total_step = saved.get("total_step")  # type: ignore[assignment]
     return model
 
 
@@ -194,15 +196,18 @@ def saved_values(model: nn.Module, directory: str | Path) -> list[tuple[nn.Param
             raise Unsupported(f"the adapter in {directory} was saved under another mask of '{name}' than the model's.")
         compacted = layer.keep_mask is not None and layer.r == sum(layer.keep_mask)
         keep = torch.ones(layer.r, dtype=torch.bool) if compacted else torch.tensor(layer.keep_mask or [True] * layer.r)
-        for factor, rows in (("lora_A", layer.in_features), ("lora_E", 1), ("lora_B", layer.out_features)):
-            saved = tensors.pop(f"{_PREFIX}{name}.{factor}", None)
-            shape = (rows, int(keep.sum())) if factor == "lora_B" else (int(keep.sum()), rows)
-            if saved is None or tuple(saved.shape) != shape:
-                raise UserError(f"{directory / WEIGHTS_NAME} does not hold '{name}.{factor}' of shape {shape}.")
-            whole = torch.zeros(rows, layer.r, dtype=torch.float32)
-            whole[:, keep] = saved if factor == "lora_B" else saved.T
+        a, e, b = _checked_factors(name, layer.base_layer, tensors, directory)
+        if e.numel() != int(keep.sum()):
+            raise UserError(
+                f"{directory / WEIGHTS_NAME} holds {e.numel()} triplets of '{name}', not {int(keep.sum())}."
+            )
+        for factor, saved in zip(FACTORS, (a.flatten(1).T, e.flatten(), b.flatten(1)), strict=True):
+            whole = torch.zeros(*saved.shape[:-1], layer.r, dtype=torch.float32)
+            whole[..., keep] = saved
             if layer.r:
-                values.append((getattr(layer, factor), whole[0] if factor == "lora_E" else whole))
+                values.append((getattr(layer, factor), whole))
+        for factor in layer.form.adalora:
+            del tensors[f"{_PREFIX}{name}.{factor}"]
     own = dict(unwrapped(model).named_parameters(remove_duplicate=False))
     for key, value in tensors.items():
         parameter = own.get(key.removeprefix(_PREFIX))
@@ -236,9 +241,9 @@ def _whole_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _peft_config(
-    model: nn.Module, config: AdaLoraConfig, layers: dict[str, AdaLoraLayer], pattern: dict[str, list[bool]]
+    model: nn.Module, injection: Injection, layers: dict[str, AdaLoraLayer], pattern: dict[str, list[bool]]
 ) -> dict[str, Any]:
-    total_step = getattr(model, "adalora_total_step", None)
+    config, total_step = injection.config, injection.total_step
     # PEFT refuses a config without a schedule; an adapter that was never trained gets the smallest valid one.
     tinit, tfinal = config.phase_steps(total_step) if total_step else (0, 0)
     task = task_of_model(model)
@@ -250,7 +255,7 @@ def _peft_config(
         "bias": "none",
         "target_modules": list(layers),
         "modules_to_save": config.modules_to_save,
-        "fan_in_fan_out": any(_is_transposed(layer.base_layer) for layer in layers.values()),
+        "fan_in_fan_out": any(_fan_in_fan_out(layer) for layer in layers.values()),
         "init_r": config.init_r,
         "target_r": config.target_r,
         "lora_alpha": int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha,
@@ -266,13 +271,13 @@ def _peft_config(
     }
 
 
-def _is_transposed(base: nn.Module) -> bool:
-    return isinstance(base, Conv1D) or bool(getattr(base, "transposed", False))  # Linear4bit
+def _fan_in_fan_out(layer: AdaLoraLayer) -> bool:
+    return layer.adaptable.linear and layer.adaptable.is_transposed(layer.base_layer)
 
 
-def _record(base: nn.Module) -> dict[str, str]:
+def _record(base: nn.Module, injection: Injection) -> dict[str, str]:
     """Return the metadata that says what PEFT's config has no key for: which base this is, and the classes' names."""
-    record: dict[str, Any] = {"base": getattr(base, "adalora_base_digests", None) or {}}
+    record: dict[str, Any] = {"base": injection.base_digests}
     task = task_of_model(base)
     if task is not None and task.has_labels:
         labels: dict[int, str] = base.config.id2label  # type: ignore[union-attr, assignment]
@@ -291,25 +296,29 @@ def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"{path} is damaged ({error}); copy it again.") from None
 
 
-def _checked_factors(
-    model: nn.Module, name: str, tensors: dict[str, Tensor], directory: Path
-) -> tuple[Tensor, Tensor, Tensor]:
+def _base_of(model: nn.Module, name: str, directory: Path) -> nn.Module:
     try:
-        base = model.get_submodule(name)
+        return model.get_submodule(name)
     except AttributeError:
         raise UserError(
             f"the adapter in {directory} adapts '{name}', which this model does not have; load its own base model."
         ) from None
-    features = linear_features(base)
-    factors = [tensors.get(f"{_PREFIX}{name}.{factor}") for factor in _FACTORS]
-    a, e, b = factors
+
+
+def _checked_factors(
+    name: str, base: nn.Module, tensors: dict[str, Tensor], directory: Path
+) -> tuple[Tensor, Tensor, Tensor]:
+    adaptable = adaptable_of(base)
+    rows_a, rows_b = adaptable.sides(base)
+    form = adaptable.form(base)
+    a, e, b = (tensors.get(f"{_PREFIX}{name}.{factor}") for factor in form.adalora)
     if a is None or e is None or b is None:
         raise UserError(f"{directory / WEIGHTS_NAME} has no complete triplets for '{name}'.")
-    r = e.numel()
-    if tuple(a.shape) != (r, features[0]) or tuple(b.shape) != (features[1], r):
+    needed = [tuple(part.shape) for part in form.stored(torch.empty(e.numel(), rows_a), torch.empty(rows_b, e.numel()))]
+    if [tuple(a.shape), tuple(b.shape)] != needed:
         raise UserError(
             f"the adapter in {directory} has shapes {tuple(a.shape)} and {tuple(b.shape)} for '{name}', the model "
-            f"needs ({r}, {features[0]}) and ({features[1]}, {r}); load the base model it was trained on."
+            f"needs {needed[0]} and {needed[1]}; load the base model it was trained on."
         )
     return a, e, b
 

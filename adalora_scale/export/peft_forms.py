@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adalora_scale.adalora.adaptables import MATRIX
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import (
     CONFIG_NAME,
@@ -28,10 +29,15 @@ def write_peft_adalora(adapter: AdapterFile, folder: Path, *, base: str | None) 
     """Write the adapter as PEFT's AdaLoRA, with λ raised by the 1e-5 / init_r that PEFT lowers the scaling by.
 
     Raises:
-        Unsupported: the adapter is plain LoRA.
+        Unsupported: the adapter is plain LoRA, or adapts layers that PEFT's AdaLoRA does not know.
     """
     if adapter.method != "ADALORA":
         raise Unsupported(f"{adapter.directory} holds plain LoRA, which has no λ; export it with --format peft-lora.")
+    if other := next((name for name, shape in adapter.modules.items() if shape.form != MATRIX), None):
+        raise Unsupported(
+            f"PEFT's AdaLoRA has linear layers only, and {adapter.directory} adapts '{other}'; export it with --format "
+            f"peft-lora, or merged."
+        )
     tensors, record = adapter.tensors(), dict(adapter.record)
     if not record.get(PEFT_SCALE):
         factor = peft_scale(adapter.config["init_r"])
@@ -75,8 +81,9 @@ def write_peft_lora(
         if uniform:
             a = torch.nn.functional.pad(a, (0, 0, 0, common - a.shape[0]))
             b = torch.nn.functional.pad(b, (0, common - b.shape[1]))
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = a.contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = b.contiguous()
+        form = adapter.modules[name].form
+        for factor, value in zip(form.lora, form.stored(a, b), strict=True):
+            tensors[f"{PREFIX}{name}.{factor}"] = value
     for name in adapter.others:
         tensors[PREFIX + name] = adapter.other(name)
     pattern = {} if uniform else {_exact(name, adapter): r for name, r in ranks.items() if r != common}

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from adalora_scale.adalora.adaptables import FACTORS
 from adalora_scale.adalora.fingerprint import LEADING, WeightSample, fingerprint, sample
 from adalora_scale.adalora.injection import (
     coverage,
@@ -154,10 +155,13 @@ def load_whole(loading: Loading) -> nn.Module:
 
 def inject(loading: Loading, adalora: AdaLoraConfig) -> nn.Module:
     """Put adapters on the meta device around the base, whose fingerprint comes from its files."""
-    loading.model.adalora_base_fingerprint = fingerprint(list(_samples(loading, adalora)))  # type: ignore[assignment]
     targets, saved = find_targets(loading.model, adalora), modules_to_save(loading.model, adalora)
-    loading.model.adalora_base_digests = digests(loading, targets, saved)  # type: ignore[assignment]
-    return inject_adalora(loading.model, adalora)
+    return inject_adalora(
+        loading.model,
+        adalora,
+        base_fingerprint=fingerprint(list(_samples(loading, adalora))),
+        base_digests=digests(loading, targets, saved),
+    )
 
 
 def digests(loading: Loading, targets: Iterable[str], saved: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -257,7 +261,7 @@ def _fill_drawn(loading: Loading, where: nn.Module | list[nn.Module]) -> None:
     members = {id(module) for module in modules}
     for module in modules:
         if isinstance(module, AdaLoraLayer):
-            for name, value in zip(("lora_A", "lora_E", "lora_B"), module.initial_factors(), strict=True):
+            for name, value in zip(FACTORS, module.initial_factors(), strict=True):
                 copy_rows(getattr(module, name), value, name)
     for head, values in loading.fresh:
         for prefix, part in head.named_modules():

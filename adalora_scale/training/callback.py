@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from adalora_scale.adalora.injection import injection_of
 from adalora_scale.controller import RankAllocator
 from adalora_scale.errors import Unsupported, UserError
-from adalora_scale.export.peft_adalora import save_adapter, unwrapped
+from adalora_scale.export.peft_adalora import save_adapter
 from adalora_scale.training.records import JsonLines
 
 METRICS_NAME = "metrics.jsonl"
@@ -46,8 +47,7 @@ class AdaLoraCallback(TrainerCallback):
     ) -> None:
         """Build the allocator for `state.max_steps` steps and hook it into the optimizer."""
         model: nn.Module = kwargs["model"]
-        config = getattr(unwrapped(model), "adalora_config", None)
-        if config is None:
+        if injection_of(model) is None:
             raise UserError(
                 "AdaLoraCallback found no AdaLoRA layers; call inject_adalora(model, config) before making the trainer."
             )
@@ -76,8 +76,10 @@ class AdaLoraCallback(TrainerCallback):
 
     def attach(self, model: nn.Module, optimizer: object, total_step: int) -> RankAllocator:
         """Build the allocator and hook it into the optimizer; trainers that resume do so before training begins."""
-        config = unwrapped(model).adalora_config
-        self.allocator = RankAllocator(model, config, total_step=total_step).attach(optimizer)  # type: ignore[arg-type]
+        injection = injection_of(model)
+        if injection is None:
+            raise UserError("the model has no AdaLoRA layers; call inject_adalora(model, config) first.")
+        self.allocator = RankAllocator(model, injection.config, total_step=total_step).attach(optimizer)
         self._attached_early = True
         self._guarded_step = -1
         return self.allocator

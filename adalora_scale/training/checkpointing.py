@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from adalora_scale.adalora.compaction import compact
-from adalora_scale.adalora.injection import adapter_layers, injected_module
+from adalora_scale.adalora.injection import adapter_layers, file_forms, injected_module, injection_of
 from adalora_scale.adalora.scores import score_named
 from adalora_scale.checkpoint.finding import NOTHING_TO_RESUME, find_checkpoint, set_aside
 from adalora_scale.checkpoint.format import Checkpoint, checkpoints, read_manifest
@@ -205,6 +205,7 @@ class RunCheckpoints:
             "identity": plain(self._identity(allocator)),
             "optimizer": {"class": type(base).__name__},
             "compact": allocator.compact,
+            "forms": file_forms(trainer.model),
             "loop": loop,
             "records": {name: lines.lines for name, lines in records.items()},
             "base_model": getattr(injected_module(trainer.model), "name_or_path", None),
@@ -244,14 +245,14 @@ class RunCheckpoints:
         if self._fingerprint is None:
             self._fingerprint = data_fingerprint(trainer.train_dataset) if rank_and_size()[0] == 0 else ""
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        model: nn.Module | None = injected_module(trainer.model)
+        injection = injection_of(trainer.model)
         own = {
             **{f"adalora.{key}": value for key, value in dataclasses.asdict(allocator.config).items()},
             **{f"training.{key}": getattr(args, key) for key in _ARGUMENTS if hasattr(args, key)},
             **self.run_identity,
             "total_step": allocator.schedule.total_step,
             "global_batch": batch,
-            "base_fingerprint": getattr(model, "adalora_base_fingerprint", None),
+            "base_fingerprint": injection.base_fingerprint if injection else None,
         }
         own.pop("adalora.guard_every")
         if self._fingerprint:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
-from adalora_scale.adalora.injection import adapter_layers, inject_adalora
+from adalora_scale.adalora.injection import adapter_layers, inject_adalora, injection_of
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
 from adalora_scale.data.packing import check_packing_isolated
@@ -107,9 +107,9 @@ class AdaLoraTrainerMixin(_TrainerSeams):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Wrap the model, see that what wraps it is what was asked for, attach the hooks, go on from a checkpoint."""
-        config = getattr(unwrapped(self.model), "adalora_config", None)  # type: ignore[arg-type]
-        if config is not None:
-            require_evaluation_at_budget(self.args, config, max_steps)
+        injection = injection_of(self.model)  # type: ignore[arg-type]
+        if injection is not None:
+            require_evaluation_at_budget(self.args, injection.config, max_steps)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.engine = check_engine(self.model_wrapped, self.asked_engine, world_size=self.args.world_size)
         allocator = self.adalora_callback.attach(self.model, self.optimizer, max_steps)  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Tiny transformers models, built from configurations on the spot."""
 
 import torch
+from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -36,6 +37,28 @@ def mixtral():
         num_key_value_heads=1, num_local_experts=4,
     )  # fmt: skip
     return MixtralForCausalLM(config)
+
+
+class Mixed(nn.Module):
+    """Every type of base layer that is not quantised."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(32, 6, padding_idx=0)
+        self.along = nn.Conv1d(6, 8, 3, padding=1)
+        self.wide = nn.Conv2d(1, 4, (3, 2), stride=(2, 1), padding=1)
+        self.pointwise = nn.Conv2d(4, 5, 1)
+        self.out = nn.Linear(5, 3)
+
+    def forward(self, ids):
+        x = self.along(self.words(ids).transpose(1, 2)).unsqueeze(1)
+        return self.out(self.pointwise(self.wide(x).relu()).flatten(2).mean(-1))
+
+
+def mixed():
+    """Three classes from token ids, in float32."""
+    torch.manual_seed(0)
+    return Mixed().eval()
 
 
 def randomise(model, std=0.3, seed=5):

@@ -32,7 +32,7 @@ def expected(llama):
     found = {}
     for bits in ("4", "16"):
         model, read = streaming.load("whole", str(llama), bits)
-        found[bits] = (streaming.digests(model), read, model.adalora_base_fingerprint)
+        found[bits] = (streaming.digests(model), read, model.adalora.base_fingerprint)
     return found
 
 

@@ -279,12 +279,12 @@ def test_digests_agree_between_files_and_memory(request, tmp_path):
         checkpoint = BaseCheckpoint(base, task=task, num_labels=3 if classifies(kind) else None)
         saved = ["classifier"] if classifies(kind) else []
         own = checkpoint.digests(targets, saved)
-        assert own == model.adalora_base_digests and own.keys() == {"adapted", "rest"}
+        assert own == model.adalora.base_digests and own.keys() == {"adapted", "rest"}
         assert "float32" in own["adapted"]
         half = load(base, kind, dtype=torch.bfloat16)
         inject_adalora(half, options(kind))
-        assert half.adalora_base_digests["rest"]["bfloat16"] == own["rest"]["bfloat16"]
-        assert half.adalora_base_digests["adapted"] == {"bfloat16": own["adapted"]["bfloat16"]}
+        assert half.adalora.base_digests["rest"]["bfloat16"] == own["rest"]["bfloat16"]
+        assert half.adalora.base_digests["adapted"] == {"bfloat16": own["adapted"]["bfloat16"]}
 
 
 def test_model_code_and_licences_travel_and_foreign_files_do_not(request, tmp_path):

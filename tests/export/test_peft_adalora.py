@@ -322,7 +322,7 @@ def assert_refused_and_untouched(model, folder, kind, message):
     assert [(name, id(module)) for name, module in model.named_modules()] == modules
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == trainable
-    assert not hasattr(model, "adalora_config")
+    assert not hasattr(model, "adalora")
 
 
 Q = "base_model.model.transformer.h.0.attn.c_attn.lora_"

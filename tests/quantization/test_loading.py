@@ -153,13 +153,13 @@ def test_adapters_and_fingerprint_do_not_depend_on_the_loader(stories260k, run_c
     started = streaming.begin(run_config(stories260k), device=torch.device("cpu"))
     streaming.inject(started, config)
     streamed = streaming.load_whole(started)
-    assert streamed.adalora_base_fingerprint == plain.adalora_base_fingerprint
+    assert streamed.adalora.base_fingerprint == plain.adalora.base_fingerprint
     expected = dict(plain.named_parameters())
     for name, parameter in streamed.named_parameters():
         assert torch.equal(parameter, expected.pop(name)), name
     assert not expected
     in_4bit = streaming.begin(run_config(stories260k, load_in_4bit=True), device=torch.device("cpu"))
-    assert streaming.inject(in_4bit, config).adalora_base_fingerprint != plain.adalora_base_fingerprint
+    assert streaming.inject(in_4bit, config).adalora.base_fingerprint != plain.adalora.base_fingerprint
 
 
 def test_the_share_counts_experts_that_stay_as_they_are():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from adalora_scale.adalora.adaptables import is_linear, sides
 from adalora_scale.adalora.injection import adapter_layers
 from adalora_scale.cluster.plan.memory import PROCESS_BYTES, Memory, Model, fsdp2_choice, gathered_bytes
 from adalora_scale.cluster.plan.request import Request
@@ -68,12 +69,9 @@ def flops_per_token(model: nn.Module, *, length: int, checkpointing: bool) -> Fl
     linear = head = 0
     output = getattr(model, "get_output_embeddings", lambda: None)()
     for module in model.modules():
-        if isinstance(module, nn.Linear | Linear4bit):
-            count = module.in_features * module.out_features
-        elif isinstance(module, Conv1D):
-            count = module.nx * module.nf
-        else:
+        if not is_linear(module):
             continue
+        count = math.prod(sides(module))
         linear += count
         head += count if module is output else 0
     adapters = sum(layer.r * (layer.in_features + layer.out_features) for _, layer in adapter_layers(model))

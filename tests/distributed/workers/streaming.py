@@ -90,7 +90,7 @@ def main(engine, path, bits):
     dist.init_process_group("gloo")
     model, read = load(engine, path, bits)
     together = digests(model)
-    figures = {"digests": together, "read": read, "fingerprint": model.adalora_base_fingerprint}
+    figures = {"digests": together, "read": read, "fingerprint": model.adalora.base_fingerprint}
     if engine == "fsdp2" and bits == "4":
         figures["bytes_survive"] = every_byte_survives(model)
     report(**figures)

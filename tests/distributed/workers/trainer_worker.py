@@ -145,7 +145,7 @@ def train(engine, kind, model_dir, data_dir, folder, world_size, extra=()):
     for name, layer in adapter_layers(trainer.model):
         for factor in ("lora_A", "lora_E", "lora_B"):
             live[f"{name}.{factor}"] = full_parameter(getattr(layer, factor), trainer.model).clone()
-    for name in modules_to_save(trainer.model, trainer.model.adalora_config):
+    for name in modules_to_save(trainer.model, trainer.model.adalora.config):
         for key, parameter in trainer.model.get_submodule(name).named_parameters():
             live[f"{name}.{key}"] = full_parameter(parameter, trainer.model).clone()
     if trainer.args.process_index == 0:
