@@ -27,7 +27,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from adalora_scale.cluster.plan.model import build, is_flash
 from adalora_scale.cluster.plan.request import Request
-from adalora_scale.engines.place import transformer_blocks
+from adalora_scale.engines.blocks import transformer_blocks
 
 BLOCKS = 2
 """Blocks of the traced model."""
