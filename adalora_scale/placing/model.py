@@ -17,6 +17,7 @@ from adalora_scale.adalora.injection import inject_adalora, modules_to_save
 from adalora_scale.config import AdaLoraConfig, RunConfig
 from adalora_scale.engines.blocks import transformer_blocks
 from adalora_scale.engines.engine import Engine, Loader, Partition, Shard
+from adalora_scale.engines.ranks import together
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.continual import check_start, start_from_adapter
 from adalora_scale.placing import streaming
@@ -89,10 +90,25 @@ def place_model(
         label_names: names of the classes, for a classifier.
         bf16: whether a sharded model computes in bfloat16.
         fit_ranks: a run that continues from a checkpoint: builds the injected adapters at that checkpoint's ranks.
+
+    Raises:
+        UserError, Unsupported: the base cannot be loaded; raised on all ranks though it be one rank's file.
     """
+    # Each rank by itself up to here, and then in collectives: a file that is damaged on one machine ends all ranks.
+    loader = together(lambda: _prepared(config, engine, arguments, label_names, fit_ranks))
+    return together(lambda: engine.load(loader, device=arguments.device, bf16=bf16))
+
+
+def _prepared(
+    config: RunConfig,
+    engine: Engine,
+    arguments: TrainingArguments,
+    label_names: list[str] | None,
+    fit_ranks: Callable[[nn.Module], None] | None,
+) -> Loader:
+    """Build the model with its adapters; no collective."""
     streams = engine.streams or streaming.is_streamed(config.model)
     started = _begin_streaming(config, arguments, label_names) if streams else None
-    loader: Loader
     if started is None:
         model = load_model(config, label_names)
         inject_adalora(model, adalora_config_for(config, model))
@@ -100,13 +116,11 @@ def place_model(
             fit_ranks(model)
         elif config.model.adapter_path:
             start_from_adapter(model, config.model.adapter_path)
-        loader = _InMemory(model)
-    else:
-        _inject_streamed(config, started, continues=fit_ranks is not None)
-        if fit_ranks is not None:
-            fit_ranks(started.model)
-        loader = _Streamed(started, torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None)
-    return engine.load(loader, device=arguments.device, bf16=bf16)
+        return _InMemory(model)
+    _inject_streamed(config, started, continues=fit_ranks is not None)
+    if fit_ranks is not None:
+        fit_ranks(started.model)
+    return _Streamed(started, torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None)
 
 
 @dataclass(frozen=True)
