@@ -192,10 +192,6 @@ class Engine(ABC):
         """Return whether a comparison shows the engine although the run asks for another."""
         return ranks > 1
 
-    def copies(self) -> int:
-        """Return how many copies of the weights a run's ranks hold together, where they share them; 1 otherwise."""
-        return 1
-
     def crosses_nodes(self, ranks: int, nodes: int) -> bool:
         """Return whether what is exchanged at every micro-batch leaves the node."""
         return nodes > 1

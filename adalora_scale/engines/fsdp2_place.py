@@ -150,10 +150,6 @@ class Fsdp2(Engine):
         """Return one copy over all ranks."""
         return cls(Fsdp2Config())
 
-    def copies(self) -> int:
-        """Return `engine.config.replicate`."""
-        return self.options.replicate
-
     def memory(self, work: Work) -> list[Part]:
         """Return shards, what is gathered of blocks in flight, and the buffers in which gradients are reduced."""
         options = self.options

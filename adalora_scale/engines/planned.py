@@ -78,7 +78,6 @@ class Work:
     hidden: int
     """Width of the model."""
     ranks: int
-    nodes: int
     accumulation: int
     """Micro-batches an optimizer step."""
     bf16: bool

@@ -1,4 +1,4 @@
-"""A file that is damaged on one machine ends all ranks with its name, not one rank and, half an hour later, the rest."""
+"""A file damaged on one machine ends all ranks with its name, not one rank and, half an hour later, the others."""
 
 import shutil
 from pathlib import Path

@@ -98,7 +98,6 @@ def work_of(request: Request, model: Model, sharded: Weights | None = None) -> W
         blocks=model.blocks,
         hidden=model.hidden,
         ranks=request.gpus,
-        nodes=request.nodes,
         accumulation=request.accumulation,
         bf16=request.bf16,
         fp16=bool(request.config.training.get("fp16")),
