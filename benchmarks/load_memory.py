@@ -39,7 +39,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from adalora_scale.config import AdaLoraConfig, DataConfig, EngineConfig, ModelConfig, RunConfig
-from adalora_scale.engines.place import resolve_engine, whole_weights, zero3_options
+from adalora_scale.engines import zero_place
+from adalora_scale.engines.registry import engine_for
 from adalora_scale.errors import UserError, run_reporting_errors
 from adalora_scale.placing import model as placing
 from adalora_scale.placing import streaming
@@ -219,13 +220,12 @@ def _rank(job: SimpleNamespace) -> int:
     """Load as training does, and let rank 0 write what every rank measured."""
     signal.alarm(job.timeout + 60)  # ends this process whatever it waits for
     config = _run_config(job)
-    engine = resolve_engine(config.engine)
+    engine = engine_for(config.engine)
     arguments = training_arguments(config, engine)
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     set_seed(arguments.seed)
-    zero3 = zero3_options()
-    if zero3:
+    if job.engine == "zero3":
         import deepspeed
 
         deepspeed.init_distributed()
@@ -233,7 +233,7 @@ def _rank(job: SimpleNamespace) -> int:
         bitsandbytes()
     dist.all_reduce(torch.ones(1))
     begun: list[streaming.Loading] = []
-    begin, advance, partition = streaming.begin, streaming.progress._advance, placing.partition_zero3
+    begin, advance, partition = streaming.begin, streaming.progress._advance, zero_place.partition_zero3
     started, baseline = time.perf_counter(), _status("VmRSS")
     meter = PeakMeter()
 
@@ -254,10 +254,10 @@ def _rank(job: SimpleNamespace) -> int:
     with (
         mock.patch.object(streaming, "begin", noted_begin),
         mock.patch.object(streaming.progress, "_advance", noted_advance),
-        mock.patch.object(placing, "partition_zero3", noted_partition),
-        whole_weights(),
+        mock.patch.object(zero_place, "partition_zero3", noted_partition),
+        engine.loading() as settled,
     ):
-        model = placing.place_model(config, engine, arguments, zero3=zero3)
+        model = placing.place_model(config, settled, arguments)
     meter.mark("the end")
     own = {
         "baseline_bytes": baseline,

@@ -29,7 +29,6 @@ from adalora_scale.cluster.plan.memory import Part, describe, memory_of
 from adalora_scale.cluster.plan.model import build, build_base
 from adalora_scale.cluster.plan.request import Request
 from adalora_scale.cluster.plan.trace import BLOCKS, Activations, trace_step
-from adalora_scale.cluster.plan.weights import EngineName
 from adalora_scale.config import load_config
 from adalora_scale.quantization.linear import Linear4bit
 
@@ -48,7 +47,7 @@ class Published:
     reported: float
     model: str
     gpus: int
-    engine: EngineName
+    engine: str
     offload: bool
     sequences: int
     length: int

@@ -43,7 +43,10 @@ LEAVES = {  # what else they may import
 }
 TASK_ROOMS = ("tasks", "config")  # who may name a task; the others ask the object
 TASK_WORDS = {*TASKS, *(task.peft_type for task in TASKS.values()), "CausalLM", "SequenceClassification"}
-DEEPSPEED_HOMES = ("engines/zero", "engines/place.py", "verify/")
+DEEPSPEED_HOMES = ("engines/zero",)
+ENGINE_NAMES = {"one process", "ddp", "fsdp2", "hsdp", "deepspeed", "zero0", "zero1", "zero2", "zero3", "zero3-offload"}
+KNOW_ENGINES = {"engines", "config"}  # rooms that may compare an engine's name; launch/ may too
+PREFIX_TESTS = {"startswith", "endswith", "removeprefix", "removesuffix"}
 
 
 def room_of(path: str) -> str:
@@ -140,6 +143,54 @@ def task_names(source: str, path: str) -> list[str]:
     return [f"{path}:{node.lineno}: '{node.value}'" for node in strings if node.value in TASK_WORDS]
 
 
+def constants(node: ast.AST | None) -> Iterator[str]:
+    """Yield the strings that an expression or a pattern is, or holds as a tuple, list, set or alternative."""
+    match node:
+        case ast.Constant(value=str(text)):
+            yield text
+        case ast.Tuple(elts=inner) | ast.List(elts=inner) | ast.Set(elts=inner) | ast.MatchOr(patterns=inner):
+            for part in inner:
+                yield from constants(part)
+        case ast.MatchValue(value=inner):
+            yield from constants(inner)
+
+
+def engine_comparisons(source: str, path: str) -> list[str]:
+    """Find where a name of an engine decides something: compared, matched, a prefix, in a collection, a dict's key.
+
+    Alone in a collection, or as a dict's key, "deepspeed" is a package and one of TrainingArguments' keys.
+    """
+    if room_of(path) in KNOW_ENGINES:
+        return []
+    names, found = ENGINE_NAMES - {"deepspeed"}, []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Compare(left=left, comparators=others):
+                hit = any(text in ENGINE_NAMES for side in (left, *others) for text in constants(side))
+                hit |= any(isinstance(side, ast.Dict) and engine_keys(side) & ENGINE_NAMES for side in others)
+            case ast.match_case(pattern=pattern):
+                # (case "a", "b" is a sequence: look at every pattern below)
+                hit = any(text in ENGINE_NAMES for part in ast.walk(pattern) for text in constants(part))
+            case ast.Call(func=ast.Attribute(attr=name), args=args) if name in PREFIX_TESTS:
+                hit = any(t in ENGINE_NAMES or t.startswith("zero") for arg in args for t in constants(arg))
+            case ast.Subscript(value=ast.Dict() as table) | ast.Attribute(value=ast.Dict() as table):
+                hit = bool(engine_keys(table) & ENGINE_NAMES)  # looked up, or .get
+            case ast.Dict():
+                hit = bool(engine_keys(node) & names)
+            case ast.Tuple() | ast.List() | ast.Set():
+                hit = any(text in names for text in constants(node))
+            case _:
+                hit = False
+        if hit:
+            where = node.pattern.lineno if isinstance(node, ast.match_case) else node.lineno
+            found.append(f"{path}:{where}: ask the engine (engines/engine.py) instead of comparing its name")
+    return found
+
+
+def engine_keys(table: ast.Dict) -> set[str]:
+    return {text for key in table.keys for text in constants(key)}
+
+
 def python_files(folder: str) -> list[tuple[str, str]]:
     base = ROOT / folder
     return [(path.relative_to(base).as_posix(), path.read_text()) for path in sorted(base.rglob("*.py"))]
@@ -153,6 +204,11 @@ def test_every_import_points_down():
 def test_no_two_rooms_import_each_other():
     """Else two rooms of one layer have become one."""
     assert circle(python_files(PACKAGE)) == []
+
+
+def test_no_engine_name_is_compared_outside_the_engines_room():
+    """Else a new engine touches every file that compares one, and the one that was forgotten is wrong in silence."""
+    assert [line for path, source in python_files(PACKAGE) for line in engine_comparisons(source, path)] == []
 
 
 def test_library_code_has_no_bare_assert():
@@ -193,6 +249,7 @@ def test_no_file_is_too_long_to_read():
         ("controller.py", "def f():\n    from deepspeed.runtime import engine"),
         ("training/run.py", "from adalora_scale.cli import main"),
         ("training/run.py", "def f():\n    import deepspeed"),
+        ("verify/engines.py", "def f():\n    import deepspeed"),
         ("training/run.py", "try:\n    import deepspeed\nexcept ImportError:\n    pass"),
         ("config.py", "from adalora_scale.adalora import schedule"),
         ("config.py", "from adalora_scale import quantization"),
@@ -211,8 +268,8 @@ def test_the_checker_sees_a_forbidden_import(path, source):
     [
         ("__init__.py", "from adalora_scale.training.run import train"),
         ("cli.py", "from adalora_scale import cluster, verify"),
-        ("engines/place.py", "def f():\n    import deepspeed"),
-        ("engines/place.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import deepspeed"),
+        ("engines/zero_place.py", "def f():\n    import deepspeed"),
+        ("engines/zero_place.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import deepspeed"),
         ("training/run.py", "from adalora_scale.export import peft\nfrom adalora_scale import errors, __version__"),
         ("engines/zero.py", "async def f():\n    from deepspeed.utils import groups"),
         ("engines/zero.py", "import torch.distributed\nfrom ..adalora.layer import FACTORS\nfrom . import span"),
@@ -242,6 +299,46 @@ def test_the_checker_sees_a_task_name(source):
     assert task_names(source, "training/run.py") and task_names(source, "export/merge.py")
     assert task_names(source, "tasks/causal_lm.py") == task_names(source, "config/options.py") == []
     assert task_names('"""Text about causal_lm and SEQ_CLS."""\nf(task.peft_type)', "training/run.py") == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'if engine.name == "ddp":\n    pass',
+        'if "fsdp2" != engine.name:\n    pass',
+        'x = engine in ("fsdp2", "hsdp")',
+        'x = engine not in {"zero1"}',
+        'x = name in {"deepspeed": 1}',
+        'x = name in ["deepspeed", "auto"]',
+        'x = engine.startswith("zero")',
+        'x = engine.startswith(("ddp", "zero"))',
+        'x = int(engine.removeprefix("zero"))',
+        'match engine:\n    case "zero3":\n        pass',
+        'match engine:\n    case "one process" | "ddp":\n        pass',
+        'match engine, ranks:\n    case "hsdp", 4:\n        pass',
+        'names = {"ddp": 1, "other": 2}\nx = names[engine]',
+        'x = {"deepspeed": 1}[name]',
+        'x = {"deepspeed": 1}.get(name)',
+        'ORDER = ("ddp", "zero2")\nx = engine in ORDER',
+    ],
+)
+def test_the_checker_sees_a_compared_engine_name(source):
+    """Else the rule is kept only by luck."""
+    assert engine_comparisons(source, "training/run.py")
+    assert engine_comparisons(source, "engines/registry.py") == engine_comparisons(source, "config/options.py") == []
+
+
+def test_the_checker_lets_words_pass_that_are_no_engine():
+    """Else the rule would forbid the package deepspeed, and sentences about engines."""
+    allowed = """
+_MANAGED = {"deepspeed": "engine.config", "fsdp": "engine.name"}
+PACKAGES = ("torch", "deepspeed")
+parser.add_argument("--engines", help="ddp fsdp2 hsdp zero1")
+x = getattr(arguments, "deepspeed", None)
+if engine.name == other.name or dtype == "float32":
+    raise UserError("engine.name=ddp")
+"""
+    assert engine_comparisons(allowed, "training/run.py") == []
 
 
 def test_the_checker_sees_a_circle_and_an_assert():

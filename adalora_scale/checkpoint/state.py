@@ -21,6 +21,7 @@ from adalora_scale.adalora.scores import score_named
 from adalora_scale.checkpoint.format import Checkpoint, CheckpointError, Group
 from adalora_scale.controller import RankAllocator
 from adalora_scale.engines import Piece, PieceState, Sharding, adapter_tensors, trained_parameters, whole_shape
+from adalora_scale.engines.ranks import together
 
 ADAPTER, OTHER = "adapter", "other"
 
@@ -98,28 +99,35 @@ def scatter(checkpoint: Checkpoint, model: nn.Module, sharding: Sharding, alloca
     Every rank calls it, between two steps, with the allocator attached.
 
     Raises:
-        CheckpointError: the checkpoint is of a model that trains other tensors, or its files do not belong together.
+        CheckpointError: the checkpoint is of a model that trains other tensors, or its files do not belong together or
+            cannot be read. Raised on all ranks.
     """
-    reader = _Reader(checkpoint, shapes_of(model))
+    reader = together(lambda: _Reader(checkpoint, shapes_of(model)))
     states: dict[str, PieceState] = {}
     scalars: dict[str, dict[str, float]] = checkpoint.manifest["optimizer"]["scalars"]
-    for piece in sharding.pieces():
-        piece.weight.copy_(reader.values(piece, "weight"))
-        kinds = reader.optimizer_kinds(piece)
-        numbers = scalars.get(piece.name, scalars.get("", {}))
-        if kinds or numbers:
-            states[piece.name] = PieceState({kind: reader.values(piece, kind) for kind in kinds}, numbers)
-    sharding.restore(states)
-    sharding.refresh()
     position = dict(checkpoint.manifest["allocator"])
     masks = masks_of(position)
     state = position | {"modules": list(masks), "mask": torch.tensor([bit for row in masks.values() for bit in row])}
-    if not position["frozen"]:
-        for span in sharding.spans:
-            if span.tensor.factor not in allocator.score.factors:
-                continue
-            piece = Piece(span.tensor.name, span.start, span.weight, {}, {})
-            state |= {f"{kind}.{piece.name}": reader.values(piece, kind) for kind in allocator.score.statistics}
+
+    def read() -> None:
+        for piece in sharding.pieces():
+            piece.weight.copy_(reader.values(piece, "weight"))
+            kinds = reader.optimizer_kinds(piece)
+            numbers = scalars.get(piece.name, scalars.get("", {}))
+            if kinds or numbers:
+                states[piece.name] = PieceState({kind: reader.values(piece, kind) for kind in kinds}, numbers)
+        if not position["frozen"]:
+            for span in sharding.spans:
+                if span.tensor.factor not in allocator.score.factors:
+                    continue
+                piece = Piece(span.tensor.name, span.start, span.weight, {}, {})
+                state.update(
+                    {f"{kind}.{piece.name}": reader.values(piece, kind) for kind in allocator.score.statistics}
+                )
+
+    together(read)
+    sharding.restore(states)
+    sharding.refresh()
     allocator.load_state_dict(state)
 
 
@@ -130,9 +138,13 @@ def read_weights(checkpoint: Checkpoint, model: nn.Module, sharding: Sharding) -
     Raises:
         CheckpointError: as `scatter`.
     """
-    reader = _Reader(checkpoint, shapes_of(model))
-    for piece in sharding.pieces():
-        piece.weight.copy_(reader.values(piece, "weight"))
+    reader = together(lambda: _Reader(checkpoint, shapes_of(model)))
+
+    def read() -> None:
+        for piece in sharding.pieces():
+            piece.weight.copy_(reader.values(piece, "weight"))
+
+    together(read)
     sharding.refresh()
 
 

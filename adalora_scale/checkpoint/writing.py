@@ -21,7 +21,7 @@ from torch import Tensor
 from adalora_scale.checkpoint import format as files
 from adalora_scale.checkpoint.format import CheckpointError
 from adalora_scale.checkpoint.state import Gathered, merged_scalars
-from adalora_scale.engines.ranks import rank_and_size
+from adalora_scale.engines.ranks import everywhere, on_all_ranks, rank_and_size
 from adalora_scale.errors import UserError
 
 _SETTLES_S = 20.0
@@ -112,22 +112,17 @@ def agree(action: Callable[[], Any] | None, path: Path) -> list[Any]:
     Raises:
         CheckpointError: it failed on some rank, with the operating system's reason; raised on all ranks alike.
     """
-    value, problem = None, None
+
+    def tried() -> Any:
+        try:
+            return action() if action is not None else None
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
+
     try:
-        value = action() if action is not None else None
-    except (OSError, UserError) as error:
-        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        problem = reason if isinstance(error, UserError) else f"{path} cannot be written: {reason}."
-    world_size = rank_and_size()[1]
-    everyone: list[tuple[Any, str | None]] = [(value, problem)]
-    if world_size > 1:
-        everyone = [(None, None)] * world_size
-        dist.all_gather_object(everyone, (value, problem))
-    for number, (_, said) in enumerate(everyone):
-        if said is not None:
-            where = f" (rank {number})" if world_size > 1 else ""
-            raise CheckpointError(f"{said}{where}")
-    return [value for value, _ in everyone]
+        return everywhere(tried)
+    except UserError as error:
+        raise on_all_ranks(CheckpointError(str(error))) from None
 
 
 def probe_shared(output_dir: Path) -> None:

@@ -27,7 +27,7 @@ from adalora_scale.controller.scoring import Scoring
 from adalora_scale.controller.step_sums import StepReduction, sum_of_squares
 from adalora_scale.controller.triplets import zero_lambda, zero_triplets
 from adalora_scale.engines import Sharding, sharding_for
-from adalora_scale.engines.ranks import on_every_rank
+from adalora_scale.engines.ranks import together
 from adalora_scale.errors import Unsupported, UserError
 
 
@@ -111,7 +111,7 @@ class RankAllocator:
                 "the base model's fingerprint": self._base_fingerprint,
             }
         )
-        sharding, base = on_every_rank(lambda: self._hold(optimizer))
+        sharding, base = together(lambda: self._hold(optimizer))
         sharding.connect()
         require_same_start(*sharding.replicas())
         require_in_forward(sharding, write=True, step=0)

@@ -1,9 +1,9 @@
-"""Whether this process is one of several, which, where they exchange tensors, and failing together."""
+"""Whether this process is one of several, which, where they exchange tensors, and how they fail together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from adalora_scale.errors import Unsupported, UserError
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 
 def several_ranks() -> bool:
@@ -25,36 +26,6 @@ def rank_and_size() -> tuple[int, int]:
     return 0, 1
 
 
-def on_every_rank(action: Callable[[], T]) -> T:
-    """Run `action`, which waits for no other rank, on every rank; a collective call.
-
-    An error that only one rank meets would leave the others waiting in their next collective until its timeout.
-
-    Raises:
-        UserError, Unsupported: `action` raised it on some rank; the first such rank's is raised on all ranks alike.
-    """
-    result: T | None = None
-    problem: UserError | Unsupported | None = None
-    try:
-        result = action()
-    except (UserError, Unsupported) as error:
-        problem = error
-    if several_ranks():
-        everyone: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, None if problem is None else (_kind(problem), str(problem)))
-        failed = [(rank, *said) for rank, said in enumerate(everyone) if said is not None]
-        if failed:
-            rank, kind, message = failed[0]
-            raise kind(message if len(failed) > 1 else f"{message} (rank {rank})") from problem
-    if problem is not None:
-        raise problem
-    return result  # type: ignore[return-value]  # without a problem it is there
-
-
-def _kind(error: UserError | Unsupported) -> type[Exception]:
-    return Unsupported if isinstance(error, Unsupported) else UserError
-
-
 def collective_device(group: dist.ProcessGroup | None = None) -> torch.device:
     """Return a device whose tensors the collectives of `group` (None: all ranks) take.
 
@@ -65,3 +36,64 @@ def collective_device(group: dist.ProcessGroup | None = None) -> torch.device:
     """
     kinds = [device.type for device in (group or dist.group.WORLD)._device_types]  # type: ignore[union-attr]
     return torch.device("cpu" if "cpu" in kinds else kinds[0])
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run `action` on this rank, and raise on all ranks what it raised on one; a collective call.
+
+    Else the others would wait for the failed one in their next collective, until the group's timeout. Calls may be
+    nested: a rank that fails tells the others where it meets them next, and an `action` with collectives of its own
+    lets `together` stand right before each of them.
+
+    Raises:
+        UserError, Unsupported: as `action`, with the rank's number unless all ranks say the same. An OSError becomes a
+            UserError.
+        RuntimeError: another rank failed with another error, which that rank raises itself.
+    """
+    held: list[T] = []
+    everywhere(lambda: held.append(action()))
+    return held[0]
+
+
+def everywhere(action: Callable[[], Any]) -> list[Any]:
+    """Do as `together`, and return what `action` returned on every rank."""
+    world_size = rank_and_size()[1]
+    value: Any = None
+    problem: Exception | None = None
+    try:
+        value = action()
+    except Exception as error:  # whatever it is, the others are waiting
+        if getattr(error, "on_all_ranks", False):
+            raise
+        problem = error
+    everyone: list[tuple[Any, tuple[type[Exception], str] | None]] = [(value, _told(problem))]
+    if world_size > 1:
+        everyone = [(None, None)] * world_size
+        dist.all_gather_object(everyone, (value if problem is None else None, _told(problem)))
+    told = [(number, said) for number, (_, said) in enumerate(everyone) if said is not None]
+    if told:
+        number, (kind, message) = told[0]
+        own = _told(problem)
+        if problem is not None and own is not None and own[0] is RuntimeError:
+            raise on_all_ranks(problem)
+        same = len(told) == world_size and all(said == told[0][1] for _, said in told)
+        raised = kind(message if same else f"{message} (rank {number})")
+        raise on_all_ranks(raised) from problem
+    return [value for value, _ in everyone]
+
+
+def on_all_ranks(error: E) -> E:
+    """Mark an error that every rank raises at this place: an outer `together` lets it pass."""
+    error.on_all_ranks = True  # type: ignore[attr-defined]
+    return error
+
+
+def _told(problem: Exception | None) -> tuple[type[Exception], str] | None:
+    if problem is None:
+        return None
+    if isinstance(problem, OSError):
+        where = f"{problem.filename}: " if problem.filename is not None else ""
+        return UserError, f"{where}{problem.strerror or problem}"
+    if isinstance(problem, UserError | Unsupported):
+        return type(problem), str(problem)
+    return RuntimeError, f"{type(problem).__name__}: {problem}"

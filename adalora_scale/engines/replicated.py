@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from adalora_scale.config import EngineConfig
+from adalora_scale.engines.by_hand import Bench, ByHand
 from adalora_scale.engines.direct import DirectSharding
+from adalora_scale.engines.engine import Engine
 from adalora_scale.engines.joining import JoinWatch
+from adalora_scale.engines.planned import GRADIENTS_COME_LAST, KINDS, Moment, Part, Traffic, Work, around
 from adalora_scale.engines.ranks import several_ranks
 from adalora_scale.engines.span import Span, adapter_tensors, check_held, gathered_extents
 from adalora_scale.errors import Unsupported, UserError
@@ -112,3 +118,113 @@ class ReplicatedSharding(DirectSharding):
         others = [parameter for parameter in self._held() if id(parameter) not in own]
         named += [(f"trained parameter {number} beside the adapters", p.detach()) for number, p in enumerate(others)]
         return named, None
+
+
+class Ddp(Engine):
+    """DistributedDataParallel, wrapped by accelerate when training starts."""
+
+    name = "ddp"
+    real = "ddp"
+    autocast = True
+    preference: ClassVar[int | None] = 0
+
+    @classmethod
+    def asked(cls, config: EngineConfig, *, by_accelerate: bool = False) -> Ddp:
+        """Return DDP, which is one process where nothing launched more."""
+        if config.config is not None:
+            raise UserError("engine.config says nothing to engine.name=ddp; remove it, or name another engine.")
+        return Ddp()
+
+    # ---- live objects -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def recognises(cls, model: nn.Module, links: Sequence[Any]) -> bool:
+        """Return true: plain tensors are what is left once every other engine was asked."""
+        return True
+
+    @classmethod
+    def hold(cls, model: nn.Module, links: Sequence[Any]) -> ReplicatedSharding:
+        """Return whole tensors."""
+        return ReplicatedSharding(model, links[-1])
+
+    @classmethod
+    def wraps(cls, model: nn.Module) -> bool:
+        """Return whether DistributedDataParallel is around the model."""
+        return isinstance(model, DistributedDataParallel)
+
+    # ---- placing ------------------------------------------------------------------------------------------------
+
+    def allows(self, real: type[Engine], world_size: int) -> bool:
+        """Return whether it is DDP, or one process that is alone."""
+        return real is Ddp or (real is OneProcess and world_size == 1)
+
+    # ---- planning -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def plain(cls, nodes: int) -> Self:
+        """Return it; it has no options."""
+        return cls()
+
+    @classmethod
+    def offered(cls, ranks: int, nodes: int) -> bool:
+        """Return true: on one GPU it is one process."""
+        return True
+
+    def memory(self, work: Work) -> list[Part]:
+        """Return everything whole, and DDP's buckets."""
+        parts = []
+        for kind in KINDS:
+            size = sum(piece.bytes for piece in work.held if piece.kind == kind)
+            parts.append(Part("adapters (fp32)" if kind == "adapters" else kind, size))
+        owned = sum(piece.tensor.numel() for piece in work.held if piece.trained)
+        kept: Moment = "always" if work.accumulation > 1 else "step"
+        parts += [
+            Part("gradients", 4 * owned, kept, GRADIENTS_COME_LAST if kept == "step" else ""),
+            Part("Adam's moments", 8 * owned),
+            Part("Ī and Ū", 8 * owned, note="until the final allocation"),
+        ]
+        if work.ranks > 1:
+            parts.append(Part("reduction buffers", 4 * owned, note="DDP's buckets"))
+        return parts
+
+    def traffic(self, work: Work) -> Traffic:
+        """Return one all-reduce of the gradients."""
+        owned = sum(piece.tensor.numel() for piece in work.held if piece.trained)
+        return Traffic(0, 0, int(around(work.ranks) * 2 * 4 * owned))
+
+    # ---- loops written by hand ----------------------------------------------------------------------------------
+
+    def by_hand(self, bench: Bench) -> ByHand:
+        """Wrap it in DistributedDataParallel."""
+        return _DdpByHand(bench, DistributedDataParallel(bench.model))
+
+
+class OneProcess(Ddp):
+    """What holds the model of a run with engine.name=ddp that is alone."""
+
+    real = "one process"
+    preference = None
+
+    @classmethod
+    def wraps(cls, model: nn.Module) -> bool:
+        """Return true: nothing is around a model that no other engine holds."""
+        return True
+
+    @classmethod
+    def offered(cls, ranks: int, nodes: int) -> bool:
+        """Return false: a comparison shows it as DDP."""
+        return False
+
+    @classmethod
+    def trials(cls) -> dict[str, Engine]:
+        """Return nothing: the other engines are compared with it."""
+        return {}
+
+    def by_hand(self, bench: Bench) -> ByHand:
+        """Leave the model as it is."""
+        return ByHand(bench, bench.model)
+
+
+class _DdpByHand(ByHand):
+    def begin(self, *, last: bool) -> None:
+        self.model.require_backward_grad_sync = last

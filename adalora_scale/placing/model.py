@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,9 @@ from transformers.utils import logging as hf_logging
 
 from adalora_scale.adalora.injection import inject_adalora, modules_to_save
 from adalora_scale.config import AdaLoraConfig, RunConfig
-from adalora_scale.engines.place import Engine, partition_zero3, shard_fsdp2, transformer_blocks
+from adalora_scale.engines.blocks import transformer_blocks
+from adalora_scale.engines.engine import Engine, Loader, Partition, Shard
+from adalora_scale.engines.ranks import together
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.continual import check_start, start_from_adapter
 from adalora_scale.placing import streaming
@@ -68,34 +71,39 @@ def place_model(
     arguments: TrainingArguments,
     *,
     label_names: list[str] | None = None,
-    zero3: dict[str, Any] | None = None,
     bf16: bool = False,
     fit_ranks: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """Return the base model with its adapters, where the engine wants it.
 
-    4-bit bases, and bases that FSDP2 or ZeRO-3 shard, stream from their files; others, and 16-bit ones that cannot be
-    streamed, are loaded whole by transformers.
+    4-bit bases, and bases of engines that shard weights, stream from their files; others, and 16-bit ones that cannot
+    be streamed, are loaded whole by transformers.
 
     Args:
         config: the run's.
-        engine, arguments: as resolved from it.
+        engine, arguments: as resolved from it; the engine within its `loading`.
         label_names: names of the classes, for a classifier.
-        zero3: DeepSpeed's configuration where it asks for ZeRO-3.
         bf16: whether a sharded model computes in bfloat16.
         fit_ranks: a run that continues from a checkpoint: builds the injected adapters at that checkpoint's ranks.
+
+    Raises:
+        UserError, Unsupported: the base cannot be loaded; raised on all ranks though it be one rank's file.
     """
-    device = arguments.device
-    fsdp2 = engine.name == "fsdp2"
+    # Each rank by itself up to here, and then in collectives: a file that is damaged on one machine ends all ranks.
+    loader = together(lambda: _prepared(config, engine, arguments, label_names, fit_ranks))
+    return together(lambda: engine.load(loader, device=arguments.device, bf16=bf16))
 
-    def shard(model: nn.Module) -> None:
-        shard_fsdp2(model, engine.fsdp2, device_type=device.type, bf16=bf16)
 
-    started = (
-        _begin_streaming(config, arguments, label_names)
-        if fsdp2 or zero3 or streaming.is_streamed(config.model)
-        else None
-    )
+def _prepared(
+    config: RunConfig,
+    engine: Engine,
+    arguments: TrainingArguments,
+    label_names: list[str] | None,
+    fit_ranks: Callable[[nn.Module], None] | None,
+) -> Loader:
+    """Build the model with its adapters; no collective."""
+    streams = engine.streams or streaming.is_streamed(config.model)
+    started = _begin_streaming(config, arguments, label_names) if streams else None
     if started is None:
         model = load_model(config, label_names)
         inject_adalora(model, adalora_config_for(config, model))
@@ -103,20 +111,47 @@ def place_model(
             fit_ranks(model)
         elif config.model.adapter_path:
             start_from_adapter(model, config.model.adapter_path)
-        if fsdp2:
-            shard(model)
-        return model
+        return _InMemory(model)
     _inject_streamed(config, started, continues=fit_ranks is not None)
     if fit_ranks is not None:
         fit_ranks(started.model)
-    if fsdp2:
-        storage = torch.device("cpu") if engine.fsdp2.cpu_offload else device
-        return streaming.load_sharded(started, shard, storage)
-    if zero3:
-        dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-        blocks = transformer_blocks(started.model)
-        return streaming.load_partitioned(started, blocks, lambda own: partition_zero3(own, zero3), dtype)
-    return streaming.load_whole(started)
+    return _Streamed(started, torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None)
+
+
+@dataclass(frozen=True)
+class _InMemory:
+    """A model that every rank has whole already."""
+
+    model: nn.Module
+
+    def whole(self) -> nn.Module:
+        return self.model
+
+    def sharded(self, shard: Shard, storage: torch.device) -> nn.Module:
+        shard(self.model)
+        return self.model
+
+    def partitioned(self, partition: Partition) -> nn.Module:
+        """Leave it whole until training starts."""
+        return self.model
+
+
+@dataclass(frozen=True)
+class _Streamed:
+    """A model on the meta device that reads its weights where they stay."""
+
+    started: streaming.Loading
+    dtype: torch.dtype | None
+    """What an engine that partitions computes in; None keeps every dtype."""
+
+    def whole(self) -> nn.Module:
+        return streaming.load_whole(self.started)
+
+    def sharded(self, shard: Shard, storage: torch.device) -> nn.Module:
+        return streaming.load_sharded(self.started, shard, storage)
+
+    def partitioned(self, partition: Partition) -> nn.Module:
+        return streaming.load_partitioned(self.started, transformer_blocks(self.started.model), partition, self.dtype)
 
 
 def _inject_streamed(config: RunConfig, started: streaming.Loading, *, continues: bool) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ from adalora_scale.adalora.injection import (
 )
 from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.config import AdaLoraConfig, ModelConfig, RunConfig
+from adalora_scale.engines.ranks import together
 from adalora_scale.errors import UserError
 from adalora_scale.export.tensor_files import TensorFile
 from adalora_scale.quantization.base_files import FLOATS, BaseFiles
@@ -195,7 +197,7 @@ def load_sharded(loading: Loading, shard: Callable[[nn.Module], None], storage: 
     shard(loading.model)
     materialize_shards(loading.model, storage, loading.device, loading.plan.ties)
     with progress(loading) as on_slot:
-        fill(loading.plan, loading.plan.slots, device=loading.device, on_slot=on_slot)
+        fill(loading.plan, loading.plan.slots, device=loading.device, on_slot=on_slot, together=together)
     _fill_drawn(loading, loading.model)
     give_back_freed()
     return loading.model
@@ -225,9 +227,8 @@ def load_partitioned(
         for unit in units:
             materialize(unit, loading.device, plan.ties)
             members = {id(module) for module in unit}
-            if reads:
-                slots = [slot for slot in plan.slots if id(slot.module) in members]
-                fill(plan, slots, device=loading.device, on_slot=on_slot)
+            slots = [slot for slot in plan.slots if reads and id(slot.module) in members]
+            together(partial(fill, plan, slots, device=loading.device, on_slot=on_slot))
             _fill_drawn(loading, unit)
             own = [parameter for module in unit for parameter in module.parameters(recurse=False)]
             for parameter in own:

@@ -6,10 +6,12 @@ memory until the map is closed.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +23,20 @@ from adalora_scale.errors import Unsupported, UserError
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """Open a file of weights; it may have been damaged since its header was read.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as reader:
+            yield reader
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is damaged or truncated ({error}); download it again.") from None
 
 
 @dataclass(frozen=True)
@@ -96,20 +112,17 @@ class BaseFiles:
         return cls(expected, expected)
 
     def _add(self, file: Path, expected: set[str] | None) -> None:
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for name in reader.keys():  # noqa: SIM118 (not a mapping)
-                    piece = reader.get_slice(name)
-                    self.tensors[name] = StoredTensor(file, tuple(piece.get_shape()), piece.get_dtype())
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or truncated ({error}); download it again.") from None
+        with _opened(file) as reader:
+            for name in reader.keys():  # noqa: SIM118 (not a mapping)
+                piece = reader.get_slice(name)
+                self.tensors[name] = StoredTensor(file, tuple(piece.get_shape()), piece.get_dtype())
         if expected and (missing := sorted(expected - self.tensors.keys())):
             raise UserError(f"{file} does not hold '{missing[0]}', which the index says it does; download it again.")
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read rows start to stop of a tensor, on the CPU, into memory of its own."""
         stored = self.tensors[name]
-        with safe_open(stored.file, framework="pt") as reader:
+        with _opened(stored.file) as reader:
             if not stored.shape or (start == 0 and stop == stored.shape[0]):
                 part: Tensor = reader.get_tensor(name)
             else:
@@ -124,7 +137,7 @@ class BaseFiles:
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
         """Read columns start to stop of a matrix and return them transposed, (stop - start, rows)."""
-        with safe_open(self.tensors[name].file, framework="pt") as reader:
+        with _opened(self.tensors[name].file) as reader:
             part: Tensor = reader.get_slice(name)[:, start:stop]
             self.bytes_read += part.numel() * part.element_size()
             return part.T.clone(memory_format=torch.contiguous_format)

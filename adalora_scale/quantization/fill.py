@@ -26,7 +26,12 @@ from adalora_scale.quantization.prequantized import stored_blocks, stored_nested
 
 @torch.no_grad()
 def fill(
-    plan: LoadingPlan, slots: Iterable[Slot], *, device: torch.device, on_slot: Callable[[Slot], None] = lambda _: None
+    plan: LoadingPlan,
+    slots: Iterable[Slot],
+    *,
+    device: torch.device,
+    on_slot: Callable[[Slot], None] = lambda _: None,
+    together: Callable[[Callable[[], None]], None] | None = None,
 ) -> None:
     """Fill the parameters of `slots`; a collective call where they are sharded.
 
@@ -35,10 +40,11 @@ def fill(
         slots: which of the plan's.
         device: where weights are quantised.
         on_slot: called after each.
+        together: runs what a rank does by itself right before ranks meet, and lets one that fails tell the others.
     """
     for slot in slots:
         if slot.quantized:
-            _fill_quantized(plan, slot, device)
+            _fill_quantized(plan, slot, device, together or _alone)
         else:
             target = cast(Tensor, getattr(slot.module, slot.leaf))
             local, start, stop, _ = own_rows(target, slot.name)
@@ -89,7 +95,9 @@ def own_rows(tensor: Tensor, name: str) -> tuple[Tensor, int, int, dist.ProcessG
     return cast(DTensor, tensor.detach()).to_local(), offset[0], offset[0] + shape[0], group
 
 
-def _fill_quantized(plan: LoadingPlan, slot: Slot, device: torch.device) -> None:
+def _fill_quantized(
+    plan: LoadingPlan, slot: Slot, device: torch.device, together: Callable[[Callable[[], None]], None]
+) -> None:
     layer = cast(Linear4bit, slot.module)
     spec, checkpoint = layer.spec, plan.checkpoint
     packed, start, stop, group = own_rows(layer.weight, slot.name)
@@ -103,17 +111,21 @@ def _fill_quantized(plan: LoadingPlan, slot: Slot, device: torch.device) -> None
         return
     absmax = torch.empty(stop - start, dtype=torch.float32, device=device)
     piece = CPU_PIECE if device.type == "cpu" else PIECE
-    for first, last in block_pieces(start, stop, spec.blocksize, layer.in_features, piece):
-        weights = checkpoint.weights(
-            slot.source,
-            first * spec.blocksize,
-            last * spec.blocksize,
-            in_features=layer.in_features,
-            transposed=layer.transposed,
-        )
-        codes, largest = functional.quantize_blocks(weights.to(device, plan.dtype), spec)
-        packed[first - start : last - start].copy_(codes)
-        absmax[first - start : last - start].copy_(largest)
+
+    def read() -> None:
+        for first, last in block_pieces(start, stop, spec.blocksize, layer.in_features, piece):
+            weights = checkpoint.weights(
+                slot.source,
+                first * spec.blocksize,
+                last * spec.blocksize,
+                in_features=layer.in_features,
+                transposed=layer.transposed,
+            )
+            codes, largest = functional.quantize_blocks(weights.to(device, plan.dtype), spec)
+            packed[first - start : last - start].copy_(codes)
+            absmax[first - start : last - start].copy_(largest)
+
+    (together if spec.double_quant and group is not None else _alone)(read)
     if not spec.double_quant:
         scales.copy_(functional.encode_scales(absmax, spec)[0])
         return
@@ -121,6 +133,10 @@ def _fill_quantized(plan: LoadingPlan, slot: Slot, device: torch.device) -> None
     whole, nested = functional.encode_scales(every, spec)
     scales.copy_(whole[start:stop])
     layer.nested.copy_(nested)
+
+
+def _alone(read: Callable[[], None]) -> None:
+    read()
 
 
 def gathered(part: Tensor, rows: int, group: dist.ProcessGroup | None) -> Tensor:

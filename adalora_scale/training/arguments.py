@@ -12,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from adalora_scale.config import AdaLoraConfig, RunConfig, check_value
-from adalora_scale.engines.place import Engine, join_deepspeed_on_cpu, join_on_cpu, refuse_mismatches
+from adalora_scale.engines.engine import Engine
 from adalora_scale.errors import Unsupported, UserError, nearest
 from adalora_scale.tasks.registry import find_task
 from adalora_scale.training.batch import batch_sizes
@@ -136,7 +136,7 @@ def training_arguments(config: RunConfig, engine: Engine) -> TrainingArguments:
     if not checked.keys() & {"gradient_checkpointing", "activation_checkpointing"}:
         options["activation_checkpointing"] = False  # TRL's default trades a third of the speed for memory
     options.update({key: value for key, value in checked.items() if key not in OWN_KEYS})
-    _settle_engine(options, engine)
+    engine.settle(options)
     if "eval_steps" in options and "eval_strategy" not in options:
         options["eval_strategy"] = "steps"
     if "save_strategy" not in checked and "save_steps" not in checked and checked.get("load_best_model_at_end"):
@@ -146,8 +146,7 @@ def training_arguments(config: RunConfig, engine: Engine) -> TrainingArguments:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     # Without a GPU accelerate needs to be told that CPU is meant; asked here, before transformers warns about it.
     alone = launched > 1 and not torch.cuda.is_available() and not options["use_cpu"]
-    if launched > 1 and options["use_cpu"] and engine.name != "deepspeed":
-        join_on_cpu(_timeout(options))
+    engine.join(_timeout(options), launched=launched, use_cpu=options["use_cpu"])
     try:
         arguments = None if alone else task.arguments_class()(**options)
     except (ValueError, TypeError) as error:
@@ -158,8 +157,7 @@ def training_arguments(config: RunConfig, engine: Engine) -> TrainingArguments:
             f"the launcher started {launched} processes, transformers sees {seen}: each would train "
             f"alone. On machines without a GPU set training.use_cpu=true."
         )
-    if (deepspeed := getattr(arguments, "hf_deepspeed_config", None)) is not None:
-        refuse_mismatches(deepspeed)
+    engine.check(arguments)
     return arguments
 
 
@@ -187,30 +185,6 @@ def computes_in_bf16(training: dict[str, Any]) -> bool:
     if "bf16" in training:
         return bool(training["bf16"])
     return not training.get("fp16") and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-
-
-def _settle_engine(options: dict[str, Any], engine: Engine) -> None:
-    """Adapt the arguments to an engine that shards parameters."""
-    if engine.name == "ddp":
-        return
-    for key in ("bf16_full_eval", "fp16_full_eval"):
-        if options.get(key):
-            raise Unsupported(
-                f"training.{key} casts the model, which engine.name={engine.name} has sharded; remove it."
-            )
-    if engine.name == "deepspeed":
-        if options["use_cpu"] and torch.cuda.is_available():
-            raise Unsupported("training.use_cpu=true would switch DeepSpeed off; hide the GPUs instead.")
-        options["deepspeed"] = engine.deepspeed
-        if not torch.cuda.is_available():
-            join_deepspeed_on_cpu(_timeout(options))
-            options["accelerator_config"] = (options.get("accelerator_config") or {}) | {"use_configured_state": True}
-        return
-    if options.get("fp16"):
-        raise Unsupported("training.fp16 is not supported under engine.name=fsdp2; use training.bf16=true.")
-    options["bf16"] = False
-    if engine.fsdp2.cpu_offload and not options["use_cpu"]:
-        options.setdefault("ddp_backend", "cuda:nccl,cpu:gloo")  # gradient norms of shards on the host
 
 
 def _timeout(options: dict[str, Any]) -> timedelta:

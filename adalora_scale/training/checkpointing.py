@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from adalora_scale.adalora.compaction import compact
 from adalora_scale.adalora.injection import adapter_layers, file_forms, injected_module, injection_of
@@ -22,6 +22,7 @@ from adalora_scale.checkpoint.writing import agree, probe_shared, rank_and_size,
 from adalora_scale.controller import RankAllocator
 from adalora_scale.data.digests import data_fingerprint
 from adalora_scale.engines import base_optimizer
+from adalora_scale.engines.ranks import together
 from adalora_scale.errors import Interrupted, UserError
 from adalora_scale.training.loop_state import loop_state, restore_optimizer, restore_sums
 from adalora_scale.training.records import versions, write_json
@@ -170,17 +171,22 @@ class RunCheckpoints:
 
     def load_sums(self) -> None:
         """Restore what the loop has just set to zero."""
-        if self.resumed is not None:
-            restore_sums(self.trainer, self.resumed, *rank_and_size())
+        if (checkpoint := self.resumed) is not None:
+            together(lambda: restore_sums(self.trainer, checkpoint, *rank_and_size()))
 
     def load_rng(self) -> None:
         """Restore this rank's random numbers; ranks that the checkpoint does not know keep their own."""
         checkpoint, rank = self.resumed, rank_and_size()[0]
-        if checkpoint is None or rank >= checkpoint.world_size:
+        if checkpoint is None:
             return
         keys = [f"rng.{name}" for name in ("python", "python_rest", "numpy", "numpy_rest", "torch", "cuda")]
-        found = {key: checkpoint.extra(rank, key) for key in keys}
-        set_rng_state({key: value for key, value in found.items() if value is not None})
+
+        def read() -> dict[str, Tensor | None]:
+            return {key: checkpoint.extra(rank, key) for key in keys} if rank < checkpoint.world_size else {}
+
+        found = {key: value for key, value in together(read).items() if value is not None}
+        if found:
+            set_rng_state(found)
 
     # ---- writing ------------------------------------------------------------------------------------------------
 

@@ -10,12 +10,14 @@ from transformers import TrainingArguments
 
 from adalora_scale.checkpoint.format import Checkpoint
 from adalora_scale.config import RunConfig
+from adalora_scale.engines.engine import Engine
+from adalora_scale.engines.registry import continues
 from adalora_scale.training.arguments import check_training_section, computes_in_bf16
 from adalora_scale.training.checkpointing import compact_for
 
 
 def rank_fitter(
-    config: RunConfig, arguments: TrainingArguments, engine: str, checkpoint: Checkpoint | None
+    config: RunConfig, arguments: TrainingArguments, engine: Engine, checkpoint: Checkpoint | None
 ) -> Callable[[nn.Module], None] | None:
     """Return what builds a freshly injected model's adapters at a checkpoint's pruned ranks, where the config wants it.
 
@@ -31,12 +33,11 @@ def rank_fitter(
     return fit
 
 
-def continues_exactly(checkpoint: Checkpoint, arguments: TrainingArguments, engine: str) -> bool:
+def continues_exactly(checkpoint: Checkpoint, arguments: TrainingArguments, engine: Engine) -> bool:
     """Return whether ranks, engine and micro-batch are those of the checkpoint, so that sums come in the same order."""
     saved = checkpoint.manifest
-    names = {"ddp": ("one process", "ddp"), "fsdp2": ("fsdp2", "hsdp"), "deepspeed": ("zero1", "zero2", "zero3")}
     batch = [arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps]
-    same_engine = saved["engine"] in names[engine]
+    same_engine = continues(engine, saved["engine"])
     return same_engine and saved["world_size"] == arguments.world_size and saved["micro_batch"] == batch
 
 

@@ -6,13 +6,14 @@ transformers looks for most of them when the trainer is made, which is after the
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
-from transformers import integrations
 from transformers.integrations import integration_utils
 from transformers.utils import import_utils
 
 from adalora_scale.config import RunConfig
+from adalora_scale.engines.engine import Engine
 from adalora_scale.errors import UserError
 
 Looks = Callable[[], bool]
@@ -86,7 +87,7 @@ _ATTENTION: dict[str, tuple[Looks, str]] = {
 }
 
 
-def check_packages(config: RunConfig, training: dict[str, Any], engine: str) -> None:
+def check_packages(config: RunConfig, training: dict[str, Any], engine: Engine) -> None:
     """See that the packages are there that the config's values need.
 
     Args:
@@ -113,8 +114,8 @@ def check_packages(config: RunConfig, training: dict[str, Any], engine: str) -> 
             _require(f"model.attn_implementation={attention}", _ATTENTION.get(attention, hub_only))
     if training.get("use_liger_kernel"):
         _require("training.use_liger_kernel=true", (import_utils.is_liger_kernel_available, "liger-kernel"))
-    if engine == "deepspeed":
-        _require("engine.name=deepspeed", (integrations.is_deepspeed_available, "deepspeed"))
+    if (package := engine.package) is not None:
+        _require(f"engine.name={engine.name}", (lambda: find_spec(package) is not None, package))
     if config.model.load_in_4bit:
         _require("model.load_in_4bit=true", _BITSANDBYTES)
 

@@ -28,7 +28,8 @@ from adalora_scale.config import RunConfig
 from adalora_scale.data.preparing import Prepared
 from adalora_scale.data.rows import RawData, load_raw
 from adalora_scale.engines.builds import bounded_build_waits
-from adalora_scale.engines.place import Engine, resolve_engine, whole_weights, zero3_options
+from adalora_scale.engines.engine import Engine
+from adalora_scale.engines.registry import engine_for
 from adalora_scale.errors import UserError
 from adalora_scale.export.continual import check_start
 from adalora_scale.placing import streaming
@@ -87,10 +88,10 @@ def prepare(config: RunConfig) -> Inputs:
 
     No rank waits for another in a collective here, so long tokenisation cannot run into a process group's timeout.
     """
-    engine = resolve_engine(config.engine)
+    engine = engine_for(config.engine)
     training = check_training_section(config)
     check_optimizer(training)
-    check_packages(config, training, engine.name)
+    check_packages(config, training, engine)
     _check_output_dir(training)
     check_asked_checkpoint(training.get("resume_from_checkpoint"), Path(training["output_dir"]))
     check_model_path(config)
@@ -118,19 +119,17 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
     """Load the model, inject the adapters, and build the trainer of the task."""
     arguments = inputs.arguments
     set_seed(arguments.seed)  # a new classifier head and the adapters start equal on every rank
-    zero3 = zero3_options()
-    with whole_weights():
+    with inputs.engine.loading() as engine:
         training = check_training_section(config)
         asked = training.get("resume_from_checkpoint")
         checkpoint = choose_checkpoint(asked, Path(training["output_dir"]))
         model = place_model(
             config,
-            inputs.engine,
+            engine,
             arguments,
             label_names=inputs.raw.label_names,
-            zero3=zero3,
             bf16=computes_in_bf16(training),
-            fit_ranks=rank_fitter(config, arguments, inputs.engine.name, checkpoint),
+            fit_ranks=rank_fitter(config, arguments, engine, checkpoint),
         )
     if arguments.process_index == 0:
         print(coverage(model), flush=True)
@@ -145,7 +144,7 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
         processing_class=inputs.tokenizer,
         **task.trainer_options(inputs.tokenizer),
     )
-    trainer.asked_engine = inputs.engine.name
+    trainer.asked_engine = inputs.engine
     trainer.checkpoints.run_identity = run_identity(config)
     trainer.checkpoints.allowed_changes = training.get("resume_allow_changed") or []
     trainer.checkpoints.resumed = checkpoint

@@ -21,7 +21,9 @@ from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
 from adalora_scale.data.packing import check_packing_isolated
 from adalora_scale.engines import base_optimizer
-from adalora_scale.engines.place import check_engine, is_sharded, real_engine, refuse_mismatches
+from adalora_scale.engines.engine import Engine
+from adalora_scale.engines.registry import check_engine, is_sharded, real_engine
+from adalora_scale.engines.zero_place import refuse_mismatches
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter, saved_values, unwrapped
 from adalora_scale.tasks.registry import task_of_class
@@ -69,8 +71,8 @@ class AdaLoraTrainerMixin(_TrainerSeams):
             # transformers 5.23: its models take num_items_in_batch and ignore it, so that Trainer's correction for it
             # multiplies loss and gradient by the number of ranks and of micro-batches.
             model.accepts_loss_kwargs = False  # type: ignore[assignment]
-        self.asked_engine: str | None = None
-        """ddp, fsdp2 or deepspeed: what must hold the model when training starts; None asks for nothing by name."""
+        self.asked_engine: Engine | None = None
+        """What must hold the model when training starts; None asks for nothing by name."""
         self.engine = "not started"
         self._saw_state = False
         super().__init__(model, *args, **kwargs)
@@ -159,14 +161,10 @@ class AdaLoraTrainerMixin(_TrainerSeams):
 
     @contextlib.contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
-        """Accumulate gradients without reducing them; under HSDP they stay sharded and only replicas wait."""
+        """Accumulate gradients without reducing them, as the engine can."""
         model: Any = self.model
-        defer = model.set_requires_all_reduce if real_engine(model) == "hsdp" else model.set_requires_gradient_sync
-        defer(False)
-        try:
+        with real_engine(model).accumulating(model):
             yield
-        finally:
-            model.set_requires_gradient_sync(True)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; see transformers' Trainer.train.

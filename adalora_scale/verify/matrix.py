@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from adalora_scale.verify.engines import EVALUATED, Outcome, train
+from adalora_scale.verify.engines import EVALUATED, SINGLE, Outcome, train
+from adalora_scale.verify.engines import why_not as engine_why_not
 from adalora_scale.verify.problem import Problem, adapter_weights, token_loss
 from adalora_scale.verify.reference import ReferenceAdaLora, ReferenceOptions
 
@@ -60,7 +60,7 @@ def expected_outcome(variant: str, problem: Problem) -> Outcome:
     bf16 cells are compared with one process in bf16, all others with the float64 reference.
     """
     if variant == "bf16":
-        return train("single", "bf16", problem)
+        return train(SINGLE, "bf16", problem)
     config = problem.config
     reference = ReferenceAdaLora(
         adapter_weights(problem.adapted_model()),
@@ -147,10 +147,8 @@ def run_matrix(
 
 def why_not(engine: str, variant: str, problem: Problem) -> str:
     """Return why a cell cannot run here, or nothing."""
-    if engine == "hsdp" and (problem.ranks < 4 or problem.ranks % 2):
-        return "needs an even number of ranks, 4 or more"
-    if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        return "deepspeed is not installed"
+    if reason := engine_why_not(engine, problem.ranks):
+        return reason
     if variant == "bf16" and problem.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         return "this GPU has no bf16"
     return ""

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from adalora_scale.engines.registry import ENGINES as engines
 from adalora_scale.quantization.linear import Linear4bit
 from adalora_scale.verify.engines import adapter_elements, running
 from adalora_scale.verify.problem import SEED, Problem, token_loss
 
-ENGINES = ("fsdp2", "zero3")
+ENGINES = tuple(name for name, engine in engines.items() if engine.shares_everything)
 BASE = "4-bit base"
 """Weights of the frozen base: packed codes, scales, second level, and what stays in 16 or 32 bits."""
 BASE_TOLERANCE = 0.03

@@ -17,9 +17,9 @@ from adalora_scale.cluster.plan.memory import describe, memory_of
 from adalora_scale.cluster.plan.model import build, pieces
 from adalora_scale.cluster.plan.request import Hardware, Request
 from adalora_scale.cluster.plan.trace import trace_step
-from adalora_scale.cluster.plan.weights import fsdp2_weights, pretended_ranks, row_weights
+from adalora_scale.cluster.plan.weights import pretended_ranks, sharded_weights
 from adalora_scale.config import Fsdp2Config, load_config
-from adalora_scale.engines.place import shard_fsdp2
+from adalora_scale.engines.fsdp2_place import Fsdp2, row_weights, shard_fsdp2
 from tests.conftest import ROOT
 from tests.distributed.launcher import build_deepspeed_ops, run_ranks
 
@@ -148,7 +148,8 @@ def test_one_process_agrees_with_a_fake_tensor_trace_of_all_blocks(tmp_path, che
 def test_the_rule_for_row_shards_is_what_fully_shard_does(tmp_path, ranks):
     """Else the search for the smallest cluster uses other bytes than the plan."""
     asked = request(tmp_path, gpus=ranks)
-    assert row_weights(pieces(build(asked)), ranks) == fsdp2_weights(asked, Fsdp2Config())
+    shard = Fsdp2().sharder(device_type="cpu", bf16=True)
+    assert row_weights(pieces(build(asked)), ranks) == sharded_weights(asked, shard)
     assert not dist.is_initialized()
 
 

@@ -12,7 +12,10 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 
 from adalora_scale.adalora.injection import adapter_layers
 from adalora_scale.config import AdaLoraConfig, EngineConfig
-from adalora_scale.engines.place import check_engine, real_engine, resolve_engine
+from adalora_scale.engines.fsdp2_place import Fsdp2, Hsdp
+from adalora_scale.engines.registry import ENGINES, check_engine, configured, continues, engine_for, real_engine
+from adalora_scale.engines.replicated import Ddp
+from adalora_scale.engines.zero_place import Zero2
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter, saved_values
 from adalora_scale.training.trainers import AdaLoraTrainer
@@ -33,17 +36,18 @@ def launched(monkeypatch):
 
 def test_auto_is_deepspeed_with_its_file_and_ddp_without():
     """`--deepspeed FILE` sets the name; a config file that only names the file must mean the same."""
-    assert resolve_engine(EngineConfig()).name == "ddp"
-    engine = resolve_engine(EngineConfig(config=ZERO2))
-    assert engine.name == "deepspeed" and engine.deepspeed["zero_optimization"]["stage"] == 2
+    assert engine_for(EngineConfig()).name == "ddp"
+    engine = engine_for(EngineConfig(config=ZERO2))
+    assert (engine.name, engine.real) == ("deepspeed", "zero2")
+    assert engine.configuration["zero_optimization"]["stage"] == 2
 
 
 def test_what_a_deepspeed_file_leaves_out_comes_from_the_training_section():
     """DeepSpeed's default for clipping is none, for accumulation 1: the training section's would be ignored."""
-    deepspeed = resolve_engine(EngineConfig(config={"zero_optimization": {"stage": 1}})).deepspeed
+    deepspeed = engine_for(EngineConfig(config={"zero_optimization": {"stage": 1}})).configuration
     assert deepspeed["gradient_clipping"] == deepspeed["gradient_accumulation_steps"] == "auto"
     given = {"zero_optimization": {"stage": 1}, "gradient_clipping": 0.5}
-    assert resolve_engine(EngineConfig(config=given)).deepspeed["gradient_clipping"] == 0.5
+    assert engine_for(EngineConfig(config=given)).configuration["gradient_clipping"] == 0.5
 
 
 @pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload"])
@@ -63,14 +67,14 @@ def test_accelerate_launch_brings_the_engine(launched):
     launched.setenv("FSDP_OFFLOAD_PARAMS", "true")
     launched.setenv("FSDP_RESHARD_AFTER_FORWARD", "false")
     with pytest.raises(UserError, match=r"engine\.name=ddp.*fsdp2"):
-        resolve_engine(EngineConfig(name="ddp"))
-    engine = resolve_engine(EngineConfig(config={"reshard_after_forward": True}))
-    assert (engine.name, engine.fsdp2.cpu_offload, engine.fsdp2.reshard_after_forward) == ("fsdp2", True, True)
+        engine_for(EngineConfig(name="ddp"))
+    engine = engine_for(EngineConfig(config={"reshard_after_forward": True}))
+    assert (engine.name, engine.options.cpu_offload, engine.options.reshard_after_forward) == ("fsdp2", True, True)
     assert "ACCELERATE_USE_FSDP" not in os.environ
     launched.setenv("ACCELERATE_USE_FSDP", "true")
     launched.setenv("FSDP_VERSION", "1")
     with pytest.raises(Unsupported, match="fsdp_version: 2"):
-        resolve_engine(EngineConfig())
+        engine_for(EngineConfig())
 
 
 @pytest.mark.parametrize(
@@ -89,7 +93,7 @@ def test_accelerate_launch_brings_the_engine(launched):
 def test_unusable_sections_are_refused_by_key(section, words):
     """Each would otherwise fail in the middle of DeepSpeed or torch, or be ignored."""
     with pytest.raises(UserError) as error:
-        resolve_engine(EngineConfig(**section))
+        engine_for(EngineConfig(**section))
     assert all(word in str(error.value) for word in words)
 
 
@@ -98,7 +102,7 @@ def test_sharding_engines_without_a_launcher_say_how_to_start(launched, name, st
     """Without one DeepSpeed looks for MPI, and torch for a master address."""
     launched.delenv("RANK")
     with pytest.raises(UserError, match=start):
-        resolve_engine(EngineConfig(name=name, config=ZERO2))
+        engine_for(EngineConfig(name=name, config=ZERO2))
 
 
 @pytest.mark.parametrize(
@@ -129,14 +133,52 @@ def test_deepspeed_values_that_disagree_name_both_keys(overrides, words, tmp_pat
 def test_another_engine_than_asked_for_is_noticed():
     """accelerate falls back to DDP, or to nothing, without a word."""
     model = nn.Linear(2, 2)
-    assert real_engine(model) == "one process"
-    assert check_engine(model, "ddp", world_size=1) == "one process"
-    for asked in ("fsdp2", "deepspeed"):
-        with pytest.raises(UserError, match=rf"engine\.name={asked}.*one process"):
+    assert real_engine(model).real == "one process"
+    assert check_engine(model, Ddp(), world_size=1) == "one process"
+    for asked in (Fsdp2(), Zero2()):
+        with pytest.raises(UserError, match=rf"engine\.name={asked.name}.*one process"):
             check_engine(model, asked, world_size=1)
-    for asked in ("ddp", None):
+    for asked in (Ddp(), None):
         with pytest.raises(UserError):
             check_engine(model, asked, world_size=2)
+
+
+class DeepSpeedEngine(nn.Module):
+    """What DeepSpeed's engine shows of itself: its class's name and its stage."""
+
+    def __init__(self, stage):
+        super().__init__()
+        self.zero_optimization_stage = lambda: stage
+
+
+def test_deepspeeds_stage_0_is_refused_by_its_key():
+    """Else a run is told at attach, after the model was loaded, that a class of DeepSpeed's is not supported."""
+    for stage in ({"stage": 0}, {}, {"stage": 4}):
+        with pytest.raises(Unsupported, match=r"zero_optimization\.stage=.*1, 2 or 3"):
+            engine_for(EngineConfig(config={"zero_optimization": stage}))
+    with pytest.raises(Unsupported, match=r"zero_optimization\.stage=0"):
+        check_engine(DeepSpeedEngine(0), None, world_size=2)
+    assert [real_engine(DeepSpeedEngine(stage)).real for stage in (1, 2, 3)] == ["zero1", "zero2", "zero3"]
+
+
+def test_a_run_continues_exactly_on_every_engine_of_its_name():
+    """Else a run on HSDP, or one moved from one process to DDP, would lose exact resume, or gain it wrongly."""
+    exact = {name: {saved for saved in [*ENGINES, "zero0"] if continues(engine, saved)} for name, engine in {
+        "ddp": configured(EngineConfig()),
+        "fsdp2": configured(EngineConfig(name="fsdp2")),
+        "deepspeed": configured(EngineConfig(config=ZERO2)),
+    }.items()}  # fmt: skip
+    assert exact == {
+        "ddp": {"one process", "ddp"},
+        "fsdp2": {"fsdp2", "hsdp"},
+        "deepspeed": {"zero1", "zero2", "zero3"},
+    }
+
+
+def test_copies_make_fsdp2_hsdp():
+    """Else plan, run.json and the order of recognition would speak of another engine than the run's."""
+    assert type(configured(EngineConfig(name="fsdp2", config={"replicate": 2}))) is Hsdp
+    assert type(configured(EngineConfig(name="fsdp2", config={"replicate": 1}))) is Fsdp2
 
 
 # ---- the trainer in one process --------------------------------------------------------------------------------------

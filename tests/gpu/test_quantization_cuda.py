@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from adalora_scale.config import AdaLoraConfig, DataConfig, Fsdp2Config, ModelConfig, RunConfig
-from adalora_scale.engines.place import shard_fsdp2
+from adalora_scale.engines.fsdp2_place import shard_fsdp2
 from adalora_scale.placing import streaming
 from adalora_scale.quantization import functional
 from adalora_scale.quantization.linear import Linear4bit

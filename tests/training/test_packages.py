@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from adalora_scale.config import load_config
+from adalora_scale.engines.replicated import Ddp
+from adalora_scale.engines.zero_place import Zero2
 from adalora_scale.errors import UserError
 from adalora_scale.training.arguments import check_training_section
 from adalora_scale.training.packages import check_packages
@@ -15,9 +17,9 @@ from tests.conftest import ROOT
 RECIPE = ROOT / "configs" / "recipes" / "sgd_chat_stories260k.yaml"
 
 
-def check(*overrides, engine="ddp"):
+def check(*overrides, engine=Ddp):
     config = load_config(RECIPE, list(overrides))
-    check_packages(config, check_training_section(config), engine)
+    check_packages(config, check_training_section(config), engine())
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_a_package_that_is_not_there_is_named_with_its_key(override, install):
 def test_what_is_there_is_not_refused(override):
     """Else the check itself ends runs that would work."""
     check(override)
-    check(override, engine="deepspeed")
+    check(override, engine=Zero2)
 
 
 def test_a_tracker_that_does_not_exist_is_refused():

@@ -117,7 +117,7 @@ def _world_sizes(arguments: argparse.Namespace, hosts: list[Host]) -> Iterator[i
 def _check_training(config: RunConfig, world_sizes: list[int]) -> None:
     """Check the training section's keys, and that the batch can be divided over every number of ranks."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends an optional kernel at import
-    from adalora_scale.engines.place import fixed_global_batch
+    from adalora_scale.engines.registry import fixed_global_batch
     from adalora_scale.training.arguments import convert_training_section
     from adalora_scale.training.batch import batch_sizes
 

@@ -8,12 +8,10 @@ from dataclasses import dataclass, fields, replace
 from adalora_scale.cluster.plan.memory import Memory, Model, memory_of
 from adalora_scale.cluster.plan.request import Request
 from adalora_scale.cluster.plan.trace import Activations
-from adalora_scale.cluster.plan.weights import EngineName
+from adalora_scale.engines.registry import ENGINES
 
 MOST_SEQUENCES = 1024
 MOST_GPUS = 1024
-_ORDER: tuple[EngineName, ...] = ("ddp", "zero2", "fsdp2", "zero3")
-"""What to try on a number of GPUs: least traffic first."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,8 @@ def largest_micro_batch(fits: Callable[[int], bool]) -> int:
 
 
 def smallest_cluster(
-    request: Request, model: Model, traces: Callable[[EngineName], Traces], per_node: int
-) -> tuple[int, EngineName, Memory] | None:
+    request: Request, model: Model, traces: Callable[[str], Traces], per_node: int
+) -> tuple[int, str, Memory] | None:
     """Return the fewest GPUs on which a micro-batch of one sequence fits, with the engine, or None.
 
     Numbers tried are powers of two within a node and whole nodes beyond.
@@ -60,9 +58,10 @@ def smallest_cluster(
     while nodes * per_node <= MOST_GPUS:
         counts.append(nodes * per_node)
         nodes *= 2
+    order = sorted((e.preference, name) for name, e in ENGINES.items() if e.preference is not None)
     for count in counts:
         asked = replace(request, gpus=count, nodes=max(1, count // per_node), micro_batch=1, global_batch=None)
-        for engine in _ORDER:
+        for _, engine in order:
             memory = memory_of(engine, asked, model, traces(engine).of(1))
             if memory.device <= request.hardware.gpu.memory:
                 return count, engine, memory

@@ -12,7 +12,7 @@ from adalora_scale.cluster.plan.planner import Plan, Planner
 from adalora_scale.cluster.plan.request import Gpu, Hardware, Request, find_gpu, parse_bytes
 from adalora_scale.cluster.plan.table import table
 from adalora_scale.config import load_config
-from adalora_scale.engines.place import fixed_global_batch
+from adalora_scale.engines.registry import fixed_global_batch
 from adalora_scale.errors import UserError
 from adalora_scale.training.arguments import check_training_section
 

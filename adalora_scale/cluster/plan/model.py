@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -15,39 +15,13 @@ from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.cluster.plan.request import Request
 from adalora_scale.cluster.plan.shapes import model_config
 from adalora_scale.config import RunConfig
-from adalora_scale.engines.place import transformer_blocks
+from adalora_scale.engines.blocks import transformer_blocks
+from adalora_scale.engines.planned import SECOND_LEVEL, Piece
 from adalora_scale.errors import Unsupported
 from adalora_scale.placing.model import adalora_config_for
 from adalora_scale.placing.streaming import build_on_meta, quant_spec
 from adalora_scale.quantization.linear import Linear4bit, quantization_targets, replace_linears
 from adalora_scale.tasks.registry import find_task
-
-KINDS = (
-    "4-bit weights",
-    "4-bit scales",
-    "4-bit second level",
-    "linear weights",
-    "embeddings and head",
-    "norms and biases",
-    "adapters",
-    "other trainable",
-)
-"""What tensors are for; the second level is a buffer on every rank."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One parameter or persistent buffer."""
-
-    kind: str
-    tensor: Tensor
-    block: int | None
-    """Index of its transformer block; None outside."""
-
-    @property
-    def bytes(self) -> int:
-        """Size of the whole tensor."""
-        return self.tensor.numel() * self.tensor.element_size()
 
 
 def build(request: Request, layers: int | None = None) -> nn.Module:
@@ -130,7 +104,7 @@ def pieces(model: nn.Module) -> list[Piece]:
                 seen.add(id(parameter))
                 found.append(Piece(_kind(module, leaf, parameter, heads), parameter, block))
         if isinstance(module, Linear4bit):
-            found.append(Piece("4-bit second level", module.nested, block))
+            found.append(Piece(SECOND_LEVEL, module.nested, block))
     return found
 
 

@@ -12,15 +12,16 @@ from adalora_scale.cluster.plan.model import build
 from adalora_scale.cluster.plan.request import Request
 from adalora_scale.cluster.plan.speed import Load, Speed, load_of, speed_of
 from adalora_scale.cluster.plan.trace import trace_step
-from adalora_scale.cluster.plan.weights import ENGINES, EngineName, fsdp2_options, fsdp2_weights, own_engine
+from adalora_scale.cluster.plan.weights import own_engine, sharded_weights
 from adalora_scale.config import RunConfig
+from adalora_scale.engines.registry import ENGINES
 
 
 @dataclass(frozen=True)
 class Row:
     """One engine of the comparison."""
 
-    engine: EngineName
+    engine: str
     memory: Memory
     speed: Speed
     load: Load
@@ -33,13 +34,13 @@ class Plan:
     """The answer."""
 
     request: Request
-    own: EngineName
+    own: str
     rows: list[Row]
     without_checkpointing: int
     """Device bytes of the run's engine if activations were kept, or recomputed: the other way than it says."""
     adapter_bytes: tuple[int, int]
     """All adapters in float32 at init_r, and at target_r if pruned triplets are removed."""
-    smallest: tuple[int, EngineName, int] | None
+    smallest: tuple[int, str, int] | None
     """GPUs, engine and device bytes of the smallest cluster, with one sequence a micro-batch."""
     ways_out: list[str]
     """Where the run does not fit: what would."""
@@ -57,10 +58,10 @@ class Planner:
         self.request = request
         self.model: Model = describe(build(request))
         self._traces: dict[tuple[bool, bool], Traces] = {}
-        self._own = own_engine(request)
-        self._sharded = None
-        if self._own in ("fsdp2", "hsdp"):
-            self._sharded = fsdp2_weights(request, fsdp2_options(request))
+        own = own_engine(request)
+        self._own = own.real
+        shard = own.sharder(device_type="cpu", bf16=request.bf16)
+        self._sharded = None if shard is None else sharded_weights(request, shard)
 
     def plan(self) -> Plan:
         """Compare the engines and look for what fits."""
@@ -83,12 +84,11 @@ class Planner:
             ways_out=[] if mine.fits else self._ways_out(own, rows, smallest),
         )
 
-    def _engines(self, own: EngineName) -> list[EngineName]:
-        if self.request.gpus == 1:
-            return sorted({"ddp", own}, key=ENGINES.index)
-        return [engine for engine in ENGINES if engine != "hsdp" or own == "hsdp" or self.request.nodes > 1]
+    def _engines(self, own: str) -> list[str]:
+        ranks, nodes = self.request.gpus, self.request.nodes
+        return [name for name, engine in ENGINES.items() if name == own or engine.offered(ranks, nodes)]
 
-    def _row(self, engine: EngineName) -> Row:
+    def _row(self, engine: str) -> Row:
         memory = self._memory(engine, self.request.sequences)
         room = self.request.hardware.gpu.memory
         most = largest_micro_batch(lambda count: self._memory(engine, count).device <= room)
@@ -101,14 +101,14 @@ class Planner:
             fits=memory.device <= room,
         )
 
-    def _memory(self, engine: EngineName, sequences: int, *, other_checkpointing: bool = False) -> Memory:
+    def _memory(self, engine: str, sequences: int, *, other_checkpointing: bool = False) -> Memory:
         request = replace(self.request, micro_batch=sequences, global_batch=None)
         activations = self._traces_for(engine, other_checkpointing).of(sequences)
         sharded = self._sharded if engine == self._own else None
         return memory_of(engine, request, self.model, activations, sharded=sharded)
 
-    def _traces_for(self, engine: EngineName, other_checkpointing: bool = False) -> Traces:
-        key = (engine == "ddp", self.request.checkpointing != other_checkpointing)
+    def _traces_for(self, engine: str, other_checkpointing: bool = False) -> Traces:
+        key = (ENGINES[engine].autocast, self.request.checkpointing != other_checkpointing)
         if key not in self._traces:
             autocast, checkpointing = key
             one, two = (
@@ -118,7 +118,7 @@ class Planner:
             self._traces[key] = Traces(one, two)
         return self._traces[key]
 
-    def _ways_out(self, own: EngineName, rows: list[Row], smallest: tuple[int, EngineName, Memory] | None) -> list[str]:
+    def _ways_out(self, own: str, rows: list[Row], smallest: tuple[int, str, Memory] | None) -> list[str]:
         """Name changes after which the run fits, the smallest change first."""
         request, room = self.request, self.request.hardware.gpu.memory
         mine = next(row for row in rows if row.engine == own)
@@ -129,7 +129,7 @@ class Planner:
             found.append("training.gradient_checkpointing=true")
         others = [row.engine for row in rows if row.fits and row.engine != own]
         if others:
-            found.append(f"{' or '.join(map(_chosen_by, others))} on these {request.gpus} GPUs")
+            found.append(f"{' or '.join(ENGINES[name].chosen_by() for name in others)} on these {request.gpus} GPUs")
         if not request.config.model.load_in_4bit:
             quantised = replace(request, config=replace(request.config, model=_in_4bit(request.config)))
             memory = Planner(quantised)._memory(own, request.sequences)
@@ -137,18 +137,10 @@ class Planner:
                 found.append(f"model.load_in_4bit=true ({memory.device / 1e9:.1f} GB)")
         if smallest is not None:
             count, engine, memory = smallest
-            found.append(
-                f"{_chosen_by(engine)} on {count} GPUs of this size, one sequence each ({memory.device / 1e9:.1f} GB)"
-            )
+            chosen = ENGINES[engine].chosen_by()
+            found.append(f"{chosen} on {count} GPUs of this size, one sequence each ({memory.device / 1e9:.1f} GB)")
         return found
 
 
 def _in_4bit(config: RunConfig) -> Any:
     return replace(config.model, load_in_4bit=True)
-
-
-def _chosen_by(engine: EngineName) -> str:
-    """Return an engine with the keys that choose it."""
-    if engine.startswith("zero"):
-        return f"{engine} (--deepspeed configs/deepspeed/{engine}.json)"
-    return f"{engine} (engine.name=fsdp2 engine.config.replicate=N)" if engine == "hsdp" else f"engine.name={engine}"

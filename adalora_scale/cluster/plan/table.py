@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from adalora_scale.cluster.plan.planner import Plan
 
-_NAMES = {"ddp": "one process"}
-
 
 def table(plan: Plan) -> str:
     """Return the parts of the run's engine, the engines side by side, and the recommendation."""

@@ -26,7 +26,7 @@ from trl.kernels import chunked_logprob
 
 from adalora_scale.cluster.plan.model import build, is_flash
 from adalora_scale.cluster.plan.request import Request
-from adalora_scale.engines.place import transformer_blocks
+from adalora_scale.engines.blocks import transformer_blocks
 from adalora_scale.tasks.registry import find_task
 
 BLOCKS = 2

@@ -18,7 +18,8 @@ from adalora_scale.adalora.injection import inject_adalora
 from adalora_scale.cluster.plan.shapes import model_config
 from adalora_scale.config import Fsdp2Config, load_config
 from adalora_scale.controller import RankAllocator
-from adalora_scale.engines.place import deepspeed_config, shard_fsdp2
+from adalora_scale.engines.fsdp2_place import shard_fsdp2
+from adalora_scale.engines.zero_place import deepspeed_config
 from adalora_scale.placing.streaming import quant_spec
 from adalora_scale.quantization.linear import quantize_model
 from tests.distributed.launcher import report

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from adalora_scale.config import AdaLoraConfig, DataConfig, Fsdp2Config, ModelConfig, RunConfig
-from adalora_scale.engines.place import partition_zero3, shard_fsdp2, transformer_blocks
+from adalora_scale.engines.blocks import transformer_blocks
+from adalora_scale.engines.fsdp2_place import shard_fsdp2
+from adalora_scale.engines.zero_place import partition_zero3
 from adalora_scale.placing import streaming
 from adalora_scale.quantization.linear import Linear4bit
 from tests.distributed.launcher import report

@@ -23,7 +23,7 @@ from trl import SFTTrainer
 from adalora_scale.adalora.injection import adapter_layers, inject_adalora, modules_to_save
 from adalora_scale.config import load_config
 from adalora_scale.engines.full import full_parameter
-from adalora_scale.engines.place import whole_weights
+from adalora_scale.engines.zero_place import whole_weights
 from adalora_scale.placing.model import load_model
 from adalora_scale.training.callback import AdaLoraCallback
 from adalora_scale.training.run import make_trainer, prepare
