@@ -127,8 +127,8 @@ def test_conv1d_delta_equals_the_forward():
 @pytest.mark.parametrize(
     ("module", "type_name"),
     [
-        (nn.Conv2d(3, 4, 3), "Conv2d"),
-        (nn.Embedding(8, 4), "Embedding"),
+        (nn.Conv3d(3, 4, 3), "Conv3d"),
+        (nn.Bilinear(8, 4, 4), "Bilinear"),
         (nn.LayerNorm(4), "LayerNorm"),
         (nn.Sequential(nn.Linear(4, 4)), "Sequential"),
     ],

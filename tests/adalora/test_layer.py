@@ -164,5 +164,5 @@ def test_shapes_are_tall_and_readable():
 
 def test_other_layers_are_refused_by_type():
     """The message must say what was found and what to do."""
-    with pytest.raises(Unsupported, match=r"Conv2d.*exclude_modules"):
-        AdaLoraLayer(nn.Conv2d(3, 4, 3), r=2, scaling=1.0)
+    with pytest.raises(Unsupported, match=r"Conv3d.*exclude_modules"):
+        AdaLoraLayer(nn.Conv3d(3, 4, 3), r=2, scaling=1.0)
