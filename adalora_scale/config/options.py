@@ -237,8 +237,8 @@ class EngineConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID_EXTRA
 
-    name: Literal["auto", "ddp", "fsdp2", "deepspeed"] = "auto"
-    """`auto`: DeepSpeed when a DeepSpeed file is given, else DDP (or one process)."""
+    name: str = "auto"
+    """`ddp`, `fsdp2` or `deepspeed`; `auto`: DeepSpeed when a DeepSpeed file is given, else DDP (or one process)."""
     config: str | dict[str, Any] | None = None
     """The engine's own configuration: DeepSpeed's file or mapping, or keys of `Fsdp2Config`."""
 

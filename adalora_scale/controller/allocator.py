@@ -26,8 +26,9 @@ from adalora_scale.controller.guard import require_equal, require_in_forward, re
 from adalora_scale.controller.scoring import Scoring
 from adalora_scale.controller.step_sums import StepReduction, sum_of_squares
 from adalora_scale.controller.triplets import zero_lambda, zero_triplets
-from adalora_scale.engines import Sharding, sharding_for
+from adalora_scale.engines import Sharding
 from adalora_scale.engines.ranks import together
+from adalora_scale.engines.registry import hold
 from adalora_scale.errors import Unsupported, UserError
 
 
@@ -126,7 +127,7 @@ class RankAllocator:
         return self
 
     def _hold(self, target: object) -> tuple[Sharding, Optimizer]:
-        sharding, base = sharding_for(self.model, target)
+        sharding, base = hold(self.model, target)
         hooks = base._optimizer_step_pre_hooks.values()
         if any(isinstance(getattr(hook, "__self__", None), RankAllocator) for hook in hooks):
             raise UserError(

@@ -10,7 +10,6 @@ from __future__ import annotations
 from adalora_scale.engines.engine import Engine
 from adalora_scale.engines.pieces import Piece, PieceState, trained_parameters, whole_shape
 from adalora_scale.engines.registry import base_optimizer
-from adalora_scale.engines.registry import hold as sharding_for
 from adalora_scale.engines.span import AdapterTensor, Sharding, Span, adapter_tensors
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "Span",
     "adapter_tensors",
     "base_optimizer",
-    "sharding_for",
     "trained_parameters",
     "whole_shape",
 ]

@@ -11,7 +11,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import nn
@@ -46,7 +46,7 @@ class Loader(Protocol):
 class Engine(ABC):
     """One engine, with the options of a run."""
 
-    name: ClassVar[Literal["ddp", "fsdp2", "deepspeed"]]
+    name: ClassVar[str]
     """What a config's `engine.name` calls it; several engines may share a name, and their options decide which it is.
     """
     real: ClassVar[str]

@@ -17,7 +17,7 @@ from adalora_scale.engines.full import settle
 from adalora_scale.engines.replicated import Ddp, OneProcess
 from adalora_scale.engines.span import Sharding
 from adalora_scale.engines.zero_place import Zero, Zero1, Zero2, Zero3
-from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.errors import Unsupported, UserError, nearest
 
 _REGISTERED: tuple[type[Engine], ...] = (OneProcess, Ddp, Fsdp2, Hsdp, Zero1, Zero2, Zero3)
 ENGINES: dict[str, type[Engine]] = {engine.real: engine for engine in _REGISTERED}
@@ -149,9 +149,16 @@ def _links(target: Any) -> list[Any]:
 
 
 def _name(config: EngineConfig) -> str:
-    """Return the name that the section means: `auto` is DeepSpeed where it brings a configuration."""
+    """Return the name that the section means: `auto` is DeepSpeed where it brings a configuration.
+
+    Raises:
+        UserError: there is no such engine.
+    """
     if config.name == "auto":
         return Ddp.name if config.config is None else Zero.name
+    if config.name not in _ASKED:
+        known = ", ".join(("auto", *_ASKED))
+        raise UserError(f"engine.name={config.name} is none of {known}.{nearest(config.name, _ASKED)}")
     return config.name
 
 

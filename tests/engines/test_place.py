@@ -254,3 +254,9 @@ def test_saved_values_are_the_live_ones(make, tmp_path):
     next(iter(layers.values())).keep_mask = None
     with pytest.raises(Unsupported, match="another mask"):
         saved_values(trainer.model, tmp_path)
+
+
+def test_an_engine_that_does_not_exist_is_refused_with_the_nearest_name():
+    """Else a misspelt engine is found after rows were tokenised, or in a traceback."""
+    with pytest.raises(UserError, match=r"engine.name=fspd2 is none of auto.*Did you mean 'fsdp2'"):
+        engine_for(EngineConfig(name="fspd2"))
