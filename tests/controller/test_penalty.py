@@ -42,7 +42,7 @@ def test_a_frozen_adapter_keeps_weight_moments_and_statistics(factors, preset):
 
     def state(indices):
         moments = allocator.sharding.moments()
-        kinds = [[span.weight for span in spans], allocator.sensitivity, allocator.uncertainty]
+        kinds = [[span.weight for span in spans], *allocator.statistics.values()]
         return [t.clone() for i in indices for t in (*(kind[i] for kind in kinds), *moments[i])]
 
     before, before_others = state(frozen), state(others)

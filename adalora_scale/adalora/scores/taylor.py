@@ -5,7 +5,7 @@
 Removing a triplet is setting its λ to zero, so λ alone is looked at, and one number a triplet is kept. Scores are of
 whole triplets, not divided by their parameters (in + out + 1). `beta2` is not used.
 
-Source: Molchanov et al. 2019, arXiv 1906.10771, eq. 8, with the mean over batches as an EMA.
+Source: Molchanov et al. 2019, arXiv 1906.10771, the first-order criterion, with the mean over batches as an EMA.
 """
 
 from __future__ import annotations

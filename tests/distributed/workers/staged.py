@@ -74,7 +74,8 @@ def run(engine):
 def state(allocator, index):
     """Copies of weight, moments, Ī and Ū of a span."""
     moments = allocator.sharding.moments()[index]
-    own = [allocator.sharding.spans[index].weight, *moments, allocator.sensitivity[index], allocator.uncertainty[index]]
+    statistics = [values[index] for values in allocator.statistics.values()]
+    own = [allocator.sharding.spans[index].weight, *moments, *statistics]
     return [tensor.clone() for tensor in own]
 
 
