@@ -12,6 +12,7 @@ WORKER = Path(__file__).parent / "workers" / "guard_worker.py"
 CASES = {
     "config": "UserError: rank 1 has adalora.beta1 = 0.9, rank 0 has 0.85",
     "base": "UserError: rank 1 has the base model's fingerprint",
+    "alone": "UserError: the optimizer does not hold 'blocks.0.up.lora_E'",
     "drift": "RanksDisagree: step 4: 'blocks.0.up.lora_B' on rank 1 differs from rank 0",
     "unwrapped": "UserError: ranks have different gradients of the adapters: nobody reduces them",
     "seeds": "UserError: 'blocks.0.up.lora_A' on rank 1 differs from rank 0 before the first step",

@@ -61,7 +61,7 @@ def train(engine):
     weights = {}
     for name, layer in adapter_layers(model):
         for factor in ("lora_A", "lora_E", "lora_B"):
-            weights[f"{name}.{factor}"] = full_parameter(getattr(layer, factor)).detach().float().tolist()
+            weights[f"{name}.{factor}"] = full_parameter(getattr(layer, factor), model).detach().float().tolist()
     return weights, allocator.mask.tolist()
 
 

@@ -91,7 +91,7 @@ def lambda_zeroed_in_the_copy_only():
 
     with (
         mock.patch.object(RankAllocator, "attach", attach),
-        mock.patch("adalora_scale.controller.zero_lambda", zero),
+        mock.patch("adalora_scale.controller.allocator.zero_lambda", zero),
     ):
         yield
 

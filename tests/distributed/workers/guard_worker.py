@@ -74,7 +74,8 @@ def message_of(case):
     )
     try:
         runner = wrapped(case, model, config)
-        optimizer = torch.optim.AdamW([p for p in runner.parameters() if p.requires_grad], lr=1e-2)
+        held = [p for p in runner.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(held[:1] if case == "alone" and rank else held, lr=1e-2)
         allocator = RankAllocator(model if case == "join-inner" else runner, config, total_step=20).attach(optimizer)
         if case == "then-sharded":
             fully_shard(model)
