@@ -160,7 +160,7 @@ def test_a_tie_that_is_not_the_heads_is_refused(tmp_path):
     T5ForConditionalGeneration(options).save_pretrained(tmp_path / "base")
     model = T5ForConditionalGeneration.from_pretrained(tmp_path / "base")
     saved(model, tmp_path / "run", ["encoder.embed_tokens"])
-    base = BaseCheckpoint(tmp_path / "base", task_type=None, num_labels=None)
+    base = BaseCheckpoint(tmp_path / "base", task=None, num_labels=None)
     with pytest.raises(Unsupported, match="shares its weight"):
         plan_merge(AdapterFile(tmp_path / "run"), base)
 
@@ -192,7 +192,7 @@ def test_a_vision_models_convolution_is_exported(tmp_path, capsys):
     torch.testing.assert_close(scores(with_peft), expected, rtol=1e-5, atol=1e-5)
 
     # PEFT's own convolution would have another dilation than the base's.
-    checkpoint = BaseCheckpoint(tmp_path / "base", task_type=None, num_labels=None)
+    checkpoint = BaseCheckpoint(tmp_path / "base", task=None, num_labels=None)
     _refuse_other_function(AdapterFile(tmp_path / "run"), checkpoint)
     checkpoint.model.get_submodule("vit.embeddings.patch_embeddings.projection").dilation = (1, 2)
     with pytest.raises(Unsupported, match=r"dilation=\(1, 2\)"):
