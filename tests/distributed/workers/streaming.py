@@ -32,9 +32,9 @@ def whole(parameter):
     if isinstance(parameter, DTensor):
         return parameter.full_tensor()
     if hasattr(parameter, "ds_id"):
-        from adalora_scale.engines.zero import gathered_parameter
+        from adalora_scale.engines.zero_layouts import gathered_as_forward
 
-        return gathered_parameter(parameter)
+        return gathered_as_forward([parameter])[0]
     return parameter
 
 
