@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from adalora_scale.engines.probing import same_values
+from adalora_scale.engines.ranks import collective_device
 from adalora_scale.engines.zero_layouts import gathered_as_forward, layout_of
 from adalora_scale.errors import Unsupported
 
@@ -55,7 +56,7 @@ def _from_masters(parameter: Any, model: nn.Module) -> Tensor:
     else:
         group, shape, computed = parameter._dp_group, parameter.shape, parameter.detach()
         start, piece = _flat_piece(parameter, model)
-    whole = torch.zeros(shape.numel(), dtype=torch.float32, device=computed.device)
+    whole = torch.zeros(shape.numel(), dtype=torch.float32, device=collective_device(group))
     whole[start : start + piece.numel()] = piece
     dist.all_reduce(whole, group=group)
     if not same_values(whole, computed.reshape(-1)):

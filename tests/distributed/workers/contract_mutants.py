@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from adalora_scale import RankAllocator
 from adalora_scale.controller import guard
+from adalora_scale.engines import full
 from adalora_scale.engines.fsdp2 import DTensorSharding
 from adalora_scale.engines.pieces import local
 from adalora_scale.engines.replicated import ReplicatedSharding
@@ -189,7 +190,8 @@ def no_backend_for_cpu_tensors() -> Iterator[AfterStep]:
             device = property(lambda self: ACCELERATOR, lambda self, value: None)
             stack.enter_context(mock.patch.object(kind, "_device", device, create=True))
         stack.enter_context(mock.patch.object(ZeroSharding, "replicas", replicas))
-        stack.enter_context(mock.patch.object(guard, "collective_device", lambda group=None: ACCELERATOR))
+        for module in (guard, full):
+            stack.enter_context(mock.patch.object(module, "collective_device", lambda group=None: ACCELERATOR))
         for name in TENSOR_COLLECTIVES:
             stack.enter_context(mock.patch.object(dist, name, _without_cpu(getattr(dist, name))))
         stack.enter_context(_PlacesTensors())
