@@ -14,15 +14,18 @@ from tests.distributed.workers import contract_mutants
 
 WORKER = Path(contract_mutants.__file__).with_name("contract.py")
 OFTEN_ON_THREE_RANKS = {"zero2": ["round-robin"], "zero3": ["sub-groups"], "fsdp2": ["nested"]}
-# DeepSpeed has one class for ZeRO-1 and 2: what only repeats zero2 runs in --full.
-ZERO1_OF_ITS_OWN = {
-    "round-robin",
-    "bf16-fp32-sums",
-    "immediate",
-    "immediate-bf16-sums",
-    "fp32-sums-loaded",
-    "states-away",
-}
+# The others of these engines run in --full (DeepSpeed has one class for ZeRO-1 and 2); FSDP2's and DDP's all run often.
+OFTEN_ON_TWO_RANKS = {
+    "zero1": {"round-robin", "bf16-fp32-sums", "immediate", "states-away"},
+    "zero2": {
+        "plain", "round-robin", "round-robin-alignment", "round-robin-offload", "round-robin-bf16", "no-reduce-scatter",
+        "overlap", "communicate-bf16", "offload", "bf16", "autocast", "states-away", "masters-away", "copies-away",
+    },
+    "zero3": {
+        "plain", "sub-groups", "persistent-none", "persistent-all", "hpz", "no-contiguous", "no-reduce-scatter",
+        "offload-parameters-sub-groups", "bf16", "bf16-sub-groups-offload", "gradients-away", "cache-emptied",
+    },
+}  # fmt: skip
 HARD = [("zero2", "plain"), ("zero3", "sub-groups")]
 MUTANTS = [  # (FSDP2's shards have storages of their own: no neighbour to be shifted to)
     "zero2:plain+shifted",
@@ -49,7 +52,8 @@ HOST = [
 
 def often(engine):
     """Return the cells of the default run on two ranks; mutants come last."""
-    names = [name for name in cells_for(engine, 2) if engine != "zero1" or name in ZERO1_OF_ITS_OWN]
+    some = OFTEN_ON_TWO_RANKS.get(engine)
+    names = [name for name in cells_for(engine, 2) if some is None or name in some]
     return names + [cell.partition(":")[2] for cell in HOST + MUTANTS if cell.startswith(f"{engine}:")]
 
 
