@@ -3,6 +3,9 @@
 One class an engine, registered by name in `registry.py`; an object of it is an engine with the options of a run. The
 members stand in four groups: live objects (who holds this model?), placing (making a run so), planning, and loops
 written by hand. What the optimizer's pieces are, step by step, is the `Sharding` that `hold` returns.
+
+Every hand-written loop imports this room through `RankAllocator`: vendors that only a run needs (transformers' trainer,
+accelerate) are imported inside the methods that use them.
 """
 
 from __future__ import annotations
@@ -11,11 +14,10 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
 
 from adalora_scale.config import EngineConfig
 from adalora_scale.engines.by_hand import Bench, ByHand
@@ -23,6 +25,9 @@ from adalora_scale.engines.join import join_on_cpu
 from adalora_scale.engines.planned import Part, Reading, Traffic, Work
 from adalora_scale.engines.span import Sharding
 from adalora_scale.errors import Unsupported
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 Shard = Callable[[nn.Module], None]
 """Shards a model in place."""

@@ -6,7 +6,6 @@ import os
 from datetime import timedelta
 
 import torch.distributed as dist
-from accelerate import PartialState
 
 
 def join_on_cpu(timeout: timedelta) -> None:
@@ -24,6 +23,8 @@ def join_deepspeed_on_cpu(timeout: timedelta | None = None) -> None:
     accelerate 1.15 names no backend there and takes every rank for a process alone. Pass
     ``accelerator_config={"use_configured_state": True}`` to TrainingArguments then.
     """
+    from accelerate import PartialState
+
     before = os.environ.get("ACCELERATE_USE_DEEPSPEED")
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     try:

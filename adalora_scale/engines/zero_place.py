@@ -14,12 +14,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainingArguments
-from transformers.integrations import deepspeed as hf_deepspeed
 
 from adalora_scale.config import EngineConfig
 from adalora_scale.engines.by_hand import Bench, ByHand
@@ -29,6 +27,9 @@ from adalora_scale.engines.planned import Part, Reading, Traffic, Work
 from adalora_scale.engines.zero import ZeroSharding
 from adalora_scale.engines.zero_plan import zero_memory, zero_traffic
 from adalora_scale.errors import Unsupported, UserError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 _FILLED = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
 _STAGES = (
@@ -114,6 +115,8 @@ class Zero(Engine):
     @contextlib.contextmanager
     def loading(self) -> Iterator[Engine]:
         """Load models whole although ZeRO-3 is configured; yields the stage that TrainingArguments has settled."""
+        from transformers.integrations import deepspeed as hf_deepspeed
+
         settled: Engine = self
         if hf_deepspeed.is_deepspeed_zero3_enabled():
             settled = Zero3(hf_deepspeed.deepspeed_config())
@@ -298,6 +301,8 @@ def whole_weights() -> Iterator[None]:
     and, for a new classifier head, random numbers drawn on rank 0 alone. Loaded whole, adapters start the same on every
     rank and engine; the price is one copy of the base in host memory a rank until training starts.
     """
+    from transformers.integrations import deepspeed as hf_deepspeed
+
     reference = hf_deepspeed._hf_deepspeed_config_weak_ref
     hf_deepspeed.unset_hf_deepspeed_config()
     try:
