@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from adalora_scale.engines import Sharding
-from adalora_scale.engines.ranks import collective_device, several_ranks
+from adalora_scale.engines.ranks import collective_device, everywhere, several_ranks
 from adalora_scale.errors import Unsupported, UserError
 
 
@@ -28,10 +28,7 @@ def require_equal(values: dict[str, Any]) -> None:
     Raises:
         UserError: another rank has another value; the message names the key, the rank and both values.
     """
-    if not several_ranks():
-        return
-    everyone: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, values)
+    everyone = everywhere(lambda: values)
     for rank, other in enumerate(everyone):
         for key, value in everyone[0].items():
             if other.get(key) != value:
@@ -102,11 +99,7 @@ def require_in_forward(sharding: Sharding, *, write: bool, step: int) -> None:
         Unsupported: at attach, they are not: an option of the engine moves them where nobody looks.
         RanksDisagree: later, they are not any more.
     """
-    everyone = [sharding.probe(write=write)]
-    if several_ranks():
-        own, everyone = everyone[0], [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, own)
-    for rank, name in enumerate(everyone):
+    for rank, name in enumerate(everywhere(lambda: sharding.probe(write=write))):
         if name is not None and step == 0:
             raise Unsupported(
                 f"'{name}' on rank {rank}: the forward computes with other values than the optimizer updates. An "

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from adalora_scale.engines.pieces import (
@@ -62,9 +61,7 @@ class DirectSharding:
     def _require_not_wrapped_since(self) -> None:
         held = {id(parameter) for parameter in self._held()}
         for span, now, before in zip(self.spans, self._live.parameters(), self._parameters, strict=True):
-            # FSDP2 shows whole, plain parameters between a forward and its backward.
-            replaced = now is not before and (isinstance(now, DTensor) or not isinstance(before, DTensor))
-            if replaced or id(before) not in held:
+            if now is not before or id(before) not in held:
                 raise UserError(
                     f"'{span.tensor.name}' is not the parameter it was at attach: the model was wrapped since, or "
                     f"given other ones (load_state_dict with assign=True). Call attach after that."

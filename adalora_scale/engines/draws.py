@@ -10,12 +10,11 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from adalora_scale.adalora.injection import adapter_layers
 from adalora_scale.adalora.layer import FACTORS, AdaLoraLayer
-from adalora_scale.engines.ranks import several_ranks
+from adalora_scale.engines.ranks import everywhere, several_ranks
 from adalora_scale.engines.span import Span
 from adalora_scale.errors import UserError
 
@@ -38,9 +37,7 @@ def require_one_adapter(model: nn.Module, spans: Sequence[Span]) -> None:
         return
     layers = {name: layer for name, layer in adapter_layers(model) if layer.r > 0}
     ends = {name: layers[name].initial_factors() for name in (next(iter(layers)), list(layers)[-1])}
-    own = (_signature(layers, ends), _as_drawn(spans, ends))
-    everyone: list[tuple[str, bool | None]] = [("", None)] * dist.get_world_size()
-    dist.all_gather_object(everyone, own)
+    everyone = everywhere(lambda: (_signature(layers, ends), _as_drawn(spans, ends)))
     holders = [(rank, draw, drawn) for rank, (draw, drawn) in enumerate(everyone) if drawn is not None]
     for rank, draw, drawn in holders:
         _, first_draw, first_drawn = holders[0]

@@ -111,12 +111,17 @@ class Fsdp2(Engine):
     @classmethod
     @contextlib.contextmanager
     def accumulating(cls, model: Any) -> Iterator[None]:
-        """Keep whole gradients on every rank."""
-        model.set_requires_gradient_sync(False)
+        """Reduce gradients after the block only."""
+        cls.hold_back(model)
         try:
             yield
         finally:
             model.set_requires_gradient_sync(True)
+
+    @staticmethod
+    def hold_back(model: Any) -> None:
+        """Keep whole gradients on every rank."""
+        model.set_requires_gradient_sync(False)
 
     # ---- placing ------------------------------------------------------------------------------------------------
 
@@ -222,15 +227,10 @@ class Hsdp(Fsdp2):
     preference = None
     shares_everything = False
 
-    @classmethod
-    @contextlib.contextmanager
-    def accumulating(cls, model: Any) -> Iterator[None]:
+    @staticmethod
+    def hold_back(model: Any) -> None:
         """Keep gradients sharded; only replicas wait."""
         model.set_requires_all_reduce(False)
-        try:
-            yield
-        finally:
-            model.set_requires_gradient_sync(True)
 
     @classmethod
     def plain(cls, nodes: int) -> Self:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from adalora_scale.engines.probing import same_values
 from adalora_scale.engines.ranks import collective_device
-from adalora_scale.engines.zero_layouts import gathered_as_forward, layout_of
+from adalora_scale.engines.zero_layouts import gathered_as_forward, layout_of, overlap
 from adalora_scale.errors import Unsupported
 
 
@@ -90,7 +90,7 @@ def _flat_piece(parameter: Any, model: nn.Module) -> tuple[int, Tensor]:
         base = fragment.storage_offset() - mapping.hp_fragment_address.start
         size = fragment.untyped_storage().nbytes() // fragment.element_size() - base
         master = torch.as_strided(fragment, (size,), (1,), base)
-        first, begin = parameter.storage_offset(), dist.get_rank(group=parameter._dp_group) * size
-        low, high = max(first, begin), min(first + parameter.numel(), begin + size)
-        return (low - first, master[low - begin : high - begin]) if high > low else (0, master[:0])
+        first, length = parameter.storage_offset(), parameter.numel()
+        offset, start, owned = overlap(first, length, parameter._dp_group, size)
+        return start, master[offset : offset + owned]
     return 0, torch.zeros(0, device=parameter.device)  # this rank's partition of the group is nothing but padding

@@ -73,7 +73,6 @@ def same_values(master: Tensor, computed: Tensor) -> bool:
 def _write_and_see(held: Probed, found: list[str]) -> None:
     firsts = _first_numbers(held.spans)
     before = [span.weight.clone() for span in held.spans]
-    held.refresh()
     for span, first in zip(held.spans, firsts, strict=True):
         span.weight.copy_(pattern(first + span.start, span.weight.numel(), span.weight.device))
 

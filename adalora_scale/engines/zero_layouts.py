@@ -84,9 +84,8 @@ class FlatGroups:
             first = int(parameter.storage_offset() - flat.storage_offset())
             if flat.untyped_storage().data_ptr() != storage or not 0 <= first <= flat.numel() - length:
                 continue
-            begin = dist.get_rank(group=self.zero.real_dp_process_group[group]) * master.numel()
-            low, high = max(first, begin), min(first + length, begin + master.numel())
-            return (group, low - begin, low - first, high - low) if high > low else NOWHERE
+            offset, start, owned = overlap(first, length, self.zero.real_dp_process_group[group], master.numel())
+            return (group, offset, start, owned) if owned else NOWHERE
         raise UserError(
             f"DeepSpeed's optimizer does not hold '{name}'. Call inject_adalora before deepspeed.initialize, pass the "
             f"parameters with requires_grad=True, and do not give parameters other memory after it (.data = …, .to)."
@@ -217,6 +216,22 @@ def layout_of(zero: Any) -> Layout:
             f"optimizer), not MiCS, ZenFlow, SuperOffload or stage 0 in low precision."
         )
     return kinds[kind](zero)
+
+
+def overlap(first: int, length: int, group: dist.ProcessGroup, size: int) -> tuple[int, int, int]:
+    """Return what this rank's partition holds of a run of elements of a flat tensor that is cut into equal partitions.
+
+    Args:
+        first, length: of the run, in the flat tensor.
+        group: the ranks that own the partitions, in order.
+        size: of a partition.
+
+    Returns:
+        (offset in the partition, start in the run, length), all 0 where it holds nothing.
+    """
+    begin = dist.get_rank(group=group) * size
+    low, high = max(first, begin), min(first + length, begin + size)
+    return (low - begin, low - first, high - low) if high > low else (0, 0, 0)
 
 
 def gathered_as_forward(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
