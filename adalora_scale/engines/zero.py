@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from adalora_scale.engines.pieces import Piece, PieceState, Place, flat_pieces, restore_flat, trained_parameters
 from adalora_scale.engines.probing import See, misplaced, same_values
 from adalora_scale.engines.span import LiveAdapters, Span, adapter_tensors, gathered_extents
-from adalora_scale.engines.zero_layouts import layout_of, refuse_options
+from adalora_scale.engines.zero_layouts import layout_of, partition_scales, refuse_options
 from adalora_scale.errors import Unsupported, UserError
 
 
@@ -36,6 +36,7 @@ class ZeroSharding:
         self._engine = engine
         self._layout = layout_of(zero_optimizer)
         refuse_options(zero_optimizer, engine)
+        partition_scales(zero_optimizer)
         self._group: dist.ProcessGroup = zero_optimizer.dp_process_group
         self._tensors = adapter_tensors(model)
         self._parameters = [parameter for _, parameter in self._tensors]

@@ -142,13 +142,6 @@ class PartitionedGroups:
 
     def __init__(self, zero: Any) -> None:
         self.zero = zero
-        # Small parameters stay whole on every rank (stage3_param_persistence_threshold); the scales of a 4-bit base are
-        # small one by one and gigabytes together.
-        for parameter in [p for p in zero.persistent_parameters if p.dtype == torch.uint8]:
-            parameter.ds_persist = False
-            if parameter.ds_status.name == "AVAILABLE":
-                parameter.partition()
-        zero.persistent_parameters[:] = [p for p in zero.persistent_parameters if p.dtype != torch.uint8]
         self.calls = len(zero.fp16_groups)
 
     def masters(self) -> list[Tensor]:
@@ -216,6 +209,20 @@ def layout_of(zero: Any) -> Layout:
             f"optimizer), not MiCS, ZenFlow, SuperOffload or stage 0 in low precision."
         )
     return kinds[kind](zero)
+
+
+def partition_scales(zero: Any) -> None:
+    """Let ZeRO-3 partition the scales of a 4-bit base too; other optimizers have none to partition.
+
+    Small parameters stay whole on every rank (stage3_param_persistence_threshold); the scales are small one by one and
+    gigabytes together.
+    """
+    persistent = getattr(zero, "persistent_parameters", [])
+    for parameter in [p for p in persistent if p.dtype == torch.uint8]:
+        parameter.ds_persist = False
+        if parameter.ds_status.name == "AVAILABLE":
+            parameter.partition()
+    persistent[:] = [p for p in persistent if p.dtype != torch.uint8]
 
 
 def overlap(first: int, length: int, group: dist.ProcessGroup, size: int) -> tuple[int, int, int]:
