@@ -231,18 +231,23 @@ class RankAllocator:
         if any(argument is not None for argument in (*args[1:], kwargs.get("closure"))):
             raise Unsupported("optimizers that re-evaluate the loss in a closure are not supported; use Adam or SGD.")
         sharding = self._attached()
-        indices = sharding.updating(optimizer)
+        first = self._calls in (0, sharding.calls_per_step)  # the latter when the step before ended in an exception
+        try:
+            indices = sharding.updating(optimizer)
+        except (UserError, Unsupported) as error:
+            if first:
+                self._attached_reduction().withdraw(error)
+            raise
         gradients = sharding.gradients(indices)
-        if self._calls in (0, sharding.calls_per_step):  # the latter when the step before ended in an exception
-            self._calls = 0
+        if first:
             self._open_step(optimizer, sharding, indices, gradients)
-        self._calls += 1
+        self._calls = 1 if first else self._calls + 1
         if self._skipping:
             sharding.cancel(optimizer)
             return
         if not self.frozen:
             self._attached_scoring().see(indices, gradients, self._scale, penalised=False, step=self.step)
-        self._regularise(indices, gradients)
+        self._attached_reduction().add_penalty_gradient(indices, gradients, self._scale)
         if not self.frozen:
             self._attached_scoring().see(indices, gradients, self._scale, penalised=True, step=self.step)
 
@@ -265,11 +270,8 @@ class RankAllocator:
         # Of the groups whose turn has not come the engine shows gradients that are not yet clipped, if at all.
         whole = len(indices) == len(sharding.spans)
         self._task_norm = sums.adapter_squares.sqrt() / self._scale if whole else None
-        self._skipping = not bool(torch.isfinite(sums.all_squares))
+        self._skipping = not sums.finite
         self.skipped_steps += self._skipping
-
-    def _regularise(self, indices: list[int], gradients: list[Tensor]) -> None:
-        self._attached_reduction().add_penalty_gradient(indices, gradients, self._scale)
 
     # ---- after the update ---------------------------------------------------------------------------------------
 

@@ -7,13 +7,16 @@ buffer. What comes back completes the penalty and its gradient, and says whether
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from adalora_scale.adalora.orthogonality import add_penalty_gradient, gradient_norm, gram, penalty
 from adalora_scale.controller.rows import FactorRows
+from adalora_scale.engines.ranks import everywhere
 from adalora_scale.engines.span import Sharding
+from adalora_scale.errors import Unsupported, UserError
 
 
 @dataclass
@@ -22,8 +25,8 @@ class StepSums:
 
     adapter_squares: Tensor
     """Sum of the adapters' squared gradients."""
-    all_squares: Tensor
-    """Sum over all parameters of the optimizer; not finite if any gradient on any rank is not."""
+    finite: bool
+    """Whether every gradient of every parameter of the optimizer is, on every rank."""
     penalty: Tensor
     """The orthogonality penalty R."""
     penalty_gradient_norm: Tensor
@@ -119,12 +122,15 @@ class StepReduction:
         Args:
             squares: (2,) this rank's sums of squared gradients, of the adapters and of everything.
             keep: (modules · r,) bool after the final allocation when pruned triplets are zero, else None.
+
+        Raises:
+            UserError, Unsupported: a rank withdrew from the step.
         """
         zero = torch.zeros((), dtype=torch.float32, device=self._device)
         if self._weight == 0:
             self._sharding.all_reduce(squares)
             self._sharding.agree(squares)
-            return StepSums(squares[0], squares[1], zero, zero)
+            return StepSums(squares[0], self._finite(squares[1]), zero, zero)
         sizes = [group.size for group in self._groups]
         buffer = torch.zeros(sum(sizes) + 2, dtype=torch.float32, device=self._device)
         parts = buffer[:-2].split(sizes)
@@ -133,14 +139,36 @@ class StepReduction:
         buffer[-2:] = squares
         self._sharding.all_reduce(buffer)
         self._sharding.agree(buffer[-2:])
+        finite = self._finite(buffer[-1])
         values, norms = [], []
         for group, part, share in zip(self._groups, parts, self._shares, strict=True):
             value, norm = group.complete(part, share, keep)
             values.append(value)
             norms.append(norm)
         if len(values) == 1:
-            return StepSums(buffer[-2], buffer[-1], values[0], norms[0])
-        return StepSums(buffer[-2], buffer[-1], torch.stack(values).sum(), torch.stack(norms).norm())
+            return StepSums(buffer[-2], finite, values[0], norms[0])
+        return StepSums(buffer[-2], finite, torch.stack(values).sum(), torch.stack(norms).norm())
+
+    def withdraw(self, error: UserError | Unsupported) -> NoReturn:
+        """Raise this rank's error on every rank: the others are, or will be, in `run` of the same step.
+
+        Else they would wait for this rank in their next collective until the group's timeout.
+
+        Raises:
+            UserError, Unsupported: as `error`, with the rank's number unless all ranks say the same.
+        """
+        size = sum(group.size for group in self._groups) if self._weight else 0
+        buffer = torch.full((size + 2,), torch.nan, dtype=torch.float32, device=self._device)
+        self._sharding.all_reduce(buffer)
+        self._sharding.agree(buffer[-2:])
+        everywhere(lambda: _raise(error))
+        raise error
+
+    def _finite(self, all_squares: Tensor) -> bool:
+        finite = bool(torch.isfinite(all_squares))
+        if not finite:
+            everywhere(lambda: None)  # not a gradient but a rank that withdrew from the step?
+        return finite
 
     def add_penalty_gradient(self, indices: list[int], gradients: list[Tensor], scale: Tensor | float) -> None:
         """Add the penalty's gradient to these spans' gradients in place.
@@ -155,6 +183,10 @@ class StepReduction:
         given = dict(zip(indices, gradients, strict=True))
         for group in self._groups:
             group.add_gradient(given, scale)
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:

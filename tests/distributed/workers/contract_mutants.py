@@ -102,6 +102,26 @@ def storage_gone_stale() -> Iterator[AfterStep]:
 
 
 @contextlib.contextmanager
+def moved_on_one_rank() -> Iterator[AfterStep]:
+    """What rank 1 alone computes with lies elsewhere than what its optimizer updates: nobody else can see it.
+
+    (ZeRO-3 points its parameters at its own buffers again in every step.)
+    """
+
+    def after_step(step: int, allocator: RankAllocator) -> None:
+        if step != PLANTED_AFTER or dist.get_rank() != 1:
+            return
+        for layer in allocator._layers[1:-1]:
+            if isinstance(allocator.sharding, DTensorSharding):
+                sharded: Any = layer.lora_A
+                sharded._local_tensor = sharded._local_tensor.clone()
+            else:
+                layer.lora_A.data = layer.lora_A.data.clone()
+
+    yield after_step
+
+
+@contextlib.contextmanager
 def mask_of_another_rank() -> Iterator[AfterStep]:
     """Rank 1 keeps another triplet than the others from the last allocation on."""
 
@@ -221,6 +241,7 @@ MUTANTS: dict[str, Callable[[], contextlib.AbstractContextManager[AfterStep]]] =
     "shifted": address_off_by_one,
     "shifted-at-attach": address_off_by_one_at_attach,
     "stale": storage_gone_stale,
+    "moved-on-one-rank": moved_on_one_rank,
     "other-mask": mask_of_another_rank,
     "vendor-places": vendors_places,
     "vendor-places-and-probe": vendors_places_and_probe,
