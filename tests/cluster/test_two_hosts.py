@@ -55,6 +55,7 @@ def first_failure(text):
     return line
 
 
+@full
 def test_a_killed_rank_restarts_all_from_the_last_checkpoint(launch, tmp_path, one_process_result):
     """Else one failing GPU ends a run of days, or the restart trains something else than an undisturbed run."""
     process, said = launch(TORCHRUN, "training.save_steps=10", RESTARTS="2")

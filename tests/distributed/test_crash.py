@@ -8,9 +8,9 @@ import pytest
 from tests.conftest import ROOT
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
-    ("engine", "kills", "steps"),
-    [("ddp", 2, 16), *(pytest.param(e, 6, 40, marks=pytest.mark.full) for e in ("fsdp2", "zero2", "zero3"))],
+    ("engine", "kills", "steps"), [("ddp", 2, 16), *((engine, 6, 40) for engine in ("fsdp2", "zero2", "zero3"))]
 )
 @pytest.mark.timeout(2400)
 def test_killed_runs_end_bit_for_bit_like_the_undisturbed_one(engine, kills, steps, request):

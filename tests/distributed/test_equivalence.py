@@ -66,6 +66,7 @@ def test_the_cells_meet_what_is_hard(two_ranks):
     assert two_ranks["zero2:plain"]["reference_loss"] != two_ranks["zero2:clip"]["reference_loss"]
 
 
+@pytest.mark.full
 def test_rows_split_between_three_ranks(cells_of):
     """Else the penalty is wrong wherever a flat ZeRO piece ends inside a row."""
     cells = cells_of(3, ["fsdp2:plain", "zero2:plain", "zero3:plain"])
@@ -75,6 +76,7 @@ def test_rows_split_between_three_ranks(cells_of):
     assert cells["zero2:plain"]["empty_spans"] > 0
 
 
+@pytest.mark.full
 def test_hybrid_sharding_on_four_ranks(cells_of):
     """Else HSDP counts every replica's scores, or a rank without rows of λ is lost (6 rows, 4 ranks: 2, 2, 2, 0)."""
     cells = cells_of(4, ["hsdp:plain", "fsdp2:plain"], model="random")
@@ -97,6 +99,7 @@ def mutants(cells_of):
     return cells_of(2, ["zero2:plain", *two], model="random") | cells_of(3, three, model="random")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "mutant",
     [

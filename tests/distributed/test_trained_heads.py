@@ -19,8 +19,7 @@ KINDS = ("weight", "exp_avg", "exp_avg_sq")
     ("engine", "ranks"),
     [
         ("ddp", 1),
-        ("zero3", 2),
-        *(pytest.param(engine, 2, marks=pytest.mark.full) for engine in ("ddp", "fsdp2", "zero1", "zero2")),
+        *(pytest.param(engine, 2, marks=pytest.mark.full) for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3")),
     ],
 )
 def test_a_head_over_a_16_bit_base_learns_and_resumes(engine, ranks, stories260k, data_dir, tmp_path, request):
