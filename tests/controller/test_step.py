@@ -11,6 +11,7 @@ from adalora_scale.adalora.scores.default import SensitivityUncertainty
 from adalora_scale.adalora.scores.taylor import Taylor
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
+from adalora_scale.controller.step_sums import StepReduction
 from adalora_scale.verify.reference import ReferenceAdaLora, ReferenceOptions
 from tests.toy import adapters_of, relative_distance
 
@@ -127,7 +128,7 @@ def test_wrong_methods_part_from_the_reference(toy, batches, monkeypatch, mutant
     if mutant == "no_uncertainty":
         monkeypatch.setattr(SensitivityUncertainty, "contributions", _sensitivity_alone)
     elif mutant == "no_penalty":
-        monkeypatch.setattr(RankAllocator, "_regularise", lambda *args: None)
+        monkeypatch.setattr(StepReduction, "add_penalty_gradient", lambda *args: None)
     else:
         monkeypatch.setattr(SensitivityUncertainty, "after_update", True)
     _, model, reference, masks = train_pair(toy, batches)
