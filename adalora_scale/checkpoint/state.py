@@ -103,6 +103,7 @@ def scatter(checkpoint: Checkpoint, model: nn.Module, sharding: Sharding, alloca
             cannot be read. Raised on all ranks.
     """
     reader = together(lambda: _Reader(checkpoint, shapes_of(model)))
+    _require_statistics(checkpoint, allocator)
     states: dict[str, PieceState] = {}
     scalars: dict[str, dict[str, float]] = checkpoint.manifest["optimizer"]["scalars"]
     position = dict(checkpoint.manifest["allocator"])
@@ -129,6 +130,17 @@ def scatter(checkpoint: Checkpoint, model: nn.Module, sharding: Sharding, alloca
     sharding.restore(states)
     sharding.refresh()
     allocator.load_state_dict(state)
+
+
+def _require_statistics(checkpoint: Checkpoint, allocator: RankAllocator) -> None:
+    """Refuse a checkpoint without the statistics of the run's score, before anything of it was taken."""
+    position = checkpoint.manifest["allocator"]
+    lost = set(allocator.score.statistics) - set(score_named(position["preset"]).statistics)
+    if lost and not position["frozen"]:
+        raise CheckpointError(
+            f"the checkpoint {checkpoint.directory} has no '{min(lost)}': it is of adalora.preset="
+            f"{position['preset']}, this run of {allocator.config.preset}; resume with the former."
+        )
 
 
 @torch.no_grad()

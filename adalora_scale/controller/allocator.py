@@ -23,6 +23,7 @@ from adalora_scale.adalora.schedule import BudgetSchedule
 from adalora_scale.adalora.scores import score_named
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller.guard import require_equal, require_in_forward, require_same_start, require_same_tensors
+from adalora_scale.controller.saved import places, require_own_state
 from adalora_scale.controller.scoring import Scoring
 from adalora_scale.controller.step_sums import StepReduction, sum_of_squares
 from adalora_scale.controller.triplets import zero_lambda, zero_triplets
@@ -356,27 +357,22 @@ class RankAllocator:
             "allocation_due": self._allocation_due,
             "mask": self.mask.clone(),
         }
-        return state | self._attached_scoring().state()
+        return state | self._attached_scoring().state() | {"spans": places(self._attached())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()` into an attached allocator of the same model and schedule.
 
         Raises:
-            UserError: the state belongs to another model or schedule.
+            UserError: the state belongs to another model, schedule, score or rank.
         """
-        self._attached()
-        if state["modules"] != self.modules:
-            raise UserError("the saved state is of another model: it adapts other modules. Resume with the same model.")
-        if state["total_step"] != self.schedule.total_step:
-            raise UserError(
-                f"the saved state is of a run of {state['total_step']} steps, this one has {self.schedule.total_step}; "
-                f"resume with the same number of steps."
-            )
-        if state["mask"].numel() != self.mask.numel():
-            raise UserError(
-                f"the saved state has {state['mask'].numel()} triplets, this model {self.mask.numel()}; resume with "
-                f"the same model and adalora section."
-            )
+        require_own_state(
+            state,
+            modules=self.modules,
+            schedule=self.schedule,
+            triplets=self.mask.numel(),
+            scoring=self._attached_scoring(),
+            sharding=self._attached(),
+        )
         before = self.rank_pattern()
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
         self._attached().missed_steps()  # those of before the checkpoint are in the state
