@@ -122,6 +122,7 @@ class RankAllocator:
         self.mask = self.mask.to(sharding.spans[0].weight.device)
         self._scoring = Scoring(self.score, sharding, self.schedule.final_step)
         if not self.frozen:
+            self._reopen()
             self._scoring.begin()
         base.register_step_pre_hook(self._before_update)
         base.register_step_post_hook(self._after_update)
@@ -328,6 +329,12 @@ class RankAllocator:
             self._columns_may_move = zero_triplets(self._attached(), self.mask)
         self._attached_scoring().release()
 
+    def _reopen(self) -> None:
+        """Let every triplet count, whatever the mask that a run before this one ended with."""
+        self.frozen = False
+        for layer in self._layers:
+            layer.keep_mask = None
+
     def _attached_scoring(self) -> Scoring:
         self._attached()
         return self._scoring  # type: ignore[return-value]  # made in attach beside the sharding
@@ -388,7 +395,5 @@ class RankAllocator:
         if state["frozen"]:
             self._freeze()
             return
-        self.frozen = False
-        for layer in self._layers:
-            layer.keep_mask = None
+        self._reopen()
         self._attached_scoring().load(state)
