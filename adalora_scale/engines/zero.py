@@ -40,6 +40,7 @@ class ZeroSharding:
         self._group: dist.ProcessGroup = zero_optimizer.dp_process_group
         self._tensors = adapter_tensors(model)
         self._parameters = [parameter for _, parameter in self._tensors]
+        self.trained = trained_parameters(model)
         self._live = LiveAdapters(model)
         self._device = self._parameters[0].device
         self._places = self._found_places()
@@ -125,13 +126,13 @@ class ZeroSharding:
         """Return the spans of the groups whose flat partition the optimizer holds during this call.
 
         Raises:
-            Unsupported: an adapter was frozen after attach; one gradient of a flat partition serves all in it.
+            Unsupported: what was trained was frozen after attach; one gradient of a flat partition serves all in it.
         """
         self._follow()
-        for tensor, parameter in self._tensors:
+        for name, parameter in self.trained.items():
             if not parameter.requires_grad:
                 raise Unsupported(
-                    f"'{tensor.name}' was frozen (requires_grad=False) after attach: DeepSpeed's flat partitions go on "
+                    f"'{name}' was frozen (requires_grad=False) after attach: DeepSpeed's flat partitions go on "
                     f"moving it. Train in stages under DDP or FSDP2, or with a DeepSpeed engine for each stage."
                 )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -219,7 +220,8 @@ class ZeroSharding:
         self._layout.refresh()
 
     def _placed(self) -> dict[str, Place]:
-        found = {n: self._layout.place(n, p) for n, p in trained_parameters(self._model).items()}
+        trained = self.trained | trained_parameters(self._model)
+        found = {n: self._layout.place(n, p) for n, p in trained.items()}
         return {name: place for name, place in found.items() if place[3]}
 
     def replicas(self) -> tuple[list[tuple[str, Tensor]], dist.ProcessGroup | None]:
