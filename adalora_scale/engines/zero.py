@@ -75,13 +75,15 @@ class ZeroSharding:
 
     def _addresses(self) -> list[int]:
         masters, live = self._layout.masters(), self._live.parameters()
-        return [*(flat.data_ptr() for flat in masters), *self._layout.addresses(live), *map(id, live)]
+        written = [p._version for p in self._layout.low_precision(list(self.trained.values()))]  # by others, in place
+        return [*(flat.data_ptr() for flat in masters), *self._layout.addresses(live), *map(id, live), *written]
 
     def _follow(self) -> None:
         """Take the views anew where DeepSpeed moved its memory (offload_states, reload_states).
 
         Raises:
-            UserError: somebody else moved it, so that the forward computes with values that DeepSpeed does not update.
+            UserError: somebody else moved it, so that the forward computes with values that DeepSpeed does not update,
+                or wrote into it, which DeepSpeed's masters would undo.
         """
         now = self._addresses()
         if now == self._seen:
@@ -96,11 +98,14 @@ class ZeroSharding:
         if places != self._places:
             raise UserError("DeepSpeed's partitions changed after attach; attach after deepspeed.initialize, once.")
         self.spans = self._views()
-        for span, parameter, place in zip(self.spans, self._parameters, places, strict=True):
-            if not same_values(span.weight, self._layout.computed(parameter, place)):
+        for name, parameter in self.trained.items():
+            group, offset, _, length = place = self._layout.place(name, parameter)
+            master = self._flats[group].detach()[offset : offset + length]
+            if not same_values(master, self._layout.computed(parameter, place)):
                 raise UserError(
-                    f"'{span.tensor.name}' was given other memory after attach (by .data = … or .to(device)), which "
-                    f"DeepSpeed does not update; change parameters in place, or attach afterwards."
+                    f"'{name}' was changed after attach (by load_state_dict, copy_, .data = … or .to(device)), which "
+                    f"DeepSpeed's own masters would undo; change parameters before deepspeed.initialize, or load with "
+                    f"the engine's load_checkpoint."
                 )
         self._seen = now
 

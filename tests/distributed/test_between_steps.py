@@ -10,7 +10,8 @@ WORKER = Path(__file__).parent / "workers" / "between_steps.py"
 HEAD = ["head.bias", "head.weight"]
 CASES = [
     "frozen_head:ddp", "frozen_head:fsdp2", "frozen_head:zero2", "written_back:ddp", "written_back:fsdp2",
-    "written_back:zero2", "other_step_counts:zero2", "one_rank_cannot_draw:fsdp2",
+    "written_back:zero2", "loaded_in_place:ddp", "loaded_in_place:zero2", "other_step_counts:zero2",
+    "one_rank_cannot_draw:fsdp2",
 ]  # fmt: skip
 
 
@@ -37,6 +38,13 @@ def test_the_forward_computes_with_what_is_written_back(outcomes, engine):
     """Else the best checkpoint's head is written and the final evaluation still sees the last one's."""
     for distance in outcomes[f"written_back:{engine}"]:
         assert distance < 1e-6
+
+
+def test_weights_loaded_into_a_live_model_count_or_are_refused(outcomes):
+    """Else DeepSpeed's masters undo them at the next step, and nothing says so."""
+    assert outcomes["loaded_in_place:ddp"] == [True, True]
+    for message in outcomes["loaded_in_place:zero2"]:
+        assert "was changed after attach (by load_state_dict" in message
 
 
 @pytest.mark.parametrize(

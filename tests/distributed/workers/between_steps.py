@@ -95,6 +95,15 @@ def written_back(engine, folder):
     return float((run.logits() - expected).norm() / expected.norm())
 
 
+def loaded_in_place(engine, folder):
+    """Load a state_dict into the live model and train on; return whether the step began with it."""
+    run = Run(engine).train(2)
+    state = {name: value.clone() for name, value in run.model.state_dict().items()}
+    run.train(2).model.load_state_dict(state)
+    run.train(1)
+    return max(float((p.detach() - state[name]).abs().max()) for name, p in run.model.named_parameters()) < 0.015
+
+
 def other_step_counts(engine, folder):
     """Go on from a run in which one adapter took fewer steps than the others."""
     staged = Run("ddp").train(2)
