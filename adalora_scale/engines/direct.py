@@ -111,11 +111,11 @@ class DirectSharding:
 
     def pieces(self) -> list[Piece]:
         """Return what this rank holds of every trained parameter."""
-        return direct_pieces(self.trained, self._optimizer)
+        return direct_pieces(self._with_unfrozen(), self._optimizer)
 
     def restore(self, states: Mapping[str, PieceState]) -> None:
         """Put optimizer state back."""
-        restore_direct(self.trained, self._optimizer, states)
+        restore_direct(self._with_unfrozen(), self._optimizer, states)
 
     def refresh(self) -> None:
         """Nothing to copy, as above."""
@@ -128,6 +128,11 @@ class DirectSharding:
         """Show the parameters that the live modules hold now."""
         for index, parameter in enumerate(self._live.parameters()):
             see(index, parameter.detach())
+
+    def _with_unfrozen(self) -> dict[str, nn.Parameter]:
+        """Return what was trained at attach, and what was unfrozen since."""
+        self.refresh()
+        return trained_parameters(self._model) | self.trained
 
     def _held(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
