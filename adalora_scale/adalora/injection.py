@@ -19,7 +19,7 @@ from adalora_scale.adalora.fingerprint import fingerprint, sample
 from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.adalora.masters import keep_in_float32
 from adalora_scale.config import AdaLoraConfig
-from adalora_scale.errors import UserError, nearest
+from adalora_scale.errors import Unsupported, UserError, nearest
 from adalora_scale.quantization.linear import Linear4bit
 
 ALL_LINEAR = "all-linear"
@@ -184,6 +184,11 @@ def find_targets(model: nn.Module, config: AdaLoraConfig) -> list[str]:
         raise UserError("adalora.target_modules selects no module after adalora.exclude_modules was applied.")
     for name in targets:
         sides(model.get_submodule(name))
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            raise Unsupported(
+                f"cannot adapt '{name}': MultiheadAttention multiplies by its weight itself and would leave the "
+                f"adapter out. Exclude it with adalora.exclude_modules."
+            )
         if is_inside(name, saved):
             raise UserError(
                 f"'{name}' is in both adalora.target_modules and adalora.modules_to_save; keep it in one of them."
@@ -276,6 +281,20 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
         for leaf, child in list(parent._modules.items()):
             if child is not None and child in replacements:
                 setattr(parent, leaf, replacements[child])
+    _leave_fused_path(model)
+
+
+def _leave_fused_path(model: nn.Module) -> None:
+    """Keep torch's encoder layers from multiplying by the weights themselves in evaluation, adapters left out."""
+    for module in model.modules():
+        if not isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+            continue
+        if not any(isinstance(inner, AdaLoraLayer) for inner in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # "neither": looked at before the fused path is taken
+        else:
+            module.use_nested_tensor = False  # padded batches, which the fused path alone can take
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

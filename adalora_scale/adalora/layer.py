@@ -58,6 +58,10 @@ class AdaLoraLayer(nn.Module):
         self.in_features, self.out_features = self.adaptable.sides(base_layer)
         """Rows of A and of B."""
         self.base_layer = base_layer.requires_grad_(False)
+        for setting in getattr(base_layer, "__constants__", ()):
+            # Model code reads them: Whisper's encoder its convolutions' stride.
+            if not hasattr(self, setting):
+                setattr(self, setting, getattr(base_layer, setting))
         self.r = r
         self.scaling = scaling
         self.init_std, self.seed = init_std, seed

@@ -43,7 +43,7 @@ def gather(model: nn.Module, sharding: Sharding, allocator: RankAllocator) -> Ga
     Raises:
         Unsupported: the optimizer keeps state that cannot be cut.
     """
-    gathered = Gathered(shapes=shapes_of(model))
+    gathered = Gathered(shapes=shapes_of(model, sharding))
     state = allocator.state_dict()
     pieces = sharding.pieces()
     kinds: dict[str, set[str]] = {ADAPTER: set(), OTHER: set()}
@@ -70,12 +70,13 @@ def gather(model: nn.Module, sharding: Sharding, allocator: RankAllocator) -> Ga
     return gathered
 
 
-def shapes_of(model: nn.Module) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Return group → name → whole shape of everything that is trained."""
+def shapes_of(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return group → name → whole shape of everything that is trained, or was at attach and is frozen since."""
     adapters: dict[str, tuple[int, ...]] = {
         t.name: (t.r,) if t.factor == "lora_E" else (t.rows, t.r) for t, _ in adapter_tensors(model)
     }
-    others = {name: whole_shape(p) for name, p in trained_parameters(model).items() if name not in adapters}
+    trained = sharding.trained | trained_parameters(model)
+    others = {name: whole_shape(p) for name, p in trained.items() if name not in adapters}
     return {ADAPTER: adapters, OTHER: others}
 
 
@@ -102,7 +103,8 @@ def scatter(checkpoint: Checkpoint, model: nn.Module, sharding: Sharding, alloca
         CheckpointError: the checkpoint is of a model that trains other tensors, or its files do not belong together or
             cannot be read. Raised on all ranks.
     """
-    reader = together(lambda: _Reader(checkpoint, shapes_of(model)))
+    reader = together(lambda: _Reader(checkpoint, shapes_of(model, sharding)))
+    _require_statistics(checkpoint, allocator)
     states: dict[str, PieceState] = {}
     scalars: dict[str, dict[str, float]] = checkpoint.manifest["optimizer"]["scalars"]
     position = dict(checkpoint.manifest["allocator"])
@@ -126,9 +128,20 @@ def scatter(checkpoint: Checkpoint, model: nn.Module, sharding: Sharding, alloca
                 )
 
     together(read)
-    sharding.restore(states)
+    together(lambda: sharding.restore(states))  # one rank's partition may hold what another's does not
     sharding.refresh()
     allocator.load_state_dict(state)
+
+
+def _require_statistics(checkpoint: Checkpoint, allocator: RankAllocator) -> None:
+    """Refuse a checkpoint without the statistics of the run's score, before anything of it was taken."""
+    position = checkpoint.manifest["allocator"]
+    lost = set(allocator.score.statistics) - set(score_named(position["preset"]).statistics)
+    if lost and not position["frozen"]:
+        raise CheckpointError(
+            f"the checkpoint {checkpoint.directory} has no '{min(lost)}': it is of adalora.preset="
+            f"{position['preset']}, this run of {allocator.config.preset}; resume with the former."
+        )
 
 
 @torch.no_grad()
@@ -138,7 +151,7 @@ def read_weights(checkpoint: Checkpoint, model: nn.Module, sharding: Sharding) -
     Raises:
         CheckpointError: as `scatter`.
     """
-    reader = together(lambda: _Reader(checkpoint, shapes_of(model)))
+    reader = together(lambda: _Reader(checkpoint, shapes_of(model, sharding)))
 
     def read() -> None:
         for piece in sharding.pieces():

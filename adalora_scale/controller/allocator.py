@@ -23,6 +23,7 @@ from adalora_scale.adalora.schedule import BudgetSchedule
 from adalora_scale.adalora.scores import score_named
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller.guard import require_equal, require_in_forward, require_same_start, require_same_tensors
+from adalora_scale.controller.saved import places, require_own_state
 from adalora_scale.controller.scoring import Scoring
 from adalora_scale.controller.step_sums import StepReduction, sum_of_squares
 from adalora_scale.controller.triplets import zero_lambda, zero_triplets
@@ -121,6 +122,7 @@ class RankAllocator:
         self.mask = self.mask.to(sharding.spans[0].weight.device)
         self._scoring = Scoring(self.score, sharding, self.schedule.final_step)
         if not self.frozen:
+            self._reopen()
             self._scoring.begin()
         base.register_step_pre_hook(self._before_update)
         base.register_step_post_hook(self._after_update)
@@ -329,6 +331,12 @@ class RankAllocator:
             self._columns_may_move = zero_triplets(self._attached(), self.mask)
         self._attached_scoring().release()
 
+    def _reopen(self) -> None:
+        """Let every triplet count, whatever the mask that a run before this one ended with."""
+        self.frozen = False
+        for layer in self._layers:
+            layer.keep_mask = None
+
     def _attached_scoring(self) -> Scoring:
         self._attached()
         return self._scoring  # type: ignore[return-value]  # made in attach beside the sharding
@@ -358,27 +366,22 @@ class RankAllocator:
             "allocation_due": self._allocation_due,
             "mask": self.mask.clone(),
         }
-        return state | self._attached_scoring().state()
+        return state | self._attached_scoring().state() | {"spans": places(self._attached())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()` into an attached allocator of the same model and schedule.
 
         Raises:
-            UserError: the state belongs to another model or schedule.
+            UserError: the state belongs to another model, schedule, score or rank.
         """
-        self._attached()
-        if state["modules"] != self.modules:
-            raise UserError("the saved state is of another model: it adapts other modules. Resume with the same model.")
-        if state["total_step"] != self.schedule.total_step:
-            raise UserError(
-                f"the saved state is of a run of {state['total_step']} steps, this one has {self.schedule.total_step}; "
-                f"resume with the same number of steps."
-            )
-        if state["mask"].numel() != self.mask.numel():
-            raise UserError(
-                f"the saved state has {state['mask'].numel()} triplets, this model {self.mask.numel()}; resume with "
-                f"the same model and adalora section."
-            )
+        require_own_state(
+            state,
+            modules=self.modules,
+            schedule=self.schedule,
+            triplets=self.mask.numel(),
+            scoring=self._attached_scoring(),
+            sharding=self._attached(),
+        )
         before = self.rank_pattern()
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
         self._attached().missed_steps()  # those of before the checkpoint are in the state
@@ -394,7 +397,5 @@ class RankAllocator:
         if state["frozen"]:
             self._freeze()
             return
-        self.frozen = False
-        for layer in self._layers:
-            layer.keep_mask = None
+        self._reopen()
         self._attached_scoring().load(state)

@@ -98,6 +98,11 @@ class Scoring:
 
     # ---- state --------------------------------------------------------------------------------------------------
 
+    def names(self) -> list[str]:
+        """Name what `state` holds before the final allocation."""
+        names = [span.tensor.name for span in self._sharding.spans if span.tensor.factor in self.score.factors]
+        return [f"{statistic}.{name}" for name in names for statistic in self.score.statistics]
+
     def state(self) -> dict[str, Tensor]:
         """Return copies of the statistics, named `<statistic>.<module>.<factor>`; nothing once released."""
         return {

@@ -32,12 +32,12 @@ class DirectSharding:
     def __init__(self, model: nn.Module, parameters: list[nn.Parameter], optimizer: Optimizer) -> None:
         # Taken now: after a forward without backward (an evaluation) FSDP2 leaves modules with whole, plain parameters.
         self._model = model
-        self._trained = trained_parameters(model)
+        self.trained = trained_parameters(model)
         self._parameters = parameters
         self._live = LiveAdapters(model)
         self._optimizer = optimizer
         adapters = {id(parameter) for parameter in parameters}
-        require_float32(self._trained, [p for p in self._held() if id(p) not in adapters])
+        require_float32(self.trained, [p for p in self._held() if id(p) not in adapters])
 
     def updating(self, optimizer: Optimizer) -> list[int]:
         """Return every span but those of frozen parameters: all is updated in the one call.
@@ -111,11 +111,11 @@ class DirectSharding:
 
     def pieces(self) -> list[Piece]:
         """Return what this rank holds of every trained parameter."""
-        return direct_pieces(self._trained, self._optimizer)
+        return direct_pieces(self._with_unfrozen(), self._optimizer)
 
     def restore(self, states: Mapping[str, PieceState]) -> None:
         """Put optimizer state back."""
-        restore_direct(self._trained, self._optimizer, states)
+        restore_direct(self._with_unfrozen(), self._optimizer, states)
 
     def refresh(self) -> None:
         """Nothing to copy, as above."""
@@ -128,6 +128,11 @@ class DirectSharding:
         """Show the parameters that the live modules hold now."""
         for index, parameter in enumerate(self._live.parameters()):
             see(index, parameter.detach())
+
+    def _with_unfrozen(self) -> dict[str, nn.Parameter]:
+        """Return what was trained at attach, and what was unfrozen since."""
+        self.refresh()
+        return trained_parameters(self._model) | self.trained
 
     def _held(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]

@@ -36,8 +36,12 @@ def require_one_adapter(model: nn.Module, spans: Sequence[Span]) -> None:
     if not several_ranks():
         return
     layers = {name: layer for name, layer in adapter_layers(model) if layer.r > 0}
-    ends = {name: layers[name].initial_factors() for name in (next(iter(layers)), list(layers)[-1])}
-    everyone = everywhere(lambda: (_signature(layers, ends), _as_drawn(spans, ends)))
+
+    def look() -> tuple[str, bool | None]:
+        ends = {name: layers[name].initial_factors() for name in (next(iter(layers)), list(layers)[-1])}
+        return _signature(layers, ends), _as_drawn(spans, ends)
+
+    everyone = everywhere(look)
     holders = [(rank, draw, drawn) for rank, (draw, drawn) in enumerate(everyone) if drawn is not None]
     for rank, draw, drawn in holders:
         _, first_draw, first_drawn = holders[0]

@@ -126,11 +126,12 @@ class DTensorSharding(DirectSharding):
 
     @torch.no_grad()
     def write(self, values: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-        """Overwrite this rank's rows of parameters of which whole values are given."""
+        """Overwrite this rank's rows of parameters of which whole values are given, and free what was gathered."""
         for parameter, value in values:
             placed = _checked(parameter, "a parameter")
             shape, offset = compute_local_shape_and_global_offset(placed.shape, placed.device_mesh, placed.placements)
             placed.to_local().copy_(value[offset[0] : offset[0] + shape[0]])
+        self.refresh()
 
     def replicas(self) -> tuple[list[tuple[str, Tensor]], dist.ProcessGroup | None]:
         """Under HSDP the ranks along the replicated mesh dimension hold the same rows."""
@@ -141,7 +142,7 @@ class DTensorSharding(DirectSharding):
     def _require_sharded(self) -> None:
         """Refuse a trained parameter that `fully_shard` did not cover: nobody would reduce its gradient over ranks."""
         held = {id(parameter) for parameter in self._held()}
-        for name, parameter in self._trained.items():
+        for name, parameter in self.trained.items():
             if id(parameter) in held and isinstance(parameter, DTensor) and not _by_rows(parameter):
                 raise Unsupported(
                     f"'{name}' is placed as {parameter.placements}; what is trained may be sharded by rows, Shard(0), "

@@ -104,6 +104,8 @@ class StateFace(Protocol):
     """What checkpoints, saving and the guard ask of an engine, between two steps."""
 
     spans: list[Span]
+    trained: dict[str, nn.Parameter]
+    """Name in the unwrapped model → parameter, of everything that was trained at attach, frozen since or not."""
 
     def pieces(self) -> list[Piece]:
         """Return what this rank's optimizer holds of every trained parameter, the adapters and others.

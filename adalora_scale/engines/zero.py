@@ -40,6 +40,7 @@ class ZeroSharding:
         self._group: dist.ProcessGroup = zero_optimizer.dp_process_group
         self._tensors = adapter_tensors(model)
         self._parameters = [parameter for _, parameter in self._tensors]
+        self.trained = trained_parameters(model)
         self._live = LiveAdapters(model)
         self._device = self._parameters[0].device
         self._places = self._found_places()
@@ -74,13 +75,15 @@ class ZeroSharding:
 
     def _addresses(self) -> list[int]:
         masters, live = self._layout.masters(), self._live.parameters()
-        return [*(flat.data_ptr() for flat in masters), *self._layout.addresses(live), *map(id, live)]
+        written = [p._version for p in self._layout.low_precision(list(self.trained.values()))]  # by others, in place
+        return [*(flat.data_ptr() for flat in masters), *self._layout.addresses(live), *map(id, live), *written]
 
     def _follow(self) -> None:
         """Take the views anew where DeepSpeed moved its memory (offload_states, reload_states).
 
         Raises:
-            UserError: somebody else moved it, so that the forward computes with values that DeepSpeed does not update.
+            UserError: somebody else moved it, so that the forward computes with values that DeepSpeed does not update,
+                or wrote into it, which DeepSpeed's masters would undo.
         """
         now = self._addresses()
         if now == self._seen:
@@ -95,11 +98,14 @@ class ZeroSharding:
         if places != self._places:
             raise UserError("DeepSpeed's partitions changed after attach; attach after deepspeed.initialize, once.")
         self.spans = self._views()
-        for span, parameter, place in zip(self.spans, self._parameters, places, strict=True):
-            if not same_values(span.weight, self._layout.computed(parameter, place)):
+        for name, parameter in self.trained.items():
+            group, offset, _, length = place = self._layout.place(name, parameter)
+            master = self._flats[group].detach()[offset : offset + length]
+            if not same_values(master, self._layout.computed(parameter, place)):
                 raise UserError(
-                    f"'{span.tensor.name}' was given other memory after attach (by .data = … or .to(device)), which "
-                    f"DeepSpeed does not update; change parameters in place, or attach afterwards."
+                    f"'{name}' was changed after attach (by load_state_dict, copy_, .data = … or .to(device)), which "
+                    f"DeepSpeed's own masters would undo; change parameters before deepspeed.initialize, or load with "
+                    f"the engine's load_checkpoint."
                 )
         self._seen = now
 
@@ -125,13 +131,13 @@ class ZeroSharding:
         """Return the spans of the groups whose flat partition the optimizer holds during this call.
 
         Raises:
-            Unsupported: an adapter was frozen after attach; one gradient of a flat partition serves all in it.
+            Unsupported: what was trained was frozen after attach; one gradient of a flat partition serves all in it.
         """
         self._follow()
-        for tensor, parameter in self._tensors:
+        for name, parameter in self.trained.items():
             if not parameter.requires_grad:
                 raise Unsupported(
-                    f"'{tensor.name}' was frozen (requires_grad=False) after attach: DeepSpeed's flat partitions go on "
+                    f"'{name}' was frozen (requires_grad=False) after attach: DeepSpeed's flat partitions go on "
                     f"moving it. Train in stages under DDP or FSDP2, or with a DeepSpeed engine for each stage."
                 )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -219,7 +225,8 @@ class ZeroSharding:
         self._layout.refresh()
 
     def _placed(self) -> dict[str, Place]:
-        found = {n: self._layout.place(n, p) for n, p in trained_parameters(self._model).items()}
+        trained = self.trained | trained_parameters(self._model)
+        found = {n: self._layout.place(n, p) for n, p in trained.items()}
         return {name: place for name, place in found.items() if place[3]}
 
     def replicas(self) -> tuple[list[tuple[str, Tensor]], dist.ProcessGroup | None]:

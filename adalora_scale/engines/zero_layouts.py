@@ -46,6 +46,9 @@ class Layout(Protocol):
     def addresses(self, parameters: Sequence[nn.Parameter]) -> list[int]:
         """Return where the low-precision values of these parameters are; other numbers mean other memory."""
 
+    def low_precision(self, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
+        """Return what of these parameters is kept on this rank."""
+
     def computed(self, parameter: nn.Parameter, place: Place) -> Tensor:
         """Return what the forward computes with where this rank's piece lies, (length,), without asking other ranks."""
 
@@ -93,6 +96,9 @@ class FlatGroups:
 
     def addresses(self, parameters: Sequence[nn.Parameter]) -> list[int]:
         return [parameter.data_ptr() for parameter in parameters]
+
+    def low_precision(self, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
+        return parameters
 
     def computed(self, parameter: nn.Parameter, place: Place) -> Tensor:
         _, _, start, length = place
@@ -165,6 +171,9 @@ class PartitionedGroups:
 
     def addresses(self, parameters: Sequence[Any]) -> list[int]:
         return [parameter.ds_tensor.data_ptr() if hasattr(parameter, "ds_tensor") else 0 for parameter in parameters]
+
+    def low_precision(self, parameters: Sequence[Any]) -> Sequence[Tensor]:
+        return [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]
 
     def computed(self, parameter: Any, place: Place) -> Tensor:
         return parameter.ds_tensor.detach().view(-1)[: place[3]]

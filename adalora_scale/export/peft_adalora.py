@@ -187,6 +187,7 @@ def saved_values(model: nn.Module, directory: str | Path) -> list[tuple[nn.Param
         UserError: files are missing or damaged, or are another model's.
         Unsupported: they were saved under another mask than the model's.
     """
+    settle(model)
     directory = Path(directory)
     pattern = read_adapter_config(directory).get("rank_pattern") or {}
     tensors, _ = _read_weights(directory)

@@ -22,6 +22,7 @@ from adalora_scale.controller import RankAllocator
 from adalora_scale.data.packing import check_packing_isolated
 from adalora_scale.engines import base_optimizer
 from adalora_scale.engines.engine import Engine
+from adalora_scale.engines.ranks import together
 from adalora_scale.engines.registry import check_engine, is_sharded, real_engine
 from adalora_scale.engines.zero_place import refuse_mismatches
 from adalora_scale.errors import Unsupported, UserError
@@ -215,7 +216,8 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         if self.model is None or self.state.best_model_checkpoint is None or self.allocator is None:
             return
         if self.args.save_only_model:
-            self.allocator.sharding.write(saved_values(self.model, self.state.best_model_checkpoint))
+            model, best = self.model, self.state.best_model_checkpoint
+            self.allocator.sharding.write(together(lambda: saved_values(model, best)))
         else:
             self.checkpoints.load_weights(self.state.best_model_checkpoint, self.allocator)
         self.adalora_callback.forget_guard()

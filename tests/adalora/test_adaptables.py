@@ -10,7 +10,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
 from adalora_scale.adalora.adaptables import adaptable_of, block
-from adalora_scale.adalora.injection import coverage, find_targets, inject_adalora, injection_of
+from adalora_scale.adalora.injection import adapter_layers, coverage, find_targets, inject_adalora, injection_of
 from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import Unsupported
@@ -137,6 +137,32 @@ def test_settings_that_would_train_something_else_are_refused(base, word):
     """Else the adapter's function is not the merged weight's."""
     with pytest.raises(Unsupported, match=word):
         AdaLoraLayer(base, r=2, scaling=1.0)
+
+
+def test_what_torch_computes_around_a_layers_forward(monkeypatch):
+    """Else an adapter is never trained (attention's output), or only left out when the model is evaluated."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    batch, padded = torch.ones(2, 5, 16), torch.arange(5) > torch.tensor([[4], [2]])
+    config = AdaLoraConfig(init_r=4, target_r=2)
+    with pytest.raises(Unsupported, match=r"'layers\.0\.self_attn\.out_proj'.*adalora\.exclude_modules"):
+        inject_adalora(model, config)
+    inject_adalora(model, config.replace(exclude_modules=["out_proj"])).eval()
+    assert coverage(model).matrices == 2
+    with torch.no_grad():
+        for _, layer in adapter_layers(model):
+            layer.lora_E.fill_(5.0)
+        found = model(batch, src_key_padding_mask=padded)
+        monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+        torch.testing.assert_close(found[~padded], model(batch, src_key_padding_mask=padded)[~padded])
+
+
+def test_model_code_that_reads_a_layers_settings():
+    """Else Whisper, whose encoder multiplies the strides of its convolutions, ends in an AttributeError."""
+    layer = AdaLoraLayer(nn.Conv1d(4, 6, 3, stride=2, padding=1), r=2, scaling=1.0)
+    assert (layer.stride, layer.padding, layer.in_channels, layer.in_features) == ((2,), (1,), 4, 12)
+    layer = AdaLoraLayer(nn.Embedding(11, 6, padding_idx=0), r=2, scaling=1.0)
+    assert (layer.padding_idx, layer.num_embeddings, layer.embedding_dim) == (0, 11, 6)
 
 
 def test_sides_do_not_come_from_the_weight():

@@ -41,5 +41,24 @@ def test_another_score_cannot_go_on_from_it(tmp_path):
     """Else a run whose preset was changed goes on with statistics that are none of its own."""
     checkpoint = written(Run().train(AT), tmp_path)
     other = Run(options(preset="taylor"))
-    with pytest.raises(CheckpointError, match="has no 'taylor'"):
+    before = {name: weight.clone() for name, weight in other.trainable().items()}
+    with pytest.raises(CheckpointError, match=r"has no 'taylor': it is of adalora\.preset=default"):
         scatter(checkpoint, other.model, other.allocator.sharding, other.allocator)
+    assert_same(other.trainable(), before)
+
+
+def test_a_module_unfrozen_after_attach_goes_through_a_checkpoint(tmp_path):
+    """Else a run that unfreezes step by step ends at its next checkpoint, with advice that is already followed."""
+
+    def unfrozen(run):
+        run.model.head.requires_grad_(True)
+        run.optimizer.add_param_group({"params": list(run.model.head.parameters())})
+        return run
+
+    straight = unfrozen(Run().train(2)).train(AT)
+    checkpoint = written(straight, tmp_path)
+    resumed = unfrozen(Run())
+    scatter(checkpoint, resumed.model, resumed.allocator.sharding, resumed.allocator)
+    resumed.calls = straight.calls
+    assert_same(resumed.train().trainable(), straight.train().trainable())
+    assert "head.weight" in resumed.trainable()

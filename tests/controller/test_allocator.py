@@ -719,6 +719,19 @@ def test_state_of_another_run_is_refused():
     assert other.allocator.step == 0
 
 
+def test_state_of_another_score_or_rank_is_refused_before_anything_is_taken():
+    """Else a rank goes on with another rank's statistics where the sizes agree, and with a traceback where not."""
+    state = Run(options(preset="taylor")).train(7).allocator.state_dict()
+    other = Run()
+    with pytest.raises(UserError, match=r"has no 'sensitivity.*adalora\.preset"):
+        other.allocator.load_state_dict(state)
+    state = Run().train(7).allocator.state_dict()
+    state["spans"][0, 0] += 1
+    with pytest.raises(UserError, match="another rank's pieces"):
+        other.allocator.load_state_dict(state)
+    assert other.allocator.step == 0
+
+
 def test_adapters_of_reads_the_trained_weights():
     """The helper used by the comparisons must look at the live parameters."""
     run = Run().train(2)
