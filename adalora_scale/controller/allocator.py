@@ -22,6 +22,7 @@ from adalora_scale.adalora.injection import adapter_layers, injection_of
 from adalora_scale.adalora.schedule import BudgetSchedule
 from adalora_scale.adalora.scores import score_named
 from adalora_scale.config import AdaLoraConfig
+from adalora_scale.controller.figures import penalty_figures, rank_figures
 from adalora_scale.controller.guard import require_equal, require_in_forward, require_same_start, require_same_tensors
 from adalora_scale.controller.saved import places, require_own_state
 from adalora_scale.controller.scoring import Scoring
@@ -170,22 +171,14 @@ class RankAllocator:
 
     def metrics(self) -> dict[str, float | int | str | None]:
         """Return the figures logged beside the loss (keys of metrics.jsonl); None is unknown."""
-        ranks = list(self.ranks().values())
-        ratio = None
-        if self._task_norm is not None:
-            ratio = self._orth_norm.item() / self._task_norm.item() if self._task_norm > 0 else 0.0
-        return {
-            "adalora/budget": self.budget,
-            "adalora/rank_total": sum(ranks),
-            "adalora/rank_min": min(ranks),
-            "adalora/rank_max": max(ranks),
-            "adalora/zero_rank_modules": ranks.count(0),
-            "adalora/orth_loss": self._penalty.item(),
-            "adalora/orth_grad_norm": self._orth_norm.item(),
-            "adalora/orth_grad_ratio": ratio,
-            "adalora/skipped_steps": self.skipped_steps,
-            "adalora/masks_digest": self.masks_digest(),
+        figures = {
+            "budget": self.budget,
+            "skipped_steps": self.skipped_steps,
+            "masks_digest": self.masks_digest(),
+            **rank_figures(list(self.ranks().values())),
+            **penalty_figures(self._penalty, self._orth_norm, self._task_norm),
         }
+        return {f"adalora/{name}": value for name, value in figures.items()}
 
     def check_consistency(self) -> None:
         """Compare masks and replicated parameters over ranks, and spans with what the forward computes with.
@@ -374,14 +367,8 @@ class RankAllocator:
         Raises:
             UserError: the state belongs to another model, schedule, score or rank.
         """
-        require_own_state(
-            state,
-            modules=self.modules,
-            schedule=self.schedule,
-            triplets=self.mask.numel(),
-            scoring=self._attached_scoring(),
-            sharding=self._attached(),
-        )
+        sharding, scoring = self._attached(), self._attached_scoring()
+        require_own_state(state, self.modules, self.schedule, self.mask.numel(), scoring, sharding)
         before = self.rank_pattern()
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
         self._attached().missed_steps()  # those of before the checkpoint are in the state

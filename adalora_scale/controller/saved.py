@@ -21,7 +21,6 @@ def places(sharding: Sharding) -> Tensor:
 
 def require_own_state(
     state: Mapping[str, Any],
-    *,
     modules: list[str],
     schedule: BudgetSchedule,
     triplets: int,
