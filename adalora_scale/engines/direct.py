@@ -109,6 +109,13 @@ class DirectSharding:
             for parameter in self._parameters
         ]
 
+    def held_tensors(self) -> list[tuple[str, Tensor]]:
+        """Return this rank's piece of every trained parameter, the adapters' first."""
+        adapters = [(span.tensor.name, span.weight) for span in self.spans]
+        own = {name for name, _ in adapters}
+        trained = trained_parameters(self._model) | self.trained  # also what is trained since
+        return adapters + [(name, local(p.detach())) for name, p in trained.items() if name not in own]
+
     def pieces(self) -> list[Piece]:
         """Return what this rank holds of every trained parameter."""
         return direct_pieces(self._with_unfrozen(), self._optimizer)

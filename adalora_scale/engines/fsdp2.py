@@ -137,7 +137,7 @@ class DTensorSharding(DirectSharding):
         """Under HSDP the ranks along the replicated mesh dimension hold the same rows."""
         if self._replicas is None:
             return [], None
-        return [(span.tensor.name, span.weight) for span in self.spans], self._replicas
+        return self.held_tensors(), self._replicas
 
     def _require_sharded(self) -> None:
         """Refuse a trained parameter that `fully_shard` did not cover: nobody would reduce its gradient over ranks."""

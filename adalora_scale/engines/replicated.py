@@ -113,11 +113,7 @@ class ReplicatedSharding(DirectSharding):
 
     def replicas(self) -> tuple[list[tuple[str, Tensor]], dist.ProcessGroup | None]:
         """Every rank holds every trained parameter."""
-        named = [(span.tensor.name, span.weight) for span in self.spans]
-        own = {id(parameter) for parameter in self._parameters}
-        others = [parameter for parameter in self._held() if id(parameter) not in own]
-        named += [(f"trained parameter {number} beside the adapters", p.detach()) for number, p in enumerate(others)]
-        return named, None
+        return self.held_tensors(), None
 
 
 class Ddp(Engine):

@@ -233,7 +233,9 @@ class ZeroSharding:
         """Under ZeRO-1 and 2 every rank computes with whole low-precision copies; under ZeRO-3 nobody does."""
         if not self._layout.replicated():
             return [], self._group
-        return [(tensor.name, parameter.detach()) for tensor, parameter in self._tensors], self._group
+        adapters = {tensor.name: parameter for tensor, parameter in self._tensors}
+        trained = adapters | trained_parameters(self._model) | self.trained
+        return [(name, parameter.detach()) for name, parameter in trained.items()], self._group
 
     def missed_steps(self) -> int:
         """Return the steps that the engine dropped on overflow since the last question (0 without the engine)."""

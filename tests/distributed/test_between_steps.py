@@ -11,7 +11,7 @@ HEAD = ["head.bias", "head.weight"]
 CASES = [
     "frozen_head:ddp", "frozen_head:fsdp2", "frozen_head:zero2", "written_back:ddp", "written_back:fsdp2",
     "written_back:zero2", "loaded_in_place:ddp", "loaded_in_place:zero2", "other_step_counts:zero2",
-    "one_rank_cannot_draw:fsdp2",
+    "one_rank_cannot_draw:fsdp2", "drifted_head:ddp", "drifted_head:hsdp", "drifted_head:zero2",
 ]  # fmt: skip
 
 
@@ -31,6 +31,13 @@ def test_zero_refuses_a_frozen_module_as_it_refuses_a_frozen_adapter(outcomes):
     """Else weight decay and moments go on moving what the user froze."""
     expected = "Unsupported: 'head.weight' was frozen (requires_grad=False) after attach"
     assert [message[: len(expected)] for message in outcomes["frozen_head:zero2"]] == [expected] * 2
+
+
+@pytest.mark.parametrize("engine", ["ddp", "hsdp", "zero2"])
+def test_the_guard_compares_what_is_trained_beside_the_adapters(outcomes, engine):
+    """Else replicas of a head drift apart until the end, and rank 0's is saved."""
+    expected = "RanksDisagree: step 2: 'head.bias' on rank 1 differs from rank 0"
+    assert [message[: len(expected)] for message in outcomes[f"drifted_head:{engine}"]] == [expected] * 2
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2"])

@@ -13,6 +13,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -41,10 +42,12 @@ class Run:
         self.model = self.wrapped = inject_adalora(Toy(), CONFIG)
         if engine == "ddp":
             self.wrapped = DistributedDataParallel(self.model, find_unused_parameters=True)
-        if engine == "fsdp2":
+        if engine in ("fsdp2", "hsdp"):
+            replicated = {"mesh": init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))}
+            options = replicated if engine == "hsdp" else {}
             for layer in (layer for block in self.model.blocks for layer in block.values()):
-                fully_shard(layer)
-            fully_shard(self.model)
+                fully_shard(layer, **options)
+            fully_shard(self.model, **options)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-2)
         if self.zero:
             self.wrapped, *_ = deepspeed.initialize(model=self.model, optimizer=self.optimizer, config=ZERO_2)
@@ -80,6 +83,15 @@ def frozen_head(engine, folder):
     run = Run(engine).train(2)
     run.model.head.requires_grad_(False)
     return sorted(run.train(1).write(folder).shapes("other"))
+
+
+def drifted_head(engine, folder):
+    """A module trained in full drifts on one replica, as faulty memory makes it."""
+    run = Run(engine).train(2)
+    if dist.get_rank() == 1:
+        bias = run.model.head.bias
+        getattr(bias, "_local_tensor", bias).data[0] += 1e-3
+    run.allocator.check_consistency()
 
 
 def written_back(engine, folder):
