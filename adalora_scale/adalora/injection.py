@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from adalora_scale.adalora.adaptables import FACTORS, MATRIX, FileForm, is_linear, sides
 from adalora_scale.adalora.base_digest import WeightsDigest, tensor_samples
 from adalora_scale.adalora.fingerprint import fingerprint, sample
+from adalora_scale.adalora.frozen import freeze
 from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.adalora.masters import keep_in_float32
 from adalora_scale.config import AdaLoraConfig
@@ -96,7 +97,7 @@ def inject_adalora(
     samples = [sample(name, cast(Tensor, model.get_submodule(name).weight).detach()) for name in targets]
     if base_digests is None:
         base_digests = digest_base(model, targets, modules_to_save(model, config))
-    model.requires_grad_(False)
+    freeze(model, modules_to_save(model, config))
     wrappers: dict[nn.Module, AdaLoraLayer] = {}
     seed = int(torch.randint(2**48, (1,), device="cpu"))
     for index, name in enumerate(targets):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from adalora_scale.adalora.adaptables import FACTORS, adaptable_of, module_of_factor
 from adalora_scale.adalora.base_digest import same_base
+from adalora_scale.adalora.frozen import freeze
 from adalora_scale.adalora.injection import (
     Injection,
     adapter_layers,
@@ -146,7 +147,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
             f"one it was trained on{f': {named}' if (named := saved.get('base_model_name_or_path')) else ''}."
         )
 
-    model.requires_grad_(False)
+    freeze(model, modules_to_save(model, config))
     pattern = saved.get("rank_pattern") or {}
     wrappers: dict[nn.Module, AdaLoraLayer] = {}
     scaling = saved["lora_alpha"] / saved["init_r"]
