@@ -51,13 +51,15 @@ HOST = [
     "fsdp2:replicated-offload+no-cpu-backend",
 ]
 """Cells whose pieces lie on the CPU while the engine's device is another."""
+HOST_SELDOM = ["zero1:offload+no-cpu-backend"]
+"""Such cells of --full."""
 
 
 def often(engine):
     """Return the cells of the default run on two ranks; mutants come last."""
     some = OFTEN_ON_TWO_RANKS.get(engine)
     names = [name for name in cells_for(engine, 2) if some is None or name in some]
-    return names + [cell.partition(":")[2] for cell in HOST + MUTANTS if cell.startswith(f"{engine}:")]
+    return names + [cell.partition(":")[2] for cell in HOST + HOST_SELDOM + MUTANTS if cell.startswith(f"{engine}:")]
 
 
 def seldom(engine, ranks):
@@ -127,7 +129,7 @@ def test_a_mutant_is_refused(outcomes, cell):
     assert {outcome["verdict"] for outcome in found} <= {"wrong", "refused"}, found
 
 
-@pytest.mark.parametrize("cell", HOST)
+@pytest.mark.parametrize("cell", [*HOST, *(pytest.param(cell, marks=pytest.mark.full) for cell in HOST_SELDOM)])
 def test_no_cpu_tensor_is_sent_where_the_process_group_takes_none(outcomes, cell):
     """Else a run with CPU offload ends at the first guard on GPUs: NCCL has no backend for CPU tensors."""
     engine, _, name = cell.partition(":")
