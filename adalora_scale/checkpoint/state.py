@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from adalora_scale.adalora.scores import score_named
 from adalora_scale.checkpoint.format import Checkpoint, CheckpointError, Group
 from adalora_scale.controller import RankAllocator
-from adalora_scale.engines import Piece, PieceState, Sharding, adapter_tensors, trained_parameters, whole_shape
+from adalora_scale.engines import Piece, PieceState, Sharding, adapter_tensors, whole_shape
 from adalora_scale.engines.ranks import together
 
 ADAPTER, OTHER = "adapter", "other"
@@ -75,8 +75,7 @@ def shapes_of(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, tuple
     adapters: dict[str, tuple[int, ...]] = {
         t.name: (t.r,) if t.factor == "lora_E" else (t.rows, t.r) for t, _ in adapter_tensors(model)
     }
-    trained = sharding.trained | trained_parameters(model)
-    others = {name: whole_shape(p) for name, p in trained.items() if name not in adapters}
+    others = {name: whole_shape(p) for name, p in sharding.trained().items() if name not in adapters}
     return {ADAPTER: adapters, OTHER: others}
 
 

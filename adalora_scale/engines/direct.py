@@ -32,12 +32,12 @@ class DirectSharding:
     def __init__(self, model: nn.Module, parameters: list[nn.Parameter], optimizer: Optimizer) -> None:
         # Taken now: after a forward without backward (an evaluation) FSDP2 leaves modules with whole, plain parameters.
         self._model = model
-        self.trained = trained_parameters(model)
+        self._at_attach = trained_parameters(model)
         self._parameters = parameters
         self._live = LiveAdapters(model)
         self._optimizer = optimizer
         adapters = {id(parameter) for parameter in parameters}
-        require_float32(self.trained, [p for p in self._held() if id(p) not in adapters])
+        require_float32(self._at_attach, [p for p in self._held() if id(p) not in adapters])
 
     def updating(self, optimizer: Optimizer) -> list[int]:
         """Return every span but those of frozen parameters: all is updated in the one call.
@@ -111,18 +111,22 @@ class DirectSharding:
 
     def held_tensors(self) -> list[tuple[str, Tensor]]:
         """Return this rank's piece of every trained parameter, the adapters' first."""
-        adapters = [(span.tensor.name, span.weight) for span in self.spans]
-        own = {name for name, _ in adapters}
-        trained = trained_parameters(self._model) | self.trained  # also what is trained since
-        return adapters + [(name, local(p.detach())) for name, p in trained.items() if name not in own]
+        adapters = {span.tensor.name: span.weight for span in self.spans}
+        others = {name: local(p.detach()) for name, p in self.trained().items() if name not in adapters}
+        return [*adapters.items(), *others.items()]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return what was trained at attach, and what was unfrozen since."""
+        self.refresh()
+        return trained_parameters(self._model) | self._at_attach
 
     def pieces(self) -> list[Piece]:
         """Return what this rank holds of every trained parameter."""
-        return direct_pieces(self._with_unfrozen(), self._optimizer)
+        return direct_pieces(self.trained(), self._optimizer)
 
     def restore(self, states: Mapping[str, PieceState]) -> None:
         """Put optimizer state back."""
-        restore_direct(self._with_unfrozen(), self._optimizer, states)
+        restore_direct(self.trained(), self._optimizer, states)
 
     def refresh(self) -> None:
         """Nothing to copy, as above."""
@@ -135,11 +139,6 @@ class DirectSharding:
         """Show the parameters that the live modules hold now."""
         for index, parameter in enumerate(self._live.parameters()):
             see(index, parameter.detach())
-
-    def _with_unfrozen(self) -> dict[str, nn.Parameter]:
-        """Return what was trained at attach, and what was unfrozen since."""
-        self.refresh()
-        return trained_parameters(self._model) | self.trained
 
     def _held(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]

@@ -142,7 +142,7 @@ class DTensorSharding(DirectSharding):
     def _require_sharded(self) -> None:
         """Refuse a trained parameter that `fully_shard` did not cover: nobody would reduce its gradient over ranks."""
         held = {id(parameter) for parameter in self._held()}
-        for name, parameter in self.trained.items():
+        for name, parameter in self._at_attach.items():
             if id(parameter) in held and isinstance(parameter, DTensor) and not _by_rows(parameter):
                 raise Unsupported(
                     f"'{name}' is placed as {parameter.placements}; what is trained may be sharded by rows, Shard(0), "

@@ -104,8 +104,12 @@ class StateFace(Protocol):
     """What checkpoints, saving and the guard ask of an engine, between two steps."""
 
     spans: list[Span]
-    trained: dict[str, nn.Parameter]
-    """Name in the unwrapped model → parameter, of everything that was trained at attach, frozen since or not."""
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return name in the unwrapped model → parameter, of everything trained at attach (frozen since or not) or now.
+
+        The parameters of attach are given: the model may hold others at the moment (FSDP2's gathered ones).
+        """
 
     def pieces(self) -> list[Piece]:
         """Return what this rank's optimizer holds of every trained parameter, the adapters and others.

@@ -40,7 +40,7 @@ class ZeroSharding:
         self._group: dist.ProcessGroup = zero_optimizer.dp_process_group
         self._tensors = adapter_tensors(model)
         self._parameters = [parameter for _, parameter in self._tensors]
-        self.trained = trained_parameters(model)
+        self._at_attach = trained_parameters(model)
         self._live = LiveAdapters(model)
         self._device = self._parameters[0].device
         self._places = self._found_places()
@@ -74,9 +74,10 @@ class ZeroSharding:
         return spans
 
     def _addresses(self) -> list[int]:
-        masters, live = self._layout.masters(), self._live.parameters()
-        written = [p._version for p in self._layout.low_precision(list(self.trained.values()))]  # by others, in place
-        return [*(flat.data_ptr() for flat in masters), *self._layout.addresses(live), *map(id, live), *written]
+        live, kept = self._live.parameters(), self._layout.low_precision
+        written = [tensor._version for tensor in kept(list(self._at_attach.values()))]  # by others, in place
+        memory = [tensor.data_ptr() for tensor in (*self._layout.masters(), *kept(live))]
+        return [*memory, *map(id, live), *written]
 
     def _follow(self) -> None:
         """Take the views anew where DeepSpeed moved its memory (offload_states, reload_states).
@@ -98,7 +99,7 @@ class ZeroSharding:
         if places != self._places:
             raise UserError("DeepSpeed's partitions changed after attach; attach after deepspeed.initialize, once.")
         self.spans = self._views()
-        for name, parameter in self.trained.items():
+        for name, parameter in self._at_attach.items():
             group, offset, _, length = place = self._layout.place(name, parameter)
             master = self._flats[group].detach()[offset : offset + length]
             if not same_values(master, self._layout.computed(parameter, place)):
@@ -134,7 +135,7 @@ class ZeroSharding:
             Unsupported: what was trained was frozen after attach; one gradient of a flat partition serves all in it.
         """
         self._follow()
-        for name, parameter in self.trained.items():
+        for name, parameter in self._at_attach.items():
             if not parameter.requires_grad:
                 raise Unsupported(
                     f"'{name}' was frozen (requires_grad=False) after attach: DeepSpeed's flat partitions go on "
@@ -224,9 +225,12 @@ class ZeroSharding:
         """Copy every master into the low-precision copies."""
         self._layout.refresh()
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Return what was trained at attach, and what was unfrozen since."""
+        return trained_parameters(self._model) | self._at_attach
+
     def _placed(self) -> dict[str, Place]:
-        trained = self.trained | trained_parameters(self._model)
-        found = {n: self._layout.place(n, p) for n, p in trained.items()}
+        found = {n: self._layout.place(n, p) for n, p in self.trained().items()}
         return {name: place for name, place in found.items() if place[3]}
 
     def replicas(self) -> tuple[list[tuple[str, Tensor]], dist.ProcessGroup | None]:
@@ -234,8 +238,7 @@ class ZeroSharding:
         if not self._layout.replicated():
             return [], self._group
         adapters = {tensor.name: parameter for tensor, parameter in self._tensors}
-        trained = adapters | trained_parameters(self._model) | self.trained
-        return [(name, parameter.detach()) for name, parameter in trained.items()], self._group
+        return [(name, parameter.detach()) for name, parameter in (adapters | self.trained()).items()], self._group
 
     def missed_steps(self) -> int:
         """Return the steps that the engine dropped on overflow since the last question (0 without the engine)."""

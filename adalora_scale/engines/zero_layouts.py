@@ -43,11 +43,8 @@ class Layout(Protocol):
             UserError: the optimizer does not hold it.
         """
 
-    def addresses(self, parameters: Sequence[nn.Parameter]) -> list[int]:
-        """Return where the low-precision values of these parameters are; other numbers mean other memory."""
-
     def low_precision(self, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
-        """Return what of these parameters is kept on this rank."""
+        """Return what this rank keeps of these parameters' low-precision values between two steps."""
 
     def computed(self, parameter: nn.Parameter, place: Place) -> Tensor:
         """Return what the forward computes with where this rank's piece lies, (length,), without asking other ranks."""
@@ -93,9 +90,6 @@ class FlatGroups:
             f"DeepSpeed's optimizer does not hold '{name}'. Call inject_adalora before deepspeed.initialize, pass the "
             f"parameters with requires_grad=True, and do not give parameters other memory after it (.data = …, .to)."
         )
-
-    def addresses(self, parameters: Sequence[nn.Parameter]) -> list[int]:
-        return [parameter.data_ptr() for parameter in parameters]
 
     def low_precision(self, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
         return parameters
@@ -168,9 +162,6 @@ class PartitionedGroups:
         start = dist.get_rank(group=self.zero.dp_process_group) * parameter.ds_tensor.ds_numel
         length = max(0, min(numel, parameter.ds_numel - start))  # the last partitions are padded
         return (group, offset, start, length) if length else NOWHERE
-
-    def addresses(self, parameters: Sequence[Any]) -> list[int]:
-        return [parameter.ds_tensor.data_ptr() if hasattr(parameter, "ds_tensor") else 0 for parameter in parameters]
 
     def low_precision(self, parameters: Sequence[Any]) -> Sequence[Tensor]:
         return [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]
