@@ -6,11 +6,11 @@
 #   WHEELS=folder bash benchmarks/gpu.sh [FOLDER]    # first unpacks that folder's wheels beside the installed packages
 #
 # One failure does not hide the next: all parts run, and the exit code is 1 if one failed. ADALORA_GPU_PARTS picks some
-# (default "tests overhead 8b 70b"), in this order.
+# (default "tests engines train overhead 8b 70b", in this order; one line of them by its whole name: train:fsdp2).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 out="${1:-benchmarks/results}"
-parts="${ADALORA_GPU_PARTS:-tests overhead 8b 70b}"
+parts="${ADALORA_GPU_PARTS:-tests engines train overhead 8b 70b}"
 python="${PYTHON:-$(command -v python || command -v python3)}"
 mkdir -p "$out"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
@@ -53,13 +53,34 @@ failed=0
 part() {
     local name="$1"
     shift
-    [[ " $parts " == *" ${name%%:*} "* ]] || return 0
+    [[ " $parts " == *" ${name%%:*} "* || " $parts " == *" $name "* ]] || return 0
     echo "== $name"
     "$@" || { failed=1; echo "== $name failed"; }
 }
 
 gpu_tests() { "$python" -m pytest -q tests/gpu 2>&1 | tee "$out/tests_$card.log"; }
 part tests gpu_tests
+# Every engine against the float64 reference, over NCCL, then over a 4-bit base. zero3-offload would compile for minutes.
+engines=(--nproc 1 --engines ddp fsdp2 zero1 zero2 zero3)
+part engines "$python" -m adalora_scale.cli verify-engines "${engines[@]}" --json "$out/verify_engines_$card.json"
+part engines:4bit "$python" -m adalora_scale.cli verify-engines "${engines[@]}" --load-in-4bit \
+    --json "$out/verify_engines_4bit_$card.json"
+# The quickstart's run through the launchers, and its score from the adapter on disk.
+recipe=configs/recipes/quickstart.yaml
+train() {
+    local name="$1" run
+    shift
+    run="$(mktemp -d)"
+    "$@" "training.output_dir=$run" training.per_device_train_batch_size=64 2>&1 | tail -n 60 || return 1
+    "$python" -m adalora_scale.cli evaluate --config "$recipe" --adapter "$run" --max-new-tokens 16 --batch-size 100 \
+        --json | tee "$out/quickstart_${name}_$card.json" || return 1
+    rm -rf "$run"
+}
+torchrun=("$python" -m torch.distributed.run --standalone --nproc-per-node 1 launch/train.py --config "$recipe")
+deepspeed=("$python" -m deepspeed.launcher.runner --num_gpus 1 launch/train.py --config "$recipe")
+part train:fsdp2 train fsdp2 "${torchrun[@]}" engine.name=fsdp2
+part train:zero2 train zero2 "${deepspeed[@]}" --deepspeed configs/deepspeed/zero2.json
+part train:zero3 train zero3 "${deepspeed[@]}" --deepspeed configs/deepspeed/zero3.json
 # An 8 B-like and a small shape: the first is about arithmetic, the second about kernel launches.
 part overhead:8b "$python" benchmarks/step_overhead.py --device cuda --dtype bfloat16 --hidden 4096 --layers 32 \
     --tokens 4096 --r 12 --steps 20 --output "$out/step_overhead_8b_$card.json"

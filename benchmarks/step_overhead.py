@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -45,8 +45,14 @@ def main() -> None:
     arguments = parser.parse_args()
 
     base = _base(arguments)
-    methods = {"LoRA (PEFT)": _lora, "AdaLoRA (ours)": _ours, "AdaLoRA (PEFT)": _peft_adalora}
-    steps = {name: build(copy.deepcopy(base), arguments) for name, build in methods.items()}
+    methods = {
+        "LoRA (PEFT)": _lora,
+        "AdaLoRA (ours)": _ours,
+        "ours, preset taylor": lambda model, arguments: _ours(model, arguments, preset="taylor"),
+        "AdaLoRA (PEFT)": _peft_adalora,
+    }
+    frozen = list(base.parameters())  # the methods share them: an 8 B model four times would not fit
+    steps = {name: build(copy.deepcopy(base, {id(p): p for p in frozen}), arguments) for name, build in methods.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(arguments.steps + 3):
         for name, step in steps.items():
@@ -56,7 +62,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     reference = medians["LoRA (PEFT)"]
     for name, median in medians.items():
-        print(f"{name:16} {median * 1e3:9.1f} ms a step   {median / reference:6.3f} x LoRA")
+        print(f"{name:20} {median * 1e3:9.1f} ms a step   {median / reference:6.3f} x LoRA")
     if arguments.output:
         figures = {
             "shape": {k: v for k, v in vars(arguments).items() if k != "output"},
@@ -80,15 +86,18 @@ def _base(arguments: argparse.Namespace) -> nn.Module:
         num_key_value_heads=max(arguments.hidden // 256, 1),
         vocab_size=2048,
     )
-    model = LlamaForCausalLM(config).to(arguments.device, getattr(torch, arguments.dtype))
-    return model.requires_grad_(False)
+    with torch.device(arguments.device):  # billions of random numbers take a CPU minutes
+        model = LlamaForCausalLM._from_config(config, dtype=getattr(torch, arguments.dtype))
+    return cast(nn.Module, model.requires_grad_(False))
 
 
-def _loop(model: nn.Module, arguments: argparse.Namespace, after: Callable[[int], Any]) -> Callable[[], None]:
+def _loop(
+    model: nn.Module, arguments: argparse.Namespace, after: Callable[[int], Any], preset: str = "default"
+) -> Callable[[], None]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, foreach=True)
     if isinstance(model, LlamaForCausalLM):
-        config = _adalora(arguments)
+        config = _adalora(arguments, preset)
         RankAllocator(model, config, total_step=1_000_000).attach(optimizer)
     length = 128 if arguments.device == "cpu" else arguments.tokens
     ids = torch.randint(0, 2048, (max(arguments.tokens // length, 1), length), device=arguments.device)
@@ -105,15 +114,15 @@ def _loop(model: nn.Module, arguments: argparse.Namespace, after: Callable[[int]
     return step
 
 
-def _adalora(arguments: argparse.Namespace) -> AdaLoraConfig:
+def _adalora(arguments: argparse.Namespace, preset: str = "default") -> AdaLoraConfig:
     return AdaLoraConfig(
         target_modules=TARGETS, init_r=arguments.r, target_r=arguments.r // 2, tinit=0, tfinal=0,
-        deltaT=arguments.delta_t,
+        deltaT=arguments.delta_t, preset=preset,
     )  # fmt: skip
 
 
-def _ours(model: nn.Module, arguments: argparse.Namespace) -> Callable[[], None]:
-    return _loop(inject_adalora(model, _adalora(arguments)), arguments, lambda step: None)
+def _ours(model: nn.Module, arguments: argparse.Namespace, preset: str = "default") -> Callable[[], None]:
+    return _loop(inject_adalora(model, _adalora(arguments, preset)), arguments, lambda step: None, preset)
 
 
 def _lora(model: Any, arguments: argparse.Namespace) -> Callable[[], None]:

@@ -16,6 +16,9 @@ from adalora_scale.errors import Unsupported, UserError, nearest
 from adalora_scale.quantization import functional
 from adalora_scale.quantization.operators import matmul_4bit
 from adalora_scale.quantization.spec import QuantSpec
+from adalora_scale.quantization.torch_2_11 import let_fsdp2_shard_bytes
+
+let_fsdp2_shard_bytes()
 
 
 class Linear4bit(nn.Module):
