@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--model", metavar="PATH", help="a small causal model; by default a random Llama is made")
     verify.add_argument("--steps", type=int, default=60, help="optimizer steps of a cell (default 60)")
     verify.add_argument("--memory", action="store_true", help="also weigh adapters, gradients and moments, 100 M model")
+    verify.add_argument("--preset", default="default", metavar="NAME", help="of the method: default, paper or peft")
     verify.add_argument("--load-in-4bit", action="store_true", help="over a 4-bit base (nf4, double quantisation)")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
     verify.set_defaults(run=_verify_engines)
@@ -205,6 +206,7 @@ def _verify_engines(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         memory=arguments.memory,
         load_in_4bit=arguments.load_in_4bit,
+        preset=arguments.preset,
         json_file=arguments.json,
     )
     if arguments.nproc is not None and "RANK" not in os.environ:

@@ -30,7 +30,24 @@ RECORD_KEY = "adalora_scale"
 """Entry of the weight file's metadata with what PEFT's config has no key for."""
 PEFT_SCALE = "peft_scale"
 """Key of the record: λ was multiplied by `peft_scale(init_r)`, so that PEFT's function is exact."""
-_NOT_PLAIN = ("use_dora", "lora_bias", "use_qalora", "layer_replication", "megatron_config")
+_NOT_PLAIN = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "layer_replication",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "ensure_weight_tying",
+)
+"""Keys of PEFT's LoraConfig (0.21) under which the function is not W + s · B A of every named matrix alone."""
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+"""Beginnings of `init_lora_weights` that also take something from the base's weights, here and when PEFT loads."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +216,8 @@ class AdapterFile:
         if r != rank:
             raise UserError(f"{self._file.path}: '{module}' has rank {rank}, {CONFIG_NAME} says {r}.")
         alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
+        if not isinstance(alpha, int | float) or alpha <= 0:
+            raise UserError(f"{self._file.path}: alpha_pattern gives '{module}' {alpha!r}; it must be positive.")
         return float(alpha / (r**0.5 if self.config.get("use_rslora") else r))
 
     def _refuse_variants(self) -> None:
@@ -206,6 +225,12 @@ class AdapterFile:
         for key in _NOT_PLAIN:
             if self.config.get(key):
                 raise Unsupported(f"{path} has {key}; only plain LoRA and AdaLoRA are read here.")
+        start = self.config.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+            raise Unsupported(
+                f"{path} has init_lora_weights={start}, which changes the base's weights too; let PEFT save it with "
+                f"path_initial_model_for_weight_conversion first."
+            )
         if self.config.get("bias", "none") != "none":
             raise Unsupported(f"{path} has bias={self.config['bias']}; only 'none' is read here.")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FORMATS = ("peft-adalora", "peft-lora", "merged")
+FORMATS = ("peft-adalora", "peft-lora", "merged", "rank-pattern")
 
 _EXPORT_FORMATS = """
 formats:
@@ -17,6 +17,12 @@ formats:
                 one rank, for servers that know no rank_pattern (vLLM)
   merged        the base with the adapter added to its weights, for plain transformers; written tensor by tensor, so
                 that memory does not grow with the model
+  rank-pattern  no weights: the LoraConfig with which plain PEFT LoRA trains the learnt ranks from scratch
+
+pruning, before any of them is written:
+  --prune-to 500000 or --prune-to 50% keeps, over all matrices, the triplets of the largest singular values of the
+  update that fit into so many parameters; --by scores those that the run itself scored highest (a checkpoint-N from
+  before the final allocation holds the scores). Modules that were trained in full stay and are not counted.
 
 The output folder appears complete or not at all. It gets an export.json that says what was done.
 """
@@ -41,6 +47,10 @@ def add_verbs(verbs: Any, prepare: Callable[[], None]) -> None:
     export.add_argument("--format", required=True, choices=FORMATS, help="what to write, see below")
     export.add_argument("--uniform", action="store_true", help="peft-lora: pad every matrix to one rank")
     export.add_argument("--rank", type=int, metavar="R", help="with --uniform: that rank (default: the largest)")
+    export.add_argument(
+        "--prune-to", metavar="P", help="keep at most P parameters of the update, or a share such as 50%%, see below"
+    )
+    export.add_argument("--by", metavar="WHAT", help="with --prune-to: singular-values (the default) or scores")
     export.add_argument("--base", metavar="MODEL", help="the base model, when it is not where the adapter says")
     export.add_argument(
         "--dequantise",
@@ -73,7 +83,8 @@ def add_verbs(verbs: Any, prepare: Callable[[], None]) -> None:
 
 def _export(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int:
     prepare()
-    from adalora_scale.export.exporting import Request, export_adapter
+    from adalora_scale.export.exporting import export_adapter
+    from adalora_scale.export.request import Request
 
     fields = {key: value for key, value in vars(arguments).items() if key not in ("run", "json")}
     report = export_adapter(Request(**fields))
@@ -83,6 +94,8 @@ def _export(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int:
         print(report["what"])
         for note in report["notes"]:
             print(f"note: {note}")
+        if "pruning_text" in report:
+            print(report["pruning_text"])
         print(report["fidelity_text"])
     return 1 if report["failed"] else 0
 

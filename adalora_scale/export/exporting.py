@@ -2,65 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
-import warnings
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from torch import Tensor, nn
 
 from adalora_scale.adalora.adaptables import adaptable_of
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.base_checkpoint import BaseCheckpoint, local_base
 from adalora_scale.export.dequantise import Dequantised, dequantised_weights, refuse_quantised
-from adalora_scale.export.fidelity import (
-    Fidelity,
-    available_memory,
-    compare,
-    load_float32,
-    quiet_transformers,
-    sample_batches,
-)
 from adalora_scale.export.from_checkpoint import adapter_folder
+from adalora_scale.export.measuring import measure, num_labels, samples, why_not_measured
 from adalora_scale.export.merge import check_same_base, plan_merge
 from adalora_scale.export.model_folder import shard_bytes, write_companions, write_model
 from adalora_scale.export.output import output_folder, write_report
-from adalora_scale.export.peft_adalora import load_adapter
 from adalora_scale.export.peft_forms import write_peft_adalora, write_peft_lora
+from adalora_scale.export.pruned_adapter import SINGULAR_VALUES, Pruning, pruned_adapter
+from adalora_scale.export.rank_pattern import write_rank_pattern
+from adalora_scale.export.request import Request
 
 _TOLERANCE = 1e-4  # of the largest logit, for forms that only rearrange float32 numbers
-_HEADROOM = 1.5  # loading holds a tensor twice, computing needs activations
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What the command line asked for."""
-
-    adapter: Path
-    output: Path
-    format: str
-    uniform: bool = False
-    rank: int | None = None
-    base: str | None = None
-    dequantise: bool = False
-    max_shard_size: str = "5GB"
-    overwrite: bool = False
-    fidelity: bool | None = None
-    text: Path | None = None
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        if self.uniform and self.format != "peft-lora":
-            raise UserError(f"--uniform belongs to --format peft-lora, not to {self.format}.")
-        if self.rank is not None and not self.uniform:
-            raise UserError("--rank belongs to --uniform; add it, or leave --rank out.")
-        if self.rank is not None and self.rank < 1:
-            raise UserError(f"--rank is {self.rank}; it must be at least 1.")
-        if self.dequantise and self.format != "merged":
-            raise UserError(f"--dequantise belongs to --format merged, not to {self.format}.")
-        shard_bytes(self.max_shard_size)
 
 
 def export_adapter(request: Request) -> dict[str, Any]:
@@ -71,11 +30,13 @@ def export_adapter(request: Request) -> dict[str, Any]:
         Unsupported: the adapter, the base's architecture or its storage is not supported in this form.
     """
     with adapter_folder(request.adapter) as folder:
-        return _export(request, AdapterFile(folder))
+        whole, by = AdapterFile(folder), request.by or SINGULAR_VALUES
+        with pruned_adapter(whole, request.size, by=by, source=request.adapter) as (adapter, pruning):
+            return _export(request, adapter, whole, pruning)
 
 
-def _export(request: Request, adapter: AdapterFile) -> dict[str, Any]:
-    base = _base(request, adapter)
+def _export(request: Request, adapter: AdapterFile, whole: AdapterFile, pruning: Pruning | None) -> dict[str, Any]:
+    base = _base(request, whole)
     report: dict[str, Any] = {
         "format": request.format + (" --uniform" if request.uniform else ""),
         "adapter": str(request.adapter),
@@ -85,8 +46,15 @@ def _export(request: Request, adapter: AdapterFile) -> dict[str, Any]:
     }
     if not adapter.final:
         report["notes"].append("the adapter is from before its final allocation: it holds more than the target budget")
-    reason = _why_not_measured(request, adapter, base)
-    batches = [] if reason or base is None else _samples(request, adapter, base)
+    if pruning is not None:
+        report |= {"pruning": pruning.as_dict(), "pruning_text": str(pruning)}
+        if adapter is whole:
+            report["notes"].append(
+                f"--prune-to {request.prune_to} allows {pruning.budget:,} parameters and the adapter has "
+                f"{pruning.parameters_before:,}: nothing was pruned"
+            )
+    reason = why_not_measured(request, adapter, base)
+    batches = [] if reason or base is None else samples(request, adapter, base)
     quantised: Dequantised | None = None
     if request.format == "merged":
         if base is None:
@@ -95,7 +63,12 @@ def _export(request: Request, adapter: AdapterFile) -> dict[str, Any]:
         _merge(request, adapter, base, quantised, report)
     else:
         _rearrange(request, adapter, base, report)
-    fidelity = _measure(request, adapter, base, quantised, batches) if batches and base is not None else None
+    fidelity = measure(request, adapter, base, quantised, batches) if batches and base is not None else None
+    if fidelity and base is not None and adapter is not whole:
+        # Whether the form is right is a question to the pruned adapter; what pruning costs, to the one it was.
+        cost = measure(request, whole, base, quantised, batches)
+        report["pruning"]["fidelity"] = cost.as_dict()
+        report["pruning_text"] += f"\nagainst the adapter before pruning, {cost}"
     report["fidelity"] = fidelity.as_dict() if fidelity else None
     report["fidelity_text"] = str(fidelity) if fidelity else f"fidelity: not measured ({reason})"
     report["failed"] = fidelity is not None and request.format != "merged" and not fidelity.relative <= _TOLERANCE
@@ -117,7 +90,7 @@ def _base(request: Request, adapter: AdapterFile) -> BaseCheckpoint | None:
         base = BaseCheckpoint(
             local_base(name),
             task=adapter.task,
-            num_labels=_num_labels(adapter),
+            num_labels=num_labels(adapter),
             trust_remote_code=request.trust_remote_code,
         )
     except (UserError, Unsupported):
@@ -128,28 +101,49 @@ def _base(request: Request, adapter: AdapterFile) -> BaseCheckpoint | None:
     return base
 
 
-def _num_labels(adapter: AdapterFile) -> int | None:
-    """Read the number of classes off the head."""
-    return adapter.task.label_count(adapter.others) if adapter.task else None
-
-
 def _rearrange(request: Request, adapter: AdapterFile, base: BaseCheckpoint | None, report: dict[str, Any]) -> None:
     inputs = [request.adapter, *([base.directory] if base else [])]
+    pruned: dict[str, int] = report.get("pruning", {}).get("kept", {})
+    names = {*pruned, *(name for name, _ in base.model.named_modules())} if base else set(pruned)
     with output_folder(request.output, overwrite=request.overwrite, inputs=inputs) as folder:
         if request.format == "peft-adalora":
             report |= write_peft_adalora(adapter, folder, base=request.base)
             what = "PEFT AdaLoRA"
+        elif request.format == "rank-pattern":
+            _refuse_other_function(adapter, base)
+            report |= write_rank_pattern(adapter, folder, base=request.base, names=names)
+            what = f"a LoraConfig of the learnt ranks, {report['parameters']:,} parameters to train, no weights"
         else:
             _refuse_other_function(adapter, base)
-            report |= write_peft_lora(adapter, folder, base=request.base, uniform=request.uniform, rank=request.rank)
+            report |= write_peft_lora(
+                adapter, folder, base=request.base, uniform=request.uniform, rank=request.rank, names=names
+            )
             what = "plain LoRA, zero-padded to one rank" if request.uniform else "plain LoRA, a rank for every matrix"
+        if "left_out" in report:  # a pruned plain LoRA does not name them any more
+            report["left_out"] += [name for name in pruned if name not in adapter.modules]
         ranks = report["ranks"].values()
         report["what"] = f"{request.output}: {what}; {len(ranks)} matrices, ranks {min(ranks)} to {max(ranks)}"
+        report["notes"] += _notes(request, adapter, report)
         write_report(folder, report)
-    if report.get("left_out"):
-        report["notes"].append(f"{len(report['left_out'])} matrices have rank 0 and are left out, PEFT's LoRA has none")
+
+
+def _notes(request: Request, adapter: AdapterFile, report: dict[str, Any]) -> list[str]:
+    """Say what is not in the form, or is more than was asked for."""
+    notes = []
+    if left_out := report.get("left_out"):
+        names = f": {', '.join(left_out)}" if request.format == "rank-pattern" else ""
+        notes.append(f"{len(left_out)} matrices have rank 0 and are left out, PEFT's LoRA has none{names}")
+    if request.format == "rank-pattern":
+        if adapter.method == "LORA" and adapter.record:
+            notes.append("the adapter is plain LoRA with λ and the run's scale folded in: its scale is not the run's")
+        if len(set(report["scalings"].values())) > 1:
+            notes.append("the adapter's matrices have different scalings, and so has the LoraConfig")
     if request.uniform and adapter.others:
-        report["notes"].append("servers such as vLLM take no modules_to_save; this adapter has some")
+        notes.append("servers such as vLLM take no modules_to_save; this adapter has some")
+    if request.uniform and request.prune_to:
+        padded = sum(report["ranks"][n] * (m.in_features + m.out_features) for n, m in adapter.modules.items())
+        notes.append(f"zero-padding to one rank gives the file {padded:,} parameters, whatever --prune-to allows")
+    return notes
 
 
 def _refuse_other_function(adapter: AdapterFile, base: BaseCheckpoint | None) -> None:
@@ -192,69 +186,3 @@ def _merge(
             f"the adapter was trained on the {trained.get('quant_type')} values of its base; these are the original "
             f"ones, so the result differs from training by the quantisation error (--dequantise keeps it)"
         )
-
-
-def _why_not_measured(request: Request, adapter: AdapterFile, base: BaseCheckpoint | None) -> str | None:
-    if request.fidelity is False:
-        return "--no-fidelity"
-    if base is None:
-        return "the base model is not at hand; name it with --base"
-    if (request.format != "merged" or adapter.method == "LORA") and importlib.util.find_spec("peft") is None:
-        return "PEFT is not installed"
-    inputs = getattr(base.model, "main_input_name", "input_ids")
-    if inputs != "input_ids":
-        return f"the model takes {inputs}, the samples are text"
-    needed = 4 * sum(parameter.numel() for parameter in base.model.parameters())
-    available = available_memory()
-    if request.fidelity is None and available is not None and needed * _HEADROOM > available:
-        sizes = f"the model in float32 takes {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
-        return f"{sizes}; --fidelity does it anyway"
-    return None
-
-
-def _samples(request: Request, adapter: AdapterFile, base: BaseCheckpoint) -> list[dict[str, Tensor]]:
-    return sample_batches([adapter.directory, base.directory], request.text, base.model.config)
-
-
-def _measure(
-    request: Request,
-    adapter: AdapterFile,
-    base: BaseCheckpoint,
-    quantised: Dequantised | None,
-    batches: list[dict[str, Tensor]],
-) -> Fidelity:
-    options: dict[str, Any] = {"trust_remote_code": True} if request.trust_remote_code else {}
-    labels = _num_labels(adapter)
-    head = options | ({"num_labels": labels, "ignore_mismatched_sizes": True} if labels is not None else {})
-
-    def load_base() -> nn.Module:
-        return quantised.load_model() if quantised else load_float32(base.directory, base.model, **head)
-
-    def load_exported() -> nn.Module:
-        if request.format == "merged":
-            return load_float32(request.output, base.model, **options)
-        return _with_peft(load_float32(base.directory, base.model, **head), request.output)
-
-    def with_adapter(model: nn.Module) -> nn.Module:
-        if adapter.method == "LORA":
-            return _with_peft(model, adapter.directory)
-        return load_adapter(model, adapter.directory)
-
-    live = "the 4-bit base" if quantised else f"{base.directory}"
-    with quiet_transformers():
-        return compare(
-            load_base,
-            with_adapter,
-            load_exported,
-            batches,
-            compared_with=f"the adapter on {live}",
-        )
-
-
-def _with_peft(model: nn.Module, folder: Path) -> nn.Module:
-    import peft
-
-    with warnings.catch_warnings():  # about rank_pattern, which AdaLoRA and LoRA mean differently
-        warnings.simplefilter("ignore")
-        adapted: nn.Module = peft.PeftModel.from_pretrained(model, folder)
-    return adapted

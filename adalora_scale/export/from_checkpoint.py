@@ -76,7 +76,6 @@ def write_adapter(checkpoint: Checkpoint, folder: Path) -> None:
             tensors[f"{PREFIX}{module}.{factor}"] = value
     for name in checkpoint.shapes("other"):
         tensors[PREFIX + name] = _whole(checkpoint, "other", name)
-    tinit, tfinal = options.phase_steps(position["total_step"])
     task = TASKS.get(str(_part(checkpoint, "identity").get("task")))
     config: dict[str, Any] = {
         "peft_type": "ADALORA",
@@ -87,17 +86,7 @@ def write_adapter(checkpoint: Checkpoint, folder: Path) -> None:
         "target_modules": list(kept),
         "modules_to_save": sorted({n.rpartition(".")[0] for n in checkpoint.shapes("other")}) or None,
         "fan_in_fan_out": False,
-        "init_r": options.init_r,
-        "target_r": options.target_r,
-        "lora_alpha": int(options.lora_alpha) if float(options.lora_alpha).is_integer() else options.lora_alpha,
-        "lora_dropout": options.lora_dropout,
-        "tinit": tinit,
-        "tfinal": tfinal,
-        "deltaT": options.deltaT,
-        "beta1": options.beta1,
-        "beta2": options.beta2,
-        "orth_reg_weight": options.orth_reg_weight,
-        "total_step": position["total_step"],
+        **options.peft_fields(position["total_step"]),
         "rank_pattern": {f"{module}.lora_E": mask for module, mask in kept.items()} if position["frozen"] else None,
     }
     save_file(tensors, folder / WEIGHTS_NAME)

@@ -65,6 +65,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "init_r": options.init_r,
         "target_r": options.target_r,
         "budget": position["budget"],
+        "budget_unit": position.get("budget_unit", "triplets"),
         "schedule": {
             "total_step": total,
             "tinit": tinit,

@@ -139,7 +139,8 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
         names = [name for name, _ in model.named_modules()]
         heads = [head for head in heads if any(name == head or name.endswith("." + head) for name in names)]
         known["modules_to_save"] = heads or None
-    config = adalora_config_from_dict(known)
+    # PEFT's form scales by lora_alpha / init_r, whatever the adapter began as.
+    config = adalora_config_from_dict({"init_weights": "adalora"} | known)
     digests = digest_base(model, layers, modules_to_save(model, config))
     if not same_base(record.get("base") or {}, digests):
         raise UserError(
@@ -245,9 +246,7 @@ def _whole_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 def _peft_config(
     model: nn.Module, injection: Injection, layers: dict[str, AdaLoraLayer], pattern: dict[str, list[bool]]
 ) -> dict[str, Any]:
-    config, total_step = injection.config, injection.total_step
-    # PEFT refuses a config without a schedule; an adapter that was never trained gets the smallest valid one.
-    tinit, tfinal = config.phase_steps(total_step) if total_step else (0, 0)
+    config = injection.config
     task = task_of_model(model)
     return {
         "peft_type": "ADALORA",
@@ -258,17 +257,7 @@ def _peft_config(
         "target_modules": list(layers),
         "modules_to_save": config.modules_to_save,
         "fan_in_fan_out": any(_fan_in_fan_out(layer) for layer in layers.values()),
-        "init_r": config.init_r,
-        "target_r": config.target_r,
-        "lora_alpha": int(config.lora_alpha) if float(config.lora_alpha).is_integer() else config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "tinit": tinit,
-        "tfinal": tfinal,
-        "deltaT": config.deltaT,
-        "beta1": config.beta1,
-        "beta2": config.beta2,
-        "orth_reg_weight": config.orth_reg_weight,
-        "total_step": total_step or 1,
+        **config.peft_fields(injection.total_step),
         "rank_pattern": pattern or None,
     }
 

@@ -1,5 +1,6 @@
 """`adalora-scale inspect`: the figures are those of the files, for adapters of every origin and for checkpoints."""
 
+import dataclasses
 import json
 
 import peft
@@ -15,6 +16,7 @@ from adalora_scale.export.inspection import rank_table
 from adalora_scale.export.peft_adalora import save_adapter
 from tests.adalora import tiny
 from tests.export.adapters import LABELS, base_folder, export, load, options, train, trained
+from tests.sizes import assert_spent
 
 
 def inspected(capsys, folder) -> dict:
@@ -29,16 +31,24 @@ def test_figures_are_the_adapters(request, tmp_path, capsys):
     model = trained(base, "stories260k", tmp_path / "run")
     found = inspected(capsys, tmp_path / "run")
     ranks = {name: sum(layer.keep_mask) for name, layer in adapter_layers(model)}
-    assert found["ranks"] == ranks and found["triplets"] == sum(ranks.values()) == 70
+    triplets = sum(ranks.values())
+    assert found["ranks"] == ranks and found["triplets"] == triplets
+    assert_spent(ranks, 2)
     assert found["parameters"] == sum(t.numel() for t in load_file(tmp_path / "run/adapter_model.safetensors").values())
     assert (found["final"], found["base"], found["task_type"]) == (True, str(base), "CAUSAL_LM")
     assert found["schedule"]["total_step"] == 12 and found["schedule"]["final_allocation"] == 9
     assert main(["inspect", str(tmp_path / "run")]) == 0
     text = capsys.readouterr().out
-    for word in ("ranks in model.layers", "gate_proj", "70 over 35 matrices", "final, allocated at step 9", str(base)):
+    for word in (
+        "ranks in model.layers",
+        "gate_proj",
+        f"{triplets} over 35 matrices",
+        "final, allocated at step 9",
+        str(base),
+    ):
         assert word in text
     last = text.splitlines()[-1].split()
-    assert last[0] == "sum" and int(last[-1]) == 70 == sum(map(int, last[1:-1]))
+    assert last[0] == "sum" and int(last[-1]) == triplets == sum(map(int, last[1:-1]))
 
 
 def test_adapter_from_before_its_end_shows_the_current_mask(request, tmp_path, capsys):
@@ -130,7 +140,7 @@ def write_checkpoint(model, allocator, folder, base, *, frozen):
         names = {"adapter": list(tensors), "other": []}
         path = folder / pieces_name(rank, 2)
         entries[path.name] = write_pieces(path, {"adapter": group, "other": Group()}, names, {})
-    config = {f"adalora.{key}": value for key, value in vars(allocator.config).items()}
+    config = {f"adalora.{key}": value for key, value in dataclasses.asdict(allocator.config).items()}
     masks = allocator.mask.view(-1, allocator.r).int().tolist()
     position = {"step": allocator.step, "total_step": 12, "budget": allocator.budget, "frozen": frozen, "init_r": 4}
     position["mask"] = {

@@ -104,7 +104,9 @@ def test_saved_adapter_gives_the_same_logits_in_peft_and_here(base_of, tmp_path,
     ranks = {name: layer.r for name, layer in adapter_layers(loaded)}
     assert ranks == (allocator.ranks() if steps == TOTAL else dict.fromkeys(allocator.ranks(), 4))
     if steps == TOTAL:
-        assert sum(ranks.values()) == 2 * len(ranks)
+        costs = {name: layer.triplet_size for name, layer in adapter_layers(model)}
+        spent, budget = sum(rank * costs[name] for name, rank in ranks.items()), 2 * sum(costs.values())
+        assert budget - max(costs.values()) < spent <= budget
         assert len(set(ranks.values())) > 1
     assert not any(p.requires_grad for name, p in loaded.named_parameters() if "lora_" in name)
 

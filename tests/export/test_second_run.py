@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from adalora_scale import AdaLoraConfig, RankAllocator, inject_adalora, load_adapter, save_adapter
-from adalora_scale.config import PRESETS
+from adalora_scale.config import SCORES
 from tests.toy import Toy
 
 STEPS = 10
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_what_is_saved_in_its_middle_is_the_model(preset, tmp_path):
+@pytest.mark.parametrize("score", SCORES)
+def test_what_is_saved_in_its_middle_is_the_model(score, tmp_path):
     """Else the first run's mask cuts triplets that the second has brought back: with `peft` 5 % of the logits."""
     torch.manual_seed(0)
-    config = AdaLoraConfig(init_r=4, target_r=2, tinit=2, tfinal=2, deltaT=1, preset=preset)
+    config = AdaLoraConfig(init_r=4, target_r=2, tinit=2, tfinal=2, deltaT=1, score=score)
     model = inject_adalora(Toy(), config)
     for steps in (STEPS, 6):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)

@@ -1,0 +1,102 @@
+"""Whether an export's logits can be compared with the adapter's, and the comparison."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from adalora_scale.export.adapter_file import AdapterFile
+from adalora_scale.export.base_checkpoint import BaseCheckpoint
+from adalora_scale.export.dequantise import Dequantised
+from adalora_scale.export.fidelity import (
+    Fidelity,
+    available_memory,
+    compare,
+    load_float32,
+    quiet_transformers,
+    sample_batches,
+)
+from adalora_scale.export.peft_adalora import load_adapter
+from adalora_scale.export.request import Request
+
+_HEADROOM = 1.5  # loading holds a tensor twice, computing needs activations
+
+
+def num_labels(adapter: AdapterFile) -> int | None:
+    """Read the number of classes off the head."""
+    return adapter.task.label_count(adapter.others) if adapter.task else None
+
+
+def why_not_measured(request: Request, adapter: AdapterFile, base: BaseCheckpoint | None) -> str | None:
+    """Say why logits will not be compared; None where they will."""
+    if request.format == "rank-pattern":
+        return "a rank pattern has no weights"
+    if request.fidelity is False:
+        return "--no-fidelity"
+    if base is None:
+        return "the base model is not at hand; name it with --base"
+    if (request.format != "merged" or adapter.method == "LORA") and importlib.util.find_spec("peft") is None:
+        return "PEFT is not installed"
+    inputs = getattr(base.model, "main_input_name", "input_ids")
+    if inputs != "input_ids":
+        return f"the model takes {inputs}, the samples are text"
+    needed = 4 * sum(parameter.numel() for parameter in base.model.parameters())
+    available = available_memory()
+    if request.fidelity is None and available is not None and needed * _HEADROOM > available:
+        sizes = f"the model in float32 takes {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
+        return f"{sizes}; --fidelity does it anyway"
+    return None
+
+
+def samples(request: Request, adapter: AdapterFile, base: BaseCheckpoint) -> list[dict[str, Tensor]]:
+    """Return model inputs of sample text."""
+    return sample_batches([adapter.directory, base.directory], request.text, base.model.config)
+
+
+def measure(
+    request: Request,
+    adapter: AdapterFile,
+    base: BaseCheckpoint,
+    quantised: Dequantised | None,
+    batches: list[dict[str, Tensor]],
+) -> Fidelity:
+    """Compare what was written to `request.output` with `adapter` on its base, both in float32."""
+    options: dict[str, Any] = {"trust_remote_code": True} if request.trust_remote_code else {}
+    labels = num_labels(adapter)
+    head = options | ({"num_labels": labels, "ignore_mismatched_sizes": True} if labels is not None else {})
+
+    def load_base() -> nn.Module:
+        return quantised.load_model() if quantised else load_float32(base.directory, base.model, **head)
+
+    def load_exported() -> nn.Module:
+        if request.format == "merged":
+            return load_float32(request.output, base.model, **options)
+        return _with_peft(load_float32(base.directory, base.model, **head), request.output)
+
+    def with_adapter(model: nn.Module) -> nn.Module:
+        if adapter.method == "LORA":
+            return _with_peft(model, adapter.directory)
+        return load_adapter(model, adapter.directory)
+
+    live = "the 4-bit base" if quantised else f"{base.directory}"
+    with quiet_transformers():
+        return compare(
+            load_base,
+            with_adapter,
+            load_exported,
+            batches,
+            compared_with=f"the adapter on {live}",
+        )
+
+
+def _with_peft(model: nn.Module, folder: Path) -> nn.Module:
+    import peft
+
+    with warnings.catch_warnings():  # about rank_pattern, which AdaLoRA and LoRA mean differently
+        warnings.simplefilter("ignore")
+        adapted: nn.Module = peft.PeftModel.from_pretrained(model, folder)
+    return adapted

@@ -1,0 +1,55 @@
+"""The learnt ranks without the weights: what a plain PEFT LoRA run needs to train that pattern from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from adalora_scale.errors import UserError
+from adalora_scale.export.adapter_file import AdapterFile
+from adalora_scale.export.lora_config import kept_ranks, lora_config, write_config
+
+
+def write_rank_pattern(
+    adapter: AdapterFile, folder: Path, *, base: str | None, names: Collection[str] = ()
+) -> dict[str, Any]:
+    """Write an `adapter_config.json` alone, for `peft.LoraConfig.from_pretrained(folder)` and `get_peft_model`.
+
+    Every alpha is the run's own scale times the matrix's rank, so that alpha / r is lora_alpha / init_r everywhere.
+
+    Args:
+        adapter: whose ranks.
+        folder: where.
+        base: the base model's name, if it shall differ from the adapter's.
+        names: modules of the base, as far as they are known.
+
+    Returns:
+        Entries of the report: ranks, matrices of rank 0 that are left out, scalings, parameters that will be trained.
+
+    Raises:
+        UserError: the ranks are not settled yet, or no triplet is left in any matrix.
+    """
+    if not adapter.final:
+        raise UserError(
+            f"{adapter.directory} is from before its final allocation: its ranks are not settled. Export one from "
+            f"after it, or settle them with --prune-to."
+        )
+    ranks = kept_ranks(adapter)
+    scalings = {name: _own_scaling(adapter, name) for name in ranks}
+    # PEFT's default would freeze what is made of a config that was saved for inference.
+    config = lora_config(adapter, ranks, scalings, base=base, names=names) | {"inference_mode": False}
+    write_config(folder, config)
+    return {
+        "ranks": ranks,
+        "left_out": [name for name in adapter.modules if name not in ranks],
+        "scalings": scalings,
+        "parameters": sum(adapter.modules[name].parameters for name in ranks),
+    }
+
+
+def _own_scaling(adapter: AdapterFile, name: str) -> float:
+    """Return the scale that the run trained with; the file's may make up for PEFT's (init_r + 1e-5)."""
+    if adapter.method == "ADALORA":
+        return float(adapter.config["lora_alpha"] / adapter.config["init_r"])
+    return adapter.scaling(name)
