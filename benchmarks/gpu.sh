@@ -6,7 +6,8 @@
 #   WHEELS=folder bash benchmarks/gpu.sh [FOLDER]    # first unpacks that folder's wheels beside the installed packages
 #
 # One failure does not hide the next: all parts run, and the exit code is 1 if one failed. ADALORA_GPU_PARTS picks some
-# (default "tests engines train overhead 8b 70b", in this order; one line of them by its whole name: train:fsdp2).
+# (default "tests engines train overhead 8b 70b", in this order; one line of them by its whole name: train:fsdp2;
+# "quality" runs only when asked for).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 out="${1:-benchmarks/results}"
@@ -95,4 +96,16 @@ part 70b "$python" benchmarks/qlora_step.py --device cuda --shape 70b --tokens 2
     --output "$out/qlora_step_70b_2k_$card.json"
 part 70b:4k "$python" benchmarks/qlora_step.py --device cuda --shape 70b --tokens 4096 --steps 5 \
     --gradient-checkpointing --output "$out/qlora_step_70b_4k_$card.json"
+# The methods' comparison, as many runs side by side as the card and the cores take; results are appended, so what is there
+# when the time is over stays. Needs the models and data (--shared).
+quality() {
+    local shares="${ADALORA_QUALITY_SHARES:-12}" share
+    for ((share = 0; share < shares; share++)); do
+        OMP_NUM_THREADS=1 "$python" -m benchmarks.quality run --share "$share/$shares" --results "$out/quality" \
+            --shared "${ADALORA_QUALITY_SHARED:-../shared}" >"$out/quality_$share.log" 2>&1 &
+    done
+    wait
+    "$python" -m benchmarks.quality table --results "$out/quality"
+}
+part quality quality
 exit "$failed"

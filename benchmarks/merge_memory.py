@@ -31,7 +31,8 @@ _HIDDEN, _INTERMEDIATE, _VOCABULARY, _RANK = 2048, 5632, 32000, 16
 _BASELINE = "import adalora_scale.export.exporting"
 _MERGE = """
 from pathlib import Path
-from adalora_scale.export.exporting import Request, export_adapter
+from adalora_scale.export.exporting import export_adapter
+from adalora_scale.export.request import Request
 report = export_adapter(Request(adapter=Path({adapter!r}), output=Path({output!r}), format="merged", fidelity=False))
 assert len(report["merged"]) == {matrices}
 """

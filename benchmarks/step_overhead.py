@@ -48,7 +48,7 @@ def main() -> None:
     methods = {
         "LoRA (PEFT)": _lora,
         "AdaLoRA (ours)": _ours,
-        "ours, preset taylor": lambda model, arguments: _ours(model, arguments, preset="taylor"),
+        "ours, score taylor": lambda model, arguments: _ours(model, arguments, score="taylor"),
         "AdaLoRA (PEFT)": _peft_adalora,
     }
     frozen = list(base.parameters())  # the methods share them: an 8 B model four times would not fit
@@ -92,12 +92,12 @@ def _base(arguments: argparse.Namespace) -> nn.Module:
 
 
 def _loop(
-    model: nn.Module, arguments: argparse.Namespace, after: Callable[[int], Any], preset: str = "default"
+    model: nn.Module, arguments: argparse.Namespace, after: Callable[[int], Any], score: str = "sensitivity_uncertainty"
 ) -> Callable[[], None]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, foreach=True)
     if isinstance(model, LlamaForCausalLM):
-        config = _adalora(arguments, preset)
+        config = _adalora(arguments, score)
         RankAllocator(model, config, total_step=1_000_000).attach(optimizer)
     length = 128 if arguments.device == "cpu" else arguments.tokens
     ids = torch.randint(0, 2048, (max(arguments.tokens // length, 1), length), device=arguments.device)
@@ -114,15 +114,17 @@ def _loop(
     return step
 
 
-def _adalora(arguments: argparse.Namespace, preset: str = "default") -> AdaLoraConfig:
+def _adalora(arguments: argparse.Namespace, score: str = "sensitivity_uncertainty") -> AdaLoraConfig:
     return AdaLoraConfig(
         target_modules=TARGETS, init_r=arguments.r, target_r=arguments.r // 2, tinit=0, tfinal=0,
-        deltaT=arguments.delta_t, preset=preset,
+        deltaT=arguments.delta_t, score=score,
     )  # fmt: skip
 
 
-def _ours(model: nn.Module, arguments: argparse.Namespace, preset: str = "default") -> Callable[[], None]:
-    return _loop(inject_adalora(model, _adalora(arguments, preset)), arguments, lambda step: None, preset)
+def _ours(
+    model: nn.Module, arguments: argparse.Namespace, score: str = "sensitivity_uncertainty"
+) -> Callable[[], None]:
+    return _loop(inject_adalora(model, _adalora(arguments, score)), arguments, lambda step: None, score)
 
 
 def _lora(model: Any, arguments: argparse.Namespace) -> Callable[[], None]:

@@ -1,0 +1,98 @@
+"""The command line of the harness; `python -m benchmarks.quality --help` says how to use it."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+from adalora_scale.errors import run_reporting_errors
+from benchmarks import quality
+from benchmarks.quality.cell import Results, run_cell
+from benchmarks.quality.methods import all_methods
+from benchmarks.quality.search import missing
+from benchmarks.quality.table import markdown, rows_of
+from benchmarks.quality.tasks import TASKS, Sources
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def main() -> int:
+    """Run what is missing, or print the table."""
+    methods = all_methods()
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.quality",
+        description=quality.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("action", choices=("run", "table"))
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=_ROOT / "benchmarks" / "results" / "quality",
+        metavar="DIR",
+        help="a file of JSON lines a task; a cell that stands there is not run again",
+    )
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"), metavar="DIR", help="splits and runs")
+    parser.add_argument("--shared", type=Path, default=_ROOT.parent / "shared", metavar="DIR", help="models/, data/")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME", help=", ".join(TASKS))
+    parser.add_argument(
+        "--methods", nargs="+", choices=methods, default=list(methods), metavar="NAME", help=", ".join(methods)
+    )
+    parser.add_argument("--budgets", nargs="+", type=int, default=[1, 2, 8], metavar="R", help="as ranks of LoRA")
+    parser.add_argument("--seeds", type=int, default=5, help="of the chosen setting (default 5)")
+    parser.add_argument(
+        "--split",
+        choices=("validation", "test"),
+        default="validation",
+        help="table: what to show; test only when nothing is left to decide (default validation)",
+    )
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="run every Nth cell from the Ith: N side by side")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="table: also write the rows as JSON")
+    arguments = parser.parse_args()
+    return run_reporting_errors(lambda: _run(arguments) if arguments.action == "run" else _table(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    sources = Sources(arguments.shared.resolve(), _ROOT)
+    methods = all_methods()
+    number, count = map(int, arguments.share.split("/"))
+    tasks = [TASKS[name] for name in arguments.tasks]
+    known = Results(arguments.results)
+    # All trials of a method on a task at a budget are one share's: the last ones depend on the first.
+    units = list(itertools.product(arguments.tasks, arguments.methods, arguments.budgets))
+    while True:
+        left = list(missing(tasks, arguments.methods, arguments.budgets, arguments.seeds, known))
+        mine = [cell for cell in left if units.index((cell.task, cell.method, cell.target_r)) % count == number]
+        if not mine:
+            print(f"nothing left for share {number}/{count}; {len(left)} cells are others'", flush=True)
+            return 0
+        cell, work = mine[0], arguments.work / f"share-{number}"
+        figures = run_cell(cell, TASKS[cell.task], methods[cell.method], sources, work)
+        known.add(cell, figures)
+        print(
+            f"{len(mine) - 1} left  {cell}: loss {figures['validation']['loss']:.4f}, "
+            f"parameters {figures['parameters'] / figures['budget']:.3f} of the budget, {figures['seconds']} s",
+            flush=True,
+        )
+
+
+def _table(arguments: argparse.Namespace) -> int:
+    methods = all_methods()
+    tasks = [TASKS[name] for name in arguments.tasks]
+    known = Results(arguments.results)
+    rows = rows_of(tasks, arguments.methods, arguments.budgets, arguments.seeds, arguments.split, known)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    print(markdown(rows, {name: method.label for name, method in methods.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

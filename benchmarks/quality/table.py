@@ -1,0 +1,74 @@
+"""The table, from the cells that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.quality.cell import Results
+from benchmarks.quality.search import best_rate, final_cells
+from benchmarks.quality.statistics import paired, spread
+from benchmarks.quality.tasks import QualityTask
+
+REFERENCE = "lora"
+
+
+def rows_of(
+    tasks: Sequence[QualityTask], methods: Sequence[str], budgets: Sequence[int], seeds: int, split: str, known: Results
+) -> list[dict[str, Any]]:
+    """Return one row a (task, budget, method) whose seeds are all there."""
+    rows: list[dict[str, Any]] = []
+    for task in tasks:
+        for target_r in budgets:
+            reference: list[float] | None = None
+            for method in (REFERENCE, *(m for m in methods if m != REFERENCE)):
+                of_task = known.of(task.name)
+                wanted = final_cells(task, method, target_r, seeds, known)
+                cells = [of_task[cell] for cell in wanted if cell in of_task]
+                if not cells or len(cells) < len(wanted):
+                    continue
+                losses = [cell[split]["loss"] for cell in cells]
+                if method == REFERENCE:
+                    reference = losses
+                row: dict[str, Any] = {
+                    "task": task.name,
+                    "target_r": target_r,
+                    "method": method,
+                    "learning_rate": best_rate(task, method, target_r, known),
+                    "seeds": len(cells),
+                    "losses": losses,
+                    "accuracies": [cell[split]["accuracy"] for cell in cells],
+                    "parameters": [cell["parameters"] / cell["budget"] for cell in cells],
+                }
+                if reference is not None and method != REFERENCE:
+                    difference = paired(losses, reference)
+                    row["difference"] = [difference.mean, difference.low, difference.high]
+                rows.append(row)
+    return rows
+
+
+def markdown(rows: Sequence[dict[str, Any]], labels: dict[str, str]) -> str:
+    """Return the rows as tables, one a task and budget; lower losses are better."""
+    lines: list[str] = []
+    place = None
+    for row in rows:
+        if place != (row["task"], row["target_r"]):
+            place = row["task"], row["target_r"]
+            lines += [
+                "",
+                f"### {place[0]}, parameters of LoRA r = {place[1]}",
+                "",
+                "| method | lr | loss | accuracy | against LoRA, 95 % | parameters / budget | seeds |",
+                "|---|---|---|---|---|---|---|",
+            ]
+        difference = "–"
+        if "difference" in row:
+            mean, low, high = row["difference"]
+            sure = "" if low <= 0 <= high else (" **ahead**" if mean < 0 else " **behind**")
+            difference = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]{sure}"
+        shares = row["parameters"]
+        lines.append(
+            f"| {labels[row['method']]} | {row['learning_rate']:g} | {spread(row['losses'])} | "
+            f"{spread(row['accuracies'])} | {difference} | {min(shares):.3f} to {max(shares):.3f} | {row['seeds']} |"
+        )
+    return "\n".join(lines).strip() + "\n"

@@ -1,0 +1,107 @@
+"""The harness that compares methods: what it runs next, what it says of the figures, and real cells of a few steps."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("scipy", reason="needs the extra 'quality'")
+
+from benchmarks.quality.cell import Cell, Results, run_cell
+from benchmarks.quality.methods import all_methods
+from benchmarks.quality.search import TUNING_SEED, best_rate, final_cells, missing
+from benchmarks.quality.statistics import paired
+from benchmarks.quality.table import markdown, rows_of
+from benchmarks.quality.tasks import TASKS, QualityTask, Sources, write_splits
+
+ROOT = Path(__file__).resolve().parents[2]
+TASK = QualityTask("toy", lambda sources: ([], [], []), lambda sources: "", {}, 4, 4, (1e-3, 1e-2, 1e-1))
+
+
+def figures(loss, **more):
+    found = {"loss": loss, "accuracy": 0.5, "count": 10}
+    return {"validation": found, "parameters": 99, "budget": 100} | {
+        name: found | value for name, value in more.items()
+    }
+
+
+def tuned(results, method, losses):
+    for rate, loss in zip(TASK.learning_rates, losses, strict=True):
+        results.add(Cell("toy", method, 2, rate, TUNING_SEED, False), figures(loss))
+
+
+def test_the_rate_of_the_lowest_validation_loss_runs_on_the_seeds(tmp_path):
+    """Else a method is judged at a rate that was not the best of its trials, or before all of them were made."""
+    results = Results(tmp_path)
+    cells = list(missing([TASK], ["lora"], [2], 2, results))
+    assert [cell.learning_rate for cell in cells] == [1e-3, 1e-2, 1e-1] and not any(cell.final for cell in cells)
+    results.add(cells[0], figures(0.1))
+    assert best_rate(TASK, "lora", 2, results) is None and final_cells(TASK, "lora", 2, 2, results) == []
+    results.add(cells[1], figures(0.05))
+    results.add(cells[2], figures(2.0))
+    assert best_rate(TASK, "lora", 2, results) == 1e-2
+    left = list(missing([TASK], ["lora"], [2], 2, results))
+    assert [(cell.seed, cell.final, cell.learning_rate) for cell in left] == [(0, True, 1e-2), (1, True, 1e-2)]
+    assert TUNING_SEED not in {cell.seed for cell in left}
+    results.add(left[0], figures(0.05))
+    assert list(missing([TASK], ["lora"], [2], 2, Results(tmp_path))) == left[1:]  # what is on disk is not run again
+
+
+def test_a_row_pairs_seeds_and_a_lower_loss_is_ahead(tmp_path):
+    """A wrong sign or unpaired seeds would turn the conclusion around."""
+    results = Results(tmp_path)
+    for method, shift in (("lora", 0.0), ("ours", -0.2), ("half", 0.0)):
+        tuned(results, method, (0.3, 0.1, 0.2))
+        for seed in range(3 if method != "half" else 2):
+            test = {"loss": 2.0 + seed + shift * 2}
+            cell = Cell("toy", method, 2, 1e-2, seed, True)
+            results.add(cell, figures(1.0 + seed + shift + 0.01 * seed * (method == "ours"), test=test))
+    rows = rows_of([TASK], ["ours", "half"], [2], 3, "validation", results)
+    assert [row["method"] for row in rows] == ["lora", "ours"]  # a method whose seeds are not all there has no row
+    mean, low, high = rows[1]["difference"]
+    assert mean == pytest.approx(-0.19) and low < mean < high < 0
+    # The three differences are -.2, -.19, -.18: ± 4.303 · .01 / √3
+    assert high - mean == pytest.approx(4.3027 * 0.01 / 3**0.5, rel=1e-3)
+    text = markdown(rows, {"lora": "LoRA", "ours": "ours"})
+    assert "**ahead**" in text and "-0.190" in text
+    on_test = rows_of([TASK], ["ours"], [2], 3, "test", results)
+    assert on_test[1]["difference"][0] == pytest.approx(-0.4)
+
+
+def test_pairs_of_other_lengths_are_refused():
+    """Else a seed that is lacking shifts every pair after it."""
+    with pytest.raises(ValueError, match="shorter"):
+        paired([1.0, 2.0], [1.0])
+    assert not paired([1.0], [2.0]).settled
+
+
+def test_splits_that_share_a_row_are_refused(tmp_path):
+    """A row of the test split in training is the oldest way to look good."""
+    rows = [{"prompt": "a", "completion": "b"}]
+    task = dataclasses.replace(TASK, rows=lambda sources: (rows, [], rows))
+    with pytest.raises(ValueError, match="both train and test"):
+        write_splits(task, Sources(ROOT, ROOT), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["lora", "lora_mlp", "para", "candidate", "peft_adalora"])
+def test_a_cell_ends_within_one_percent_of_the_budget(tmp_path, method):
+    """Equal parameters are the premise of every comparison; the real trainers run, on the model that ships here."""
+    task = dataclasses.replace(TASKS["quickstart"], steps=10, batch=4)
+    sources = Sources(ROOT / "shared-is-not-needed", ROOT)
+    found = run_cell(Cell("quickstart", method, 2, 1e-2, 0, True), task, all_methods()[method], sources, tmp_path)
+    assert 0.99 <= found["parameters"] / found["budget"] <= 1.01
+    assert found["steps"] == 10
+    assert 0 < found["validation"]["loss"] < 10 and 0 < found["test"]["loss"] < 10
+    assert found["validation"]["count"] != found["test"]["count"]
+    json.dumps(found)
+
+
+def test_the_page_shows_what_the_committed_results_say():
+    """Else the table is of other runs than the JSON beside it."""
+    results = Results(ROOT / "benchmarks" / "results" / "quality")
+    methods = all_methods()
+    rows = rows_of([TASKS["e2e"]], list(methods), [2], 5, "validation", results)
+    assert len(rows) >= 4
+    table = markdown(rows, {name: method.label for name, method in methods.items()})
+    assert table.strip() in (ROOT / "docs" / "quality.md").read_text("utf-8")
