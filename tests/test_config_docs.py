@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from adalora_scale.config import AdaLoraConfig, DataConfig, EngineConfig, Fsdp2Config, ModelConfig
+from adalora_scale.config import PRESETS, AdaLoraConfig, DataConfig, EngineConfig, Fsdp2Config, ModelConfig
 
 PAGE = (Path(__file__).parents[1] / "docs" / "config.md").read_text(encoding="utf-8")
-WORDS = {"required": dataclasses.MISSING, "none": None, "the model's": None, "the tokenizer's": None}
+WORDS = {
+    "required": dataclasses.MISSING,
+    "none": None,
+    "the preset's": None,
+    "the model's": None,
+    "the tokenizer's": None,
+}
 
 
 @pytest.mark.parametrize(
@@ -33,3 +39,25 @@ def test_every_key_stands_in_the_page_with_its_default(section, config):
         default = fields[name]
         expected = WORDS.get(shown, shown)
         assert expected == default or (shown not in WORDS and shown == str(default).lower()), name
+
+
+def test_the_presets_stand_in_the_page_with_their_values():
+    """Else the page promises another default than the run has."""
+    shown = {}
+    header, *rows = re.findall(r"^\| (\w+ \| score .*|\w+ \| \w+ \| (?:adalora|lora) \| .*) \|$", PAGE, flags=re.M)
+    for row in rows:
+        values = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+        shown[values.pop("preset")] = values
+    assert shown.keys() == PRESETS.keys()
+    for name, values in shown.items():
+        for target_r in (1, 8):
+            config = AdaLoraConfig(preset=name, target_r=target_r)
+            for key, text in values.items():
+                factor, times, _ = text.partition(" × target_r")
+                expected = float(factor) * target_r if times else text
+                if key == "init_r":
+                    expected = max(round(expected), target_r + 1)
+                assert str(getattr(config, key)) == str(expected) or getattr(config, key) == float(expected), (
+                    name,
+                    key,
+                )

@@ -35,7 +35,8 @@ def test_the_quickstart_learns_its_task_and_shows_it(tmp_path):
     assert before["exact_match"] <= 0.10
     assert after["exact_match"] >= 0.60
     assert json.loads((tmp_path / "runs" / "quickstart-lora" / "run.json").read_text())["exact_match"] > 0.5
-    ranks = json.loads((tmp_path / "runs" / "quickstart" / "run.json").read_text())["ranks"]
-    assert sum(ranks.values()) == 8 * len(ranks)
+    budget = json.loads((tmp_path / "runs" / "quickstart" / "run.json").read_text())["budget"]
+    assert budget["unit"] == "params" and 0.99 * budget["allowed"] < budget["spent"] <= budget["allowed"]
+    assert f"{budget['spent']:,}" in done.stdout
     assert f"{after['exact_match']:.1%}" in done.stdout
     assert "plain LoRA" in done.stdout and "down_proj" in done.stdout

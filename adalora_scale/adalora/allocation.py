@@ -1,4 +1,4 @@
-"""Which triplets keep their place: exactly `budget` of them, ties broken by position."""
+"""Which triplets keep their place: those of the highest scores that the budget pays for, ties broken by position."""
 
 from __future__ import annotations
 
@@ -15,38 +15,95 @@ class Allocation:
 
     step: int
     budget: int
+    """What was to be spent, in `adalora.budget_unit`."""
     ranks: dict[str, int]
     """Kept triplets of every module."""
     gap: float
     """Relative distance between the worst kept and the best dropped score (0 is a tie)."""
 
 
-def keep_best(scores: Tensor, budget: int) -> Tensor:
-    """Return the mask of the `budget` highest scores.
+def keep_best(scores: Tensor, budget: int, costs: Tensor | None = None) -> Tensor:
+    """Return the mask of the triplets that the budget is spent on.
+
+    Without costs these are the `budget` highest scores. With them triplets are taken in the order of score per cost
+    until one does not fit; what is left goes, in the same order, to those that still fit.
 
     Args:
         scores: (triplets,), one score a triplet, ordered by (layer, k).
-        budget: how many to keep, 0 ≤ budget ≤ triplets.
+        budget: how much may be spent: a number of triplets, or a sum of their costs.
+        costs: (triplets,) positive integers, what each costs; None: one each.
 
     Returns:
-        (triplets,) bool with exactly `budget` True; of equal scores the one with the smaller index stays, so every
-        rank with the same scores finds the same mask.
+        (triplets,) bool on the scores' device. Never more than the budget is spent, and less than any triplet left out
+        costs remains. Of equal scores the one with the smaller index stays, so every rank with the same scores finds
+        the same mask.
 
-    Source: arXiv 2303.10512 eq. 7; PEFT's threshold (`<= kthvalue`) drops all of a tie instead.
+    Source: arXiv 2303.10512 eq. 7; PEFT's threshold (`<= kthvalue`) drops all of a tie instead. With costs: the greedy
+        rule of the 0-1 knapsack problem (Dantzig 1957).
     """
-    order = torch.sort(scores, descending=True, stable=True).indices
-    mask = torch.zeros_like(scores, dtype=torch.bool)
+    order = _by_worth(scores, costs)
+    if costs is not None:
+        return spend(order, budget, costs.cpu()).to(scores.device)
+    mask = torch.zeros(scores.numel(), dtype=torch.bool)
     mask[order[:budget]] = True
+    return mask.to(scores.device)
+
+
+def spend(order: Tensor, budget: int, costs: Tensor) -> Tensor:
+    """Return the mask of what is bought when things are asked for in an order.
+
+    They are taken until one does not fit; what is left goes, in the same order, to those that still fit.
+
+    Args:
+        order: (n,) indices, the best first.
+        budget: how much may be spent.
+        costs: (n,) positive integers, what each costs.
+
+    Returns:
+        (n,) bool. All on the CPU.
+    """
+    mask = torch.zeros(order.numel(), dtype=torch.bool)
+    in_order = costs[order]
+    first_out, left = _prefix(in_order, budget)
+    mask[order[:first_out]] = True
+    while first_out < in_order.numel():
+        fits = (in_order[first_out:] <= left).nonzero()
+        if not len(fits):
+            break
+        place = first_out + int(fits[0])
+        mask[order[place]] = True
+        left -= int(in_order[place])
+        first_out = place + 1
     return mask
 
 
-def relative_gap(scores: Tensor, budget: int) -> float:
-    """Return (last kept − first dropped) / last kept: how far the cut is from a tie; 1.0 where nothing is dropped."""
-    if not 0 < budget < scores.numel():
+def relative_gap(scores: Tensor, budget: int, costs: Tensor | None = None) -> float:
+    """Return (last kept − first dropped) / last kept: how far the cut is from a tie; 1.0 where nothing is dropped.
+
+    With costs, of the scores per cost and before what is left goes to those that still fit.
+    """
+    order = _by_worth(scores, costs)
+    first_out = budget if costs is None else _prefix(costs.cpu()[order], budget)[0]
+    if not 0 < first_out < scores.numel():
         return 1.0
-    ordered = torch.sort(scores, descending=True, stable=True).values
-    kept, dropped = ordered[budget - 1].item(), ordered[budget].item()
-    return (kept - dropped) / kept if kept > 0 else 0.0
+    kept, dropped = _worth(scores, costs)[order[first_out - 1 : first_out + 1]].tolist()
+    return float((kept - dropped) / kept) if kept > 0 else 0.0
+
+
+def _worth(scores: Tensor, costs: Tensor | None) -> Tensor:
+    """On the CPU, so that a cut costs one transfer, whatever it asks."""
+    return scores.cpu() if costs is None else scores.cpu() / costs.cpu()
+
+
+def _by_worth(scores: Tensor, costs: Tensor | None) -> Tensor:
+    return torch.sort(_worth(scores, costs), descending=True, stable=True).indices
+
+
+def _prefix(in_order: Tensor, budget: int) -> tuple[int, int]:
+    """Return how many are taken before the first that does not fit, and what is left then."""
+    sums = in_order.cumsum(0)
+    taken = int((sums <= budget).sum())
+    return taken, budget - (int(sums[taken - 1]) if taken else 0)
 
 
 def mask_digest(mask: Tensor) -> str:

@@ -105,8 +105,9 @@ def inject_adalora(
         wrappers[base] = AdaLoraLayer(
             base,
             r=config.init_r,
-            scaling=config.lora_alpha / config.init_r,
+            scaling=config.scaling,
             dropout=config.lora_dropout,
+            init_weights=config.init_weights,
             init_std=config.init_std,
             seed=seed + index,
         )

@@ -28,9 +28,12 @@ class AdaLoraLayer(nn.Module):
     Args:
         base_layer: a layer of one of the types in `adaptables`; its parameters are frozen.
         r: number of triplets; 0 makes the layer transparent.
-        scaling: s = lora_alpha / init_r, constant through pruning.
+        scaling: s, constant through pruning.
         dropout: probability of dropping an input feature of the adapter.
-        init_std: standard deviation of A and B; E starts at zero, so the update starts at zero.
+        init_weights: how A, E and B begin; either way the update begins at zero. `adalora`: A and B from N(0,
+            init_std²), E zero. `lora`: A uniform in ±1/√fan-in, B zero, E one, which is LoRA's start: the first step
+            moves the same factor by the same gradient.
+        init_std: standard deviation of A and B under `adalora`.
         seed: of the layer's own generator. Values do not depend on the device, nor on which other layers are drawn,
             so ranks that hold different layers or rows draw the same adapter.
 
@@ -40,7 +43,8 @@ class AdaLoraLayer(nn.Module):
     Raises:
         Unsupported: nothing handles the base layer's type, or it has a setting that is not supported.
 
-    Source: arXiv 2303.10512 eq. 3; peft/tuners/adalora/layer.py, SVDLinear.
+    Source: arXiv 2303.10512 eq. 3; peft/tuners/adalora/layer.py, SVDLinear; `lora`: peft/tuners/lora/layer.py,
+        reset_lora_parameters (Kaiming uniform with a = √5).
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class AdaLoraLayer(nn.Module):
         r: int,
         scaling: float,
         dropout: float = 0.0,
+        init_weights: str = "adalora",
         init_std: float = 0.02,
         seed: int = 0,
     ) -> None:
@@ -64,7 +69,7 @@ class AdaLoraLayer(nn.Module):
                 setattr(self, setting, getattr(base_layer, setting))
         self.r = r
         self.scaling = scaling
-        self.init_std, self.seed = init_std, seed
+        self.init_weights, self.init_std, self.seed = init_weights, init_std, seed
         self.keep_mask: list[bool] | None = None
         """After the final allocation: which triplets are kept; None before it."""
         self.earlier: Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
@@ -78,7 +83,7 @@ class AdaLoraLayer(nn.Module):
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
-        """Set A and B to what `initial_factors` draws, and E to zero; nothing happens on the meta device."""
+        """Set the factors to what `initial_factors` gives; nothing happens on the meta device."""
         if self.lora_A.is_meta:
             return
         for factor, value in zip(FACTORS, self.initial_factors(), strict=True):
@@ -87,15 +92,22 @@ class AdaLoraLayer(nn.Module):
     def initial_factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the A, E and B that training starts with, whole, float32, on the CPU.
 
-        A and B are drawn from N(0, init_std²) and E is zero; an earlier adapter's triplets take the first places.
+        An earlier adapter's triplets take the first places.
         """
         generator = torch.Generator().manual_seed(self.seed)
-        a, b = (
-            torch.randn(rows, self.r, generator=generator, dtype=torch.float32, device="cpu") * self.init_std
-            for rows in (self.in_features, self.out_features)
-        )
+        if self.init_weights == "lora":
+            bound = self.adaptable.fan_in(self.base_layer) ** -0.5
+            a = torch.rand(self.in_features, self.r, generator=generator, dtype=torch.float32, device="cpu")
+            a = (2 * a - 1) * bound
+            b = torch.zeros(self.out_features, self.r, dtype=torch.float32, device="cpu")
+            e = torch.ones(self.r, dtype=torch.float32, device="cpu")
+        else:
+            a, b = (
+                torch.randn(rows, self.r, generator=generator, dtype=torch.float32, device="cpu") * self.init_std
+                for rows in (self.in_features, self.out_features)
+            )
+            e = torch.zeros(self.r, dtype=torch.float32, device="cpu")
         a[self.adaptable.still_rows(self.base_layer)] = 0
-        e = torch.zeros(self.r, dtype=torch.float32, device="cpu")
         if self.earlier is not None:
             for new, old in zip((a, e, b), self.earlier(), strict=True):
                 new[..., : old.shape[-1]] = old
@@ -125,6 +137,11 @@ class AdaLoraLayer(nn.Module):
         a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
         singular = (self.lora_E * self.scaling).to(dtype)
         return y + self.adaptable.update(self.base_layer, x, a, singular, b, self.dropout).to(y.dtype)
+
+    @property
+    def triplet_size(self) -> int:
+        """Parameters of one triplet."""
+        return self.in_features + self.out_features + 1
 
     @torch.no_grad()
     def delta_weight(self) -> torch.Tensor:

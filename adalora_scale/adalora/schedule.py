@@ -1,7 +1,8 @@
-"""The rank budget over time."""
+"""The budget over time."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from adalora_scale.config import AdaLoraConfig
@@ -9,7 +10,9 @@ from adalora_scale.config import AdaLoraConfig
 
 @dataclass(frozen=True)
 class BudgetSchedule:
-    """Triplets kept over the whole model after each optimizer step t, counted from 1.
+    """What is spent on triplets over the whole model after each optimizer step t, counted from 1.
+
+    Budgets are numbers of triplets, or of their parameters (`adalora.budget_unit`).
 
         b(t) = init                                                   t ≤ tinit
         b(t) = floor(target + (init − target) · (1 − (t − tinit)/(end − tinit))³)
@@ -18,6 +21,8 @@ class BudgetSchedule:
     Source: arXiv 2303.10512 eq. 13 with tinit and tfinal phases; peft RankAllocator.budget_schedule.
     """
 
+    unit: str
+    """What budgets count: `params` or `triplets`."""
     init_budget: int
     target_budget: int
     tinit: int
@@ -27,16 +32,24 @@ class BudgetSchedule:
     """Steps between allocations (deltaT)."""
 
     @classmethod
-    def from_config(cls, config: AdaLoraConfig, *, matrices: int, total_step: int) -> BudgetSchedule:
-        """Build the schedule of a model with `matrices` adapted matrices.
+    def from_config(cls, config: AdaLoraConfig, unit: str, costs: Iterable[int], total_step: int) -> BudgetSchedule:
+        """Build the schedule of a model.
+
+        Args:
+            config: the method's options.
+            unit: what is counted, `params` or `triplets`.
+            costs: of every adapted matrix, what one of its triplets costs.
+            total_step: optimizer steps of the whole run.
 
         Raises:
             UserError: no step is left for pruning.
         """
         tinit, tfinal = config.phase_steps(total_step)
+        one_of_each = sum(costs)
         return cls(
-            init_budget=config.init_r * matrices,
-            target_budget=config.target_r * matrices,
+            unit=unit,
+            init_budget=config.init_r * one_of_each,
+            target_budget=config.target_r * one_of_each,
             tinit=tinit,
             tfinal=tfinal,
             total_step=total_step,

@@ -6,7 +6,7 @@ score of triplet k is the sum of the contributions of column k's elements, over 
     S_k = Σ over factors Σ over rows of contribution(row, k)
 
 which the controller adds up; a mean over rows is a contribution divided by the number of rows. Every score is one file
-in `adalora/scores/`, whose name is the value of `adalora.preset`.
+in `adalora/scores/`, whose name is the value of `adalora.score`.
 """
 
 from __future__ import annotations

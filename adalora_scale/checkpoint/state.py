@@ -84,7 +84,13 @@ def allocator_position(allocator: RankAllocator) -> dict[str, Any]:
     state = {key: value for key, value in allocator.state_dict().items() if not isinstance(value, Tensor)}
     rows = allocator.mask.view(len(allocator.modules), -1).int().tolist()
     masks = {name: "".join(map(str, row)) for name, row in zip(state.pop("modules"), rows, strict=True)}
-    return state | {"init_r": allocator.r, "preset": allocator.config.preset, "mask": masks}
+    return state | {"init_r": allocator.r, "score": allocator.config.score, "mask": masks}
+
+
+def score_of(position: Mapping[str, Any]) -> str:
+    """Return the `adalora.score` that a checkpoint's position is of; presets named the scores at first."""
+    former = str(position.get("preset", "default"))
+    return str(position.get("score") or {"default": "sensitivity_uncertainty"}.get(former, former))
 
 
 def masks_of(position: Mapping[str, Any]) -> dict[str, list[bool]]:
@@ -135,11 +141,11 @@ def scatter(checkpoint: Checkpoint, model: nn.Module, sharding: Sharding, alloca
 def _require_statistics(checkpoint: Checkpoint, allocator: RankAllocator) -> None:
     """Refuse a checkpoint without the statistics of the run's score, before anything of it was taken."""
     position = checkpoint.manifest["allocator"]
-    lost = set(allocator.score.statistics) - set(score_named(position["preset"]).statistics)
+    lost = set(allocator.score.statistics) - set(score_named(score_of(position)).statistics)
     if lost and not position["frozen"]:
         raise CheckpointError(
-            f"the checkpoint {checkpoint.directory} has no '{min(lost)}': it is of adalora.preset="
-            f"{position['preset']}, this run of {allocator.config.preset}; resume with the former."
+            f"the checkpoint {checkpoint.directory} has no '{min(lost)}': it is of adalora.score="
+            f"{score_of(position)}, this run of {allocator.config.score}; resume with the former."
         )
 
 
@@ -179,7 +185,7 @@ class _Reader:
         self._kinds = {group: checkpoint.kinds(group) for group in (ADAPTER, OTHER)}
         self._masks = masks_of(checkpoint.manifest["allocator"])
         self._frozen = checkpoint.manifest["allocator"]["frozen"]
-        self._statistics = score_named(checkpoint.manifest["allocator"]["preset"]).statistics
+        self._statistics = score_named(score_of(checkpoint.manifest["allocator"])).statistics
         for name, shape in live[OTHER].items():
             if self._saved[OTHER].get(name) != shape:
                 raise CheckpointError(

@@ -1,7 +1,7 @@
 """Every option a user can set, and reading them from one YAML file."""
 
 from adalora_scale.config.options import (
-    PRESETS,
+    SCORES,
     AdaLoraConfig,
     DataConfig,
     EngineConfig,
@@ -9,6 +9,7 @@ from adalora_scale.config.options import (
     ModelConfig,
     RunConfig,
 )
+from adalora_scale.config.presets import PRESETS
 from adalora_scale.config.reading import (
     adalora_config_from_dict,
     check_value,
@@ -18,6 +19,7 @@ from adalora_scale.config.reading import (
 
 __all__ = [
     "PRESETS",
+    "SCORES",
     "AdaLoraConfig",
     "DataConfig",
     "EngineConfig",

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
+from adalora_scale.config.presets import PRESETS
 from adalora_scale.errors import UserError, nearest
 
 TaskName = Literal["causal_lm", "sequence_classification"]
@@ -23,15 +24,17 @@ TaskName = Literal["causal_lm", "sequence_classification"]
 _FORBID_EXTRA = ConfigDict(extra="forbid")
 
 # Nothing is imported from the method here; its scores are one file each, so looking at the folder is enough.
-PRESETS = tuple(sorted(path.stem for path in (Path(__file__).parents[1] / "adalora" / "scores").glob("[!_]*.py")))
-"""What `adalora.preset` may be."""
+SCORES = tuple(sorted(path.stem for path in (Path(__file__).parents[1] / "adalora" / "scores").glob("[!_]*.py")))
+"""What `adalora.score` may be."""
+_OF_PRESET: Any = None
+"""The default of keys that `adalora.preset` decides; no config keeps it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoraConfig:
     """How the method adapts a model: PEFT's AdaLoRA keys, with `tinit` and `tfinal` also as fractions of the run.
 
-    The scale of every update is ``lora_alpha / init_r`` and stays constant through pruning.
+    The scale of every update stays constant through pruning (`scaling`).
 
     Raises:
         UserError: a value is out of range, or two values contradict each other.
@@ -40,6 +43,7 @@ class AdaLoraConfig:
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID_EXTRA
+    _left_to_preset: ClassVar[frozenset[str]] = frozenset()
 
     target_modules: list[str] | str = "all-linear"
     """``all-linear`` (every linear layer but the output head), a list of module-name endings, or one regex."""
@@ -49,17 +53,24 @@ class AdaLoraConfig:
     """Indices of the decoder or encoder layers to adapt; None adapts all."""
     modules_to_save: list[str] | None = None
     """Modules trained in full and saved with the adapter, for example a new classifier head."""
-    init_r: int = 12
+    preset: str = "default"
+    """Which values the keys below have that are not set: `default`, or `paper` and `peft` for the published method."""
+    score: str = _OF_PRESET
+    """What ranks triplets, a file in adalora/scores/."""
+    init_r: int = _OF_PRESET
     """Triplets per matrix at the start (the paper uses 1.5 x target_r)."""
     target_r: int = 8
-    """Average triplets per matrix after the last allocation."""
-    lora_alpha: float = 32
-    """The update is scaled by lora_alpha / init_r."""
+    """Triplets per matrix after the last allocation, on average: over parameters, or over matrices (budget_unit)."""
+    budget_unit: Literal["params", "triplets"] = _OF_PRESET
+    """What is pruned to target_r of every matrix on average: `params` counts a triplet as in + out + 1, so that the
+    adapter ends with the parameters of LoRA of rank target_r; `triplets` counts each as one, as published."""
+    lora_alpha: float = _OF_PRESET
+    """The update is scaled by lora_alpha / init_r; by lora_alpha / target_r where init_weights is `lora`."""
     lora_dropout: float = 0.0
     """Dropout on the adapter's input."""
-    tinit: int | float = 0.1
+    tinit: int | float = _OF_PRESET
     """Steps before pruning starts; a float below 1 is a fraction of total_step."""
-    tfinal: int | float = 0.3
+    tfinal: int | float = _OF_PRESET
     """Steps after the final allocation; a float below 1 is a fraction of total_step."""
     deltaT: int = 10
     """Steps between allocations."""
@@ -67,24 +78,24 @@ class AdaLoraConfig:
     """EMA coefficient of the sensitivity (paper eq. 9)."""
     beta2: float = 0.85
     """EMA coefficient of the uncertainty (paper eq. 10)."""
-    orth_reg_weight: float = 0.1
+    orth_reg_weight: float = _OF_PRESET
     """Weight of the orthogonality penalty: mean over the 2n factors of the Frobenius norm of (Gram - identity).
 
     Its gradient is added inside the optimizer step, after the loop or the engine has clipped; it is never clipped."""
+    init_weights: Literal["lora", "adalora"] = _OF_PRESET
+    """How adapters begin: `adalora` draws P and Q and sets lambda to zero, as published; `lora` draws A, sets B to zero
+    and lambda to one, so that training begins as LoRA's does, with LoRA's learning rates."""
     init_std: float = 0.02
-    """Standard deviation of the initial P and Q; lambda starts at zero."""
+    """Standard deviation of the initial P and Q under `adalora`."""
     guard_every: int = 100
     """Steps between comparisons of masks and replicated parameters over ranks (trainers only); 0 never compares."""
-    preset: str = "default"
-    """The score that ranks triplets, a file in adalora/scores/: `default` is sensitivity times uncertainty, from the
-    task's gradient and the weight before the update; `paper` and `peft` observe it as those two do."""
 
     def __post_init__(self) -> None:
         key = "adalora."
+        self._fill(key)
         for name in ("lora_alpha", "init_std", "orth_reg_weight"):
             value = getattr(self, name)
             _check(math.isfinite(value), f"{key}{name} is {value}; it must be a finite number.")
-        _check(self.target_r >= 1, f"{key}target_r is {self.target_r}; it must be at least 1.")
         _check(
             self.init_r >= self.target_r,
             f"{key}init_r ({self.init_r}) is smaller than {key}target_r ({self.target_r}): there would be nothing to "
@@ -96,8 +107,8 @@ class AdaLoraConfig:
         _check(self.lora_alpha > 0, f"{key}lora_alpha is {self.lora_alpha}; it must be positive.")
         _check(self.init_std > 0, f"{key}init_std is {self.init_std}; it must be positive.")
         _check(self.orth_reg_weight >= 0, f"{key}orth_reg_weight is {self.orth_reg_weight}; it must not be negative.")
-        hint = nearest(self.preset, PRESETS) or f" Known: {', '.join(PRESETS)}."
-        _check(self.preset in PRESETS, f"{key}preset is '{self.preset}'; there is no such score.{hint}")
+        hint = nearest(self.score, SCORES) or f" Known: {', '.join(SCORES)}."
+        _check(self.score in SCORES, f"{key}score is '{self.score}'; there is no such score.{hint}")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _check(0 < value < 1, f"{key}{name} is {value}; it must be between 0 and 1, both excluded.")
@@ -118,9 +129,52 @@ class AdaLoraConfig:
                 f"or no step is left for pruning. Lower one of them.",
             )
 
+    def _fill(self, key: str) -> None:
+        """Give keys that were not set the preset's values."""
+        hint = nearest(self.preset, PRESETS) or f" Known: {', '.join(PRESETS)}."
+        _check(self.preset in PRESETS, f"{key}preset is '{self.preset}'; there is no such preset.{hint}")
+        preset = PRESETS[self.preset]
+        _check(self.target_r >= 1, f"{key}target_r is {self.target_r}; it must be at least 1.")
+        values = dataclasses.asdict(preset) | {"init_r": preset.init_r(self.target_r)}
+        if preset.lora_alpha is None:
+            values["lora_alpha"] = 2.0 * self.target_r
+        names = [entry.name for entry in dataclasses.fields(self) if entry.name in values]
+        left = [name for name in names if getattr(self, name) is _OF_PRESET]
+        for name, value in [(name, values[name]) for name in left] + [("_left_to_preset", frozenset(left))]:
+            object.__setattr__(self, name, value)  # a frozen config is written to here alone
+
     def replace(self, **changes: Any) -> AdaLoraConfig:
-        """Return a copy with other values, checked like a new one."""
-        return dataclasses.replace(self, **changes)
+        """Return a copy with other values, checked like a new one; what was left to the preset still is."""
+        names = [entry.name for entry in dataclasses.fields(self) if entry.name not in self._left_to_preset]
+        return AdaLoraConfig(**{name: getattr(self, name) for name in names} | changes)
+
+    @property
+    def scaling(self) -> float:
+        """What every update is multiplied by."""
+        return self.lora_alpha / (self.target_r if self.init_weights == "lora" else self.init_r)
+
+    def peft_fields(self, total_step: int | None) -> dict[str, Any]:
+        """Return the method's keys of PEFT's AdaLoraConfig; PEFT scales by lora_alpha / init_r.
+
+        Args:
+            total_step: optimizer steps of the run; PEFT refuses a config without a schedule, so an adapter that was
+                never trained (None) gets the smallest valid one.
+        """
+        tinit, tfinal = self.phase_steps(total_step) if total_step else (0, 0)
+        alpha = self.scaling * self.init_r
+        return {
+            "init_r": self.init_r,
+            "target_r": self.target_r,
+            "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+            "lora_dropout": self.lora_dropout,
+            "tinit": tinit,
+            "tfinal": tfinal,
+            "deltaT": self.deltaT,
+            "beta1": self.beta1,
+            "beta2": self.beta2,
+            "orth_reg_weight": self.orth_reg_weight,
+            "total_step": total_step or 1,
+        }
 
     def phase_steps(self, total_step: int) -> tuple[int, int]:
         """Return (tinit, tfinal) in steps for a run of `total_step` steps.

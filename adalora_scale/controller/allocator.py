@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adalora_scale.adalora.allocation import Allocation, keep_best, mask_digest, relative_gap
+from adalora_scale.adalora.allocation import Allocation, mask_digest
 from adalora_scale.adalora.compaction import is_compact
 from adalora_scale.adalora.injection import adapter_layers, injection_of
-from adalora_scale.adalora.schedule import BudgetSchedule
 from adalora_scale.adalora.scores import score_named
+from adalora_scale.adalora.spending import Spending
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller.figures import penalty_figures, rank_figures
 from adalora_scale.controller.guard import require_equal, require_in_forward, require_same_start, require_same_tensors
@@ -59,14 +59,15 @@ class RankAllocator:
         if not layers:
             raise UserError("the model has no AdaLoRA layers; call inject_adalora(model, config) first.")
         self.config = config
-        self.score = score_named(config.preset)(config)
+        self.score = score_named(config.score)(config)
         self.model = model
         self.modules = list(layers)
         self.r = config.init_r
         self._layers = list(layers.values())
         self.compact = is_compact(layers, self.r)
         """Whether the adapters were built at the ranks of a final mask."""
-        self.schedule = BudgetSchedule.from_config(config, matrices=len(layers), total_step=total_step)
+        self._spending = Spending(config, self._layers, self.r, total_step)
+        self.schedule = self._spending.schedule
         injection = injection_of(model)
         if injection is not None:
             injection.total_step = total_step  # save_adapter writes it
@@ -142,8 +143,13 @@ class RankAllocator:
 
     @property
     def budget(self) -> int:
-        """Triplets that the last allocation kept (all of them before the first)."""
+        """What the last allocation could spend, in `schedule.unit` (before the first: what everything costs)."""
         return self.last_allocation.budget if self.last_allocation else self.schedule.init_budget
+
+    @property
+    def spent(self) -> int:
+        """What the kept triplets cost, in `schedule.unit`; after an allocation never more than the budget."""
+        return self._spending.spent(list(self.ranks().values()))
 
     @property
     def sharding(self) -> Sharding:
@@ -173,6 +179,7 @@ class RankAllocator:
         """Return the figures logged beside the loss (keys of metrics.jsonl); None is unknown."""
         figures = {
             "budget": self.budget,
+            "spent": self.spent,
             "skipped_steps": self.skipped_steps,
             "masks_digest": self.masks_digest(),
             **rank_figures(list(self.ranks().values())),
@@ -293,13 +300,12 @@ class RankAllocator:
 
     def _allocate(self) -> None:
         sharding = self._attached()
-        budget = self.schedule.budget(self.step)
-        scores = self._scores()
-        mask = keep_best(scores, budget).to(torch.uint8)
+        kept, budget, gap = self._spending.cut(self._scores(), self.step)
+        mask = kept.to(torch.uint8)
         sharding.broadcast(mask)
         self.mask = mask.bool()
         self._allocation_due = False
-        self.last_allocation = Allocation(self.step, budget, self.ranks(), relative_gap(scores, budget))
+        self.last_allocation = Allocation(self.step, budget, self.ranks(), gap)
         zero_lambda(sharding, self.mask)
         if self.step >= self.schedule.final_step:
             self._freeze()
@@ -352,6 +358,7 @@ class RankAllocator:
             "skipped_steps": self.skipped_steps,
             "total_step": self.schedule.total_step,
             "budget": self.budget,
+            "budget_unit": self.schedule.unit,
             "allocation_step": self.last_allocation.step if self.last_allocation else None,
             "allocation_gap": self.last_allocation.gap if self.last_allocation else None,
             "modules": list(self.modules),

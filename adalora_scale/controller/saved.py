@@ -43,6 +43,12 @@ def require_own_state(
             f"the saved state is of a run of {state['total_step']} steps, this one has {schedule.total_step}; "
             f"resume with the same number of steps."
         )
+    unit = state.get("budget_unit", "triplets")  # before there was a choice
+    if unit != schedule.unit:
+        raise UserError(
+            f"the saved state counts its budget in {unit}, this run in {schedule.unit}; resume with "
+            f"adalora.budget_unit={unit}."
+        )
     if state["mask"].numel() != triplets:
         raise UserError(
             f"the saved state has {state['mask'].numel()} triplets, this model {triplets}; resume with "
@@ -52,8 +58,8 @@ def require_own_state(
         return  # the rest is of the statistics, and there are none any more
     if lost := [name for name in scoring.names() if name not in state]:
         raise UserError(
-            f"the saved state has no '{lost[0]}': it is of another adalora.preset than this run's "
-            f"{scoring.score.config.preset}; resume with the one it was saved under."
+            f"the saved state has no '{lost[0]}': it is of another adalora.score than this run's "
+            f"{scoring.score.config.score}; resume with the one it was saved under."
         )
     if "spans" in state and not torch.equal(state["spans"].cpu(), places(sharding)):
         raise UserError(

@@ -57,7 +57,9 @@ def _signature(layers: dict[str, AdaLoraLayer], ends: dict[str, tuple[Tensor, Te
     """Return a digest of everything that a fresh adapter's values depend on."""
     digest = hashlib.sha256()
     for name, layer in layers.items():
-        digest.update(repr((name, layer.seed, layer.init_std, layer.r, layer.earlier is None)).encode())
+        digest.update(
+            repr((name, layer.seed, layer.init_weights, layer.init_std, layer.r, layer.earlier is None)).encode()
+        )
     for factors in ends.values():
         for factor in factors:
             digest.update(factor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())

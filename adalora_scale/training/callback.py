@@ -112,9 +112,8 @@ class AdaLoraCallback(TrainerCallback):
         if allocation is not None and allocation.step != self._last_written:
             self._last_written = allocation.step
             if RANKS_NAME in self.records:
-                self.records[RANKS_NAME].write(
-                    {"step": allocation.step, "budget": allocation.budget, "ranks": allocation.ranks}
-                )
+                spent = {"budget": allocation.budget, "spent": self.allocator.spent}
+                self.records[RANKS_NAME].write({"step": allocation.step, **spent, "ranks": allocation.ranks})
 
     def on_log(
         self,

@@ -17,7 +17,7 @@ from adalora_scale.checkpoint.finding import NOTHING_TO_RESUME, find_checkpoint,
 from adalora_scale.checkpoint.format import Checkpoint, checkpoints, read_manifest
 from adalora_scale.checkpoint.identity import plain, require_same_run
 from adalora_scale.checkpoint.rng import rng_state, set_rng_state
-from adalora_scale.checkpoint.state import allocator_position, gather, masks_of, read_weights, scatter
+from adalora_scale.checkpoint.state import allocator_position, gather, masks_of, read_weights, scatter, score_of
 from adalora_scale.checkpoint.writing import agree, probe_shared, rank_and_size, rotate, write_checkpoint
 from adalora_scale.controller import RankAllocator
 from adalora_scale.data.digests import data_fingerprint
@@ -83,7 +83,7 @@ def compact_for(checkpoint: Checkpoint, model: nn.Module, *, asked: bool | None,
     # Otherwise `load` refuses the checkpoint, and says which key differs.
     fits = ranks == {name: len(mask) for name, mask in masks.items()}
     # Columns that the score keeps cannot be left out.
-    possible = position["frozen"] and not score_named(position["preset"]).keeps_columns and fits
+    possible = position["frozen"] and not score_named(score_of(position)).keeps_columns and fits
     if asked is True and not position["frozen"]:
         raise UserError(
             f"training.resume_compact=true, but {checkpoint.directory} is from before the final allocation: ranks may "

@@ -81,9 +81,8 @@ def describe(state: TrainerState, logs: dict[str, Any]) -> str:
         if "learning_rate" in logs:
             parts.append(f"lr {logs['learning_rate']:.2e}")
         if "adalora/budget" in logs:
-            parts.append(
-                f"budget {logs['adalora/budget']} (ranks {logs['adalora/rank_min']} to {logs['adalora/rank_max']})"
-            )
+            low, high = logs["adalora/rank_min"], logs["adalora/rank_max"]
+            parts.append(f"triplets {logs['adalora/rank_total']} (ranks {low} to {high})")
         if logs.get("adalora/skipped_steps"):
             parts.append(f"{logs['adalora/skipped_steps']} non-finite steps skipped")
         return f"{place}  " + "  ".join(parts)

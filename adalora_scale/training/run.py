@@ -25,6 +25,7 @@ from transformers import (
 from adalora_scale.adalora.injection import coverage
 from adalora_scale.checkpoint.writing import write_probe
 from adalora_scale.config import RunConfig
+from adalora_scale.controller import RankAllocator
 from adalora_scale.data.preparing import Prepared
 from adalora_scale.data.rows import RawData, load_raw
 from adalora_scale.engines.builds import bounded_build_waits
@@ -242,6 +243,7 @@ def _write_run(
         "data": inputs.data.report,
         "final": final,
         "ranks": allocator.ranks() if allocator else {},
+        "budget": _budget(allocator) if allocator else None,
         "wall_time_s": round(time.time() - started, 3),
         "peak_memory_by_rank": peak_memory_by_rank(),
         "torch_threads": torch.get_num_threads(),
@@ -251,3 +253,7 @@ def _write_run(
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
     return summary
+
+
+def _budget(allocator: RankAllocator) -> dict[str, Any]:
+    return {"unit": allocator.schedule.unit, "allowed": allocator.budget, "spent": allocator.spent}

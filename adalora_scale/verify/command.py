@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from adalora_scale.cluster.ranks import launched, process_group
+from adalora_scale.config import PRESETS
 from adalora_scale.errors import UserError, nearest
 from adalora_scale.verify import memory
 from adalora_scale.verify.engines import ENGINES, VARIANTS
@@ -39,10 +40,15 @@ class Request:
     steps: int = 60
     memory: bool = False
     load_in_4bit: bool = False
+    preset: str = "default"
     json_file: Path | None = None
 
     def __post_init__(self) -> None:
-        for option, given, known in (("--engines", self.engines, ENGINES), ("--variants", self.variants, VARIANTS)):
+        for option, given, known in (
+            ("--engines", self.engines, ENGINES),
+            ("--variants", self.variants, VARIANTS),
+            ("--preset", [self.preset], PRESETS),
+        ):
             for name in given:
                 if name not in known:
                     raise UserError(f"{option}: '{name}' is not one of {', '.join(known)}.{nearest(name, known)}")
@@ -51,7 +57,12 @@ class Request:
 
     def arguments(self) -> list[str]:
         """Return the command line that asks for the same."""
-        options: dict[str, Any] = {"--model": self.model, "--steps": self.steps, "--json": self.json_file}
+        options: dict[str, Any] = {
+            "--model": self.model,
+            "--steps": self.steps,
+            "--preset": self.preset,
+            "--json": self.json_file,
+        }
         given = [str(part) for name, value in options.items() if value is not None for part in (name, value)]
         flags = ["--memory"] * self.memory + ["--load-in-4bit"] * self.load_in_4bit
         return [*flags, *given, "--engines", *self.engines, "--variants", *self.variants]
@@ -84,6 +95,7 @@ def verify_engines(request: Request) -> int:
             ranks=dist.get_world_size(),
             steps=request.steps,
             load_in_4bit=request.load_in_4bit,
+            preset=request.preset,
         )
         header = {
             "backend": dist.get_backend(),
@@ -92,6 +104,7 @@ def verify_engines(request: Request) -> int:
             "versions": _versions(),
             "model": request.model or "random Llama",
             "load_in_4bit": request.load_in_4bit,
+            "preset": request.preset,
             "steps": problem.steps,
             "global_batch": problem.global_batch,
         }
@@ -135,7 +148,7 @@ def _versions() -> dict[str, str | None]:
 def _print_header(header: dict[str, Any]) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
     _say(f"{header['backend']} on {header['ranks']} ranks ({header['device']}); {versions}")
-    base = f"{header['model']}{' in 4 bits' * header['load_in_4bit']}"
+    base = f"{header['model']}{' in 4 bits' * header['load_in_4bit']}, preset {header['preset']}"
     _say(
         f"{base}, {header['steps']} steps of {header['global_batch']} sequences; pass: every mask equal to "
         f"the float64 reference's, ‖w − w_ref‖ / ‖w_ref‖ ≤ {ALL_TOLERANCE:g} together and ≤ {TENSOR_TOLERANCE:g} for "

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from adalora_scale.verify.engines import EVALUATED, SINGLE, Outcome, train
 from adalora_scale.verify.engines import why_not as engine_why_not
-from adalora_scale.verify.problem import Problem, adapter_weights, token_loss
-from adalora_scale.verify.reference import ReferenceAdaLora, ReferenceOptions
+from adalora_scale.verify.problem import Problem, adapter_weights, reference_options, token_loss
+from adalora_scale.verify.reference import ReferenceAdaLora
 
 ALL_TOLERANCE = 1e-5
 """Largest ‖w − w_ref‖ / ‖w_ref‖ over all adapters together."""
@@ -64,18 +64,9 @@ def expected_outcome(variant: str, problem: Problem) -> Outcome:
     config = problem.config
     reference = ReferenceAdaLora(
         adapter_weights(problem.adapted_model()),
-        ReferenceOptions(
-            init_r=config.init_r,
-            target_r=config.target_r,
-            alpha=config.lora_alpha,
-            tinit=int(config.tinit),
-            tfinal=int(config.tfinal),
-            total_step=problem.steps,
-            delta_t=config.deltaT,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            orth_reg_weight=config.orth_reg_weight,
-            preset=config.preset,
+        reference_options(
+            config,
+            problem.steps,
             lr=problem.lr,
             weight_decay=problem.weight_decay,
             max_grad_norm=problem.max_grad_norm if variant == "clip" else None,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import UserError
 from adalora_scale.quantization.linear import dequantize_model, quantize_model
 from adalora_scale.quantization.spec import QuantSpec
+from adalora_scale.verify.reference import ReferenceOptions
 
 ACCUMULATION = 4
 SEED = 0
@@ -60,7 +61,9 @@ class Problem:
     max_grad_norm: float = 0.5
     """Of the variant `clip`; it binds while the loss falls."""
     preset: str = "default"
-    """The score that ranks triplets."""
+    """Whose values the method has where this problem does not say."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """More keys of `adalora`."""
 
     def __post_init__(self) -> None:
         if self.steps < 24:
@@ -78,6 +81,7 @@ class Problem:
             deltaT=max(1, self.steps // 20),
             orth_reg_weight=0.3,
             preset=self.preset,
+            **self.options,
         )
 
     @property
@@ -138,6 +142,32 @@ def token_loss(call: Callable[..., Any], batch: Batch) -> Tensor:
     logits = call(input_ids=batch.ids, use_cache=False).logits[:, :-1].flatten(0, 1)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits, batch.labels.flatten(), reduction="sum") / batch.tokens
+
+
+def reference_options(config: AdaLoraConfig, total_step: int, **optimizer: Any) -> ReferenceOptions:
+    """Return the same options in the reference's words.
+
+    Args:
+        config: the method's.
+        total_step: optimizer steps of the run.
+        optimizer: AdamW's and the clipping threshold, as `ReferenceOptions` names them.
+    """
+    tinit, tfinal = config.phase_steps(total_step)
+    return ReferenceOptions(
+        init_r=config.init_r,
+        target_r=config.target_r,
+        scaling=config.scaling,
+        tinit=tinit,
+        tfinal=tfinal,
+        total_step=total_step,
+        delta_t=config.deltaT,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        orth_reg_weight=config.orth_reg_weight,
+        score=config.score,
+        budget_unit=config.budget_unit,
+        **optimizer,
+    )
 
 
 def adapter_weights(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:

@@ -27,7 +27,7 @@ class ReferenceOptions:
 
     init_r: int
     target_r: int
-    alpha: float
+    scaling: float
     tinit: int
     tfinal: int
     total_step: int
@@ -35,7 +35,8 @@ class ReferenceOptions:
     beta1: float = 0.85
     beta2: float = 0.85
     orth_reg_weight: float = 0.1
-    preset: str = "default"
+    score: str = "sensitivity_uncertainty"
+    budget_unit: str = "params"
     lr: float = 1e-3
     adam_betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -101,8 +102,25 @@ class ReferenceTaylor(ReferenceScore):
         return adapter.statistic("change", "E")[k].item()
 
 
+class ReferenceSensitivity(ReferenceScore):
+    """The sensitivity without the uncertainty."""
+
+    def triplet(self, adapter: ReferenceAdapter, k: int) -> float:
+        s = {f: adapter.statistic("I", f) for f in FACTORS}
+        return (s["E"][k] + s["A"][:, k].mean() + s["B"][:, k].mean()).item()
+
+
+class ReferenceMagnitude(ReferenceScore):
+    """|λ|."""
+
+    def triplet(self, adapter: ReferenceAdapter, k: int) -> float:
+        return adapter.weight["E"][k].abs().item()
+
+
 SCORES = {
-    "default": ReferenceScore(),
+    "magnitude": ReferenceMagnitude(),
+    "sensitivity": ReferenceSensitivity(),
+    "sensitivity_uncertainty": ReferenceScore(),
     "paper": ReferenceScore(gradient="whole"),
     "peft": ReferenceScore(gradient="whole", weight="after", last_step=False, columns="kept"),
     "taylor": ReferenceTaylor(),
@@ -120,7 +138,7 @@ class ReferenceAdaLora:
     def __init__(self, adapters: Mapping[str, Mapping[str, Tensor]], options: ReferenceOptions) -> None:
         self.adapters = {name: ReferenceAdapter(dict(weights)) for name, weights in adapters.items()}
         self.o = options
-        self.score = SCORES[options.preset]
+        self.score = SCORES[options.score]
         self.t = 0
         self.frozen = False
         self.mask = {
@@ -133,7 +151,7 @@ class ReferenceAdaLora:
 
     def delta(self, adapter: dict[str, Tensor]) -> Tensor:
         """(out, in)"""
-        return (self.o.alpha / self.o.init_r) * adapter["B"] @ torch.diag(adapter["E"]) @ adapter["A"].T
+        return self.o.scaling * adapter["B"] @ torch.diag(adapter["E"]) @ adapter["A"].T
 
     def loss(self, base: nn.Module, loss_of: Callable[[Callable[..., Any]], Tensor], adapters: Tensors) -> Tensor:
         """`loss_of(call)` computes the loss, calling the model with the adapters merged in through `call(**batch)`."""
@@ -213,8 +231,14 @@ class ReferenceAdaLora:
         end = self.o.total_step - self.o.tfinal
         return t == end or (self.o.tinit < t < end and t % self.o.delta_t == 0)
 
+    def cost(self, adapter: ReferenceAdapter) -> int:
+        """Of one triplet."""
+        if self.o.budget_unit == "triplets":
+            return 1
+        return len(adapter.weight["A"]) + len(adapter.weight["B"]) + 1
+
     def budget(self, t: int) -> int:
-        o, n = self.o, len(self.adapters)
+        o, n = self.o, sum(self.cost(adapter) for adapter in self.adapters.values())
         first, last, end = o.init_r * n, o.target_r * n, o.total_step - o.tfinal
         if t <= o.tinit:
             return first
@@ -230,12 +254,16 @@ class ReferenceAdaLora:
 
     def allocate(self) -> None:
         ranked = [
-            (-score, position, name, k)
+            (-score / self.cost(self.adapters[name]), position, name, k)
             for position, (name, row) in enumerate(self.scores().items())
             for k, score in enumerate(row)
         ]
-        best = sorted(ranked, key=lambda item: (item[0], item[1], item[3]))[: self.budget(self.t)]
-        kept = {(name, k) for _, _, name, k in best}
+        kept = set()
+        left = self.budget(self.t)
+        for _, _, name, k in sorted(ranked, key=lambda item: (item[0], item[1], item[3])):
+            if self.cost(self.adapters[name]) <= left:
+                left -= self.cost(self.adapters[name])
+                kept.add((name, k))
         self.mask = {
             n: torch.tensor([(n, k) in kept for k in range(self.o.init_r)], device=a.weight["E"].device)
             for n, a in self.adapters.items()

@@ -23,10 +23,10 @@ def main(run: Path) -> None:
     losses = [record["loss"] for record in losses if "loss" in record]
 
     final = allocations[-1]
-    print(f"\n{'':24}exact match   triplets")
-    print(f"{'untouched base model':24}{before['exact_match']:>10.1%}   {'–':>8}")
-    print(f"{'plain LoRA':24}{lora['exact_match']:>10.1%}   {lora['r'] * len(final['ranks']):>8}")
-    print(f"{'AdaLoRA':24}{after['exact_match']:>10.1%}   {sum(final['ranks'].values()):>8}")
+    print(f"\n{'':24}exact match   parameters")
+    print(f"{'untouched base model':24}{before['exact_match']:>10.1%}   {'–':>10}")
+    print(f"{'plain LoRA':24}{lora['exact_match']:>10.1%}   {lora['adapter_parameters']:>10,}")
+    print(f"{'AdaLoRA':24}{after['exact_match']:>10.1%}   {ours['budget']['spent']:>10,}")
     print(f"\nAdaLoRA's loss fell from {losses[0]:.3f} to {losses[-1]:.3f} in {ours['total_step']} steps.")
     print(f"Its {len(allocations)} allocations spent the budget where it helps; ranks by layer:\n")
     print(rank_map(final["ranks"]))

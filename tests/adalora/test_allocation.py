@@ -48,6 +48,37 @@ def test_nan_scores_still_give_exactly_the_budget():
     assert int(keep_best(torch.full((8,), math.nan), 5).sum()) == 5
 
 
+def spent_by_loop(scores, costs, budget):
+    kept = set()
+    for i in sorted(range(len(scores)), key=lambda i: (-scores[i] / costs[i], i)):
+        if costs[i] <= budget:
+            budget -= costs[i]
+            kept.add(i)
+    return [i in kept for i in range(len(scores))]
+
+
+def test_triplets_that_cost_differently_are_taken_by_score_per_cost():
+    """Else the adapter ends with other parameters than asked, or wide matrices are free."""
+    rng = random.Random(1)
+    for _ in range(400):
+        n = rng.randint(1, 60)
+        levels = rng.choice([1, 2, 5, 64])
+        costs = [rng.choice([1, 16, 48, 129]) for _ in range(n)]
+        scores = [float(rng.randrange(levels) * cost) for cost in costs]  # many ties of score per cost
+        for budget in {0, sum(costs), rng.randint(0, sum(costs))}:
+            mask = keep_best(torch.tensor(scores), budget, torch.tensor(costs)).tolist()
+            assert mask == spent_by_loop(scores, costs, budget)
+            spent = sum(cost for cost, kept in zip(costs, mask, strict=True) if kept)
+            left_out = [cost for cost, kept in zip(costs, mask, strict=True) if not kept]
+            assert spent <= budget < spent + min(left_out, default=math.inf)
+
+
+def test_one_cost_for_all_is_a_number_of_triplets():
+    """Else a model of equal matrices prunes otherwise in one unit than in the other."""
+    scores = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(keep_best(scores, 7 * 20 + 6, torch.full((50,), 7)), keep_best(scores, 20))
+
+
 def test_relative_gap():
     """The printed distance from a tie decides whether a differing mask is a bug."""
     scores = torch.tensor([4.0, 1.0, 3.0, 2.0])
@@ -56,6 +87,9 @@ def test_relative_gap():
     assert relative_gap(scores, 0) == relative_gap(scores, 4) == 1.0
     assert relative_gap(torch.tensor([2.0, 2.0, 1.0]), 1) == 0.0
     assert relative_gap(torch.zeros(3), 1) == 0.0
+    costs = torch.tensor([8, 1, 2, 1])  # per cost 0.5, 1, 1.5, 2
+    assert relative_gap(scores, 3, costs) == pytest.approx((1.5 - 1) / 1.5)
+    assert relative_gap(scores, 12, costs) == 1.0
 
 
 def test_digest_differs_between_masks():

@@ -1,7 +1,5 @@
 """The same numbers as PEFT's AdaLoRA: its own allocator beside ours, and its own training loop beside ours."""
 
-import dataclasses
-
 import peft
 import pytest
 import torch
@@ -56,7 +54,7 @@ def test_same_weights_and_gradients_give_the_same_statistics_and_masks(target_r)
     ours_config, theirs_config = both_configs(
         names, steps, target_r=target_r, orth_reg_weight=0.0, tinit=0, tfinal=0, deltaT=1000
     )
-    ours_config = dataclasses.replace(ours_config, preset="default")  # the hook sees the w and g of the moment
+    ours_config = ours_config.replace(score="sensitivity_uncertainty")  # the hook sees the w and g of the moment
     torch.manual_seed(0)
     theirs = peft.get_peft_model(Toy(), theirs_config)
     peft_allocator = PeftAllocator(theirs.base_model.model, theirs_config, "default")

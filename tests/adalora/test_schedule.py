@@ -11,7 +11,7 @@ from adalora_scale.errors import UserError
 
 def schedule_of(*, init_r=12, target_r=8, matrices=84, tinit=10, tfinal=30, total_step=100, delta_t=5):
     config = AdaLoraConfig(init_r=init_r, target_r=target_r, tinit=tinit, tfinal=tfinal, deltaT=delta_t)
-    return BudgetSchedule.from_config(config, matrices=matrices, total_step=total_step)
+    return BudgetSchedule.from_config(config, "triplets", [1] * matrices, total_step)
 
 
 def test_phases():

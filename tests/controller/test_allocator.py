@@ -19,6 +19,7 @@ ALLOCATIONS = [6, 9, 12, 15, 18]
 
 def options(**changes):
     values = {"init_r": 4, "target_r": 2, "lora_alpha": 8, "tinit": 3, "tfinal": 6, "deltaT": 3, "orth_reg_weight": 0.3}
+    values["budget_unit"] = "triplets"
     return AdaLoraConfig(**{**values, **changes})
 
 
@@ -620,7 +621,7 @@ def test_metrics_have_the_documented_keys_and_true_values():
     assert set(metrics) == {
         f"adalora/{key}"
         for key in (
-            "budget", "rank_total", "rank_min", "rank_max", "zero_rank_modules", "orth_loss", "orth_grad_norm",
+            "budget", "spent", "rank_total", "rank_min", "rank_max", "zero_rank_modules", "orth_loss", "orth_grad_norm",
             "orth_grad_ratio", "skipped_steps", "masks_digest",
         )
     }  # fmt: skip
@@ -652,10 +653,13 @@ def test_digest_changes_with_the_mask_only():
 
 
 @pytest.mark.parametrize("at", [2, 7, 9, 17, 18, 21], ids=lambda t: f"step {t}")
-@pytest.mark.parametrize(("preset", "allocator_first"), [("default", False), ("default", True), ("taylor", False)])
-def test_continued_run_is_bit_equal(at, preset, allocator_first):
+@pytest.mark.parametrize(
+    ("score", "allocator_first"),
+    [("sensitivity_uncertainty", False), ("sensitivity_uncertainty", True), ("taylor", False)],
+)
+def test_continued_run_is_bit_equal(at, score, allocator_first):
     """Without Ī, Ū, mask and phase (PEFT saves none) a resumed run prunes other triplets."""
-    config = options(preset=preset, modules_to_save=["head"])
+    config = options(score=score, modules_to_save=["head"])
     straight = Run(config, head=True).train()
     snapshot = Run(config, head=True).train(at).snapshot()
     resumed = Run(config, head=True, seed=99).restore(snapshot, allocator_first=allocator_first)
@@ -721,9 +725,9 @@ def test_state_of_another_run_is_refused():
 
 def test_state_of_another_score_or_rank_is_refused_before_anything_is_taken():
     """Else a rank goes on with another rank's statistics where the sizes agree, and with a traceback where not."""
-    state = Run(options(preset="taylor")).train(7).allocator.state_dict()
+    state = Run(options(score="taylor")).train(7).allocator.state_dict()
     other = Run()
-    with pytest.raises(UserError, match=r"has no 'sensitivity.*adalora\.preset"):
+    with pytest.raises(UserError, match=r"has no 'sensitivity.*adalora\.score"):
         other.allocator.load_state_dict(state)
     state = Run().train(7).allocator.state_dict()
     state["spans"][0, 0] += 1

@@ -75,7 +75,7 @@ def test_second_run_on_two_ranks_begins_where_the_first_ended(engine, kind, firs
     for rank in ranks:
         assert rank["engine"] == engine
         assert rank["eval_loss"] == pytest.approx(loss, rel=1e-4)
-        assert sum(rank["ranks"].values()) == 3 * len(rank["ranks"])
+        assert 0.95 * rank["budget"]["allowed"] < rank["budget"]["spent"] <= rank["budget"]["allowed"]
     options = {"id2label": {0: "blue", 1: "green", 2: "red"}} if classifies(kind) else {}
     one, two = (load_adapter(load(base, kind, **options), path) for path in (folder / "one", tmp_path / "two"))
     untouched = load(base, kind, **options)

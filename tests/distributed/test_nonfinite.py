@@ -44,6 +44,7 @@ def test_a_run_that_ends_on_nan_is_pruned_all_the_same(outputs, cell):
     for rank in outputs[cell]:
         assert rank["frozen"]
         assert rank["step"] == 24
-        assert rank["kept"] == rank["budget"] == rank["masters"]
-        assert rank["copies"] in (None, rank["budget"])
+        assert rank["kept"] == rank["masters"]
+        assert 0.95 * rank["budget"] < rank["spent"] <= rank["budget"]
+        assert rank["copies"] in (None, rank["kept"])
     assert len({rank["digest"] for rank in outputs[cell]}) == 1

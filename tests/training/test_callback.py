@@ -16,6 +16,7 @@ from adalora_scale.export.peft_adalora import load_adapter
 from adalora_scale.training.callback import AdaLoraCallback
 from tests.conftest import ROOT
 from tests.distributed.launcher import run_ranks
+from tests.sizes import ONE_OF_EACH, assert_spent, parameters_of
 
 CONFIG = AdaLoraConfig(init_r=6, target_r=4, lora_alpha=24, tinit=2, tfinal=4, deltaT=3)
 STEPS = 16
@@ -76,12 +77,14 @@ def test_unmodified_trainer_prunes_and_saves_what_it_trained(stories260k, tokeni
     allocator = callback.allocator
     assert allocator.step == STEPS and allocator.frozen
     live = {name: int((layer.lora_E != 0).sum()) for name, layer in adapter_layers(model)}
-    assert sum(live.values()) == CONFIG.target_r * 35
     assert live == allocator.ranks()
+    assert_spent(live, CONFIG.target_r)
+    assert allocator.spent == parameters_of(live)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     logged = [record for record in records if "loss" in record]
     assert [record["step"] for record in logged] == [4, 8, 12, 16]
-    assert logged[-1]["adalora/budget"] == logged[-1]["adalora/rank_total"] == CONFIG.target_r * 35
+    assert logged[-1]["adalora/budget"] == CONFIG.target_r * ONE_OF_EACH
+    assert logged[-1]["adalora/rank_total"] == sum(live.values())
     allocations = [json.loads(line) for line in (tmp_path / "ranks.jsonl").read_text().splitlines()]
     assert [a["step"] for a in allocations] == [3, 6, 9, 12]
     assert allocations[-1]["ranks"] == live
@@ -99,7 +102,7 @@ def test_checkpoints_of_a_stock_trainer_hold_the_adapter(stories260k, tokenizer,
     early = load_adapter(AutoModelForCausalLM.from_pretrained(stories260k), tmp_path / "checkpoint-8")
     assert {layer.r for _, layer in adapter_layers(early)} == {6}  # before the final allocation all are kept
     last = load_adapter(AutoModelForCausalLM.from_pretrained(stories260k), tmp_path / "checkpoint-16")
-    assert sum(layer.r for _, layer in adapter_layers(last)) == CONFIG.target_r * 35
+    assert_spent({name: layer.r for name, layer in adapter_layers(last)}, CONFIG.target_r)
     assert abs(loss_on(last, tokenizer, texts) - loss_on(model, tokenizer, texts)) < 1e-5
 
 

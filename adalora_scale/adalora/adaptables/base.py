@@ -103,6 +103,10 @@ class Adaptable(ABC, Generic[Base]):
         """Return rows of A that are zero at the start and never get a gradient (a padding token's)."""
         return []
 
+    def fan_in(self, base: Base) -> int:
+        """Return how many numbers of the input a row of the output is a sum over."""
+        return self.sides(base)[0]
+
     def why_not_peft(self, base: Base) -> str | None:
         """Say why PEFT's LoRA would compute something else for this layer; None where it does the same."""
         return None

@@ -53,5 +53,9 @@ class Embedding(Adaptable[nn.Embedding]):
         scale: Tensor | float = getattr(base, "embed_scale", 1.0)
         return update * (scale.to(base.weight.dtype) if isinstance(scale, torch.Tensor) else scale)
 
+    def fan_in(self, base: nn.Embedding) -> int:
+        """One: a row is looked up, the rest of the one-hot vector is zero."""
+        return 1
+
     def still_rows(self, base: nn.Embedding) -> list[int]:
         return [] if base.padding_idx is None else [base.padding_idx]

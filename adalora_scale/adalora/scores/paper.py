@@ -5,11 +5,11 @@ Source: arXiv 2303.10512, where the loss of eq. 4 contains the penalty.
 
 from __future__ import annotations
 
-from adalora_scale.adalora.scores.default import SensitivityUncertainty
+from adalora_scale.adalora.scores.sensitivity_uncertainty import SensitivityUncertainty
 
 
 class Paper(SensitivityUncertainty):
-    """As `default`, from the gradient with the penalty."""
+    """As `sensitivity_uncertainty`, from the gradient with the penalty."""
 
     sees_penalty = True
 

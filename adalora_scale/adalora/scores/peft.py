@@ -8,11 +8,11 @@ Source: peft/tuners/adalora/model.py `update_and_allocate`, peft/tuners/adalora/
 
 from __future__ import annotations
 
-from adalora_scale.adalora.scores.default import SensitivityUncertainty
+from adalora_scale.adalora.scores.sensitivity_uncertainty import SensitivityUncertainty
 
 
 class Peft(SensitivityUncertainty):
-    """As `default`, from the gradient with the penalty and the weight after the update."""
+    """As `sensitivity_uncertainty`, from the gradient with the penalty and the weight after the update."""
 
     sees_penalty = True
     after_update = True

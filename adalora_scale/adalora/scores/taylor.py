@@ -2,8 +2,8 @@
 
     L(λ_k = 0) − L ≈ −λ_k · ∂L/∂λ_k           S_k ← β₁ S_k + (1 − β₁) (λ_k · ∂L/∂λ_k)²
 
-Removing a triplet is setting its λ to zero, so λ alone is looked at, and one number a triplet is kept. Scores are of
-whole triplets, not divided by their parameters (in + out + 1). `beta2` is not used.
+Removing a triplet is setting its λ to zero, so λ alone is looked at, and one number a triplet is kept. `beta2` is not
+used.
 
 Source: Molchanov et al. 2019, arXiv 1906.10771, the first-order criterion, with the mean over batches as an EMA.
 """

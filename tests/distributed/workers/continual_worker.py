@@ -8,4 +8,9 @@ from tests.distributed.launcher import report
 
 if __name__ == "__main__":
     summary = train(load_config(sys.argv[1], sys.argv[2:]))
-    report(eval_loss=summary["final"]["eval_loss"], engine=summary["engine"], ranks=summary["ranks"])
+    report(
+        eval_loss=summary["final"]["eval_loss"],
+        engine=summary["engine"],
+        ranks=summary["ranks"],
+        budget=summary["budget"],
+    )

@@ -20,6 +20,7 @@ STEPS, ROWS = 14, 12
 CONFIG = AdaLoraConfig(
     init_r=5,
     target_r=2,
+    budget_unit="triplets",  # in parameters: the equivalence matrix, whose matrices differ in size
     lora_alpha=20,
     tinit=2,
     tfinal=4,

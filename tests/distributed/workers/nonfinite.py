@@ -80,7 +80,8 @@ def last_step(engine, variant, rank, ranks):
             copies = sum(int((weight.detach() != 0).sum()) for weight in lambdas)
         allocator = runner.allocator
         return {
-            "frozen": allocator.frozen, "kept": int(allocator.mask.sum()), "budget": allocator.schedule.target_budget,
+            "frozen": allocator.frozen, "kept": int(allocator.mask.sum()), "spent": allocator.spent,
+            "budget": allocator.schedule.target_budget,
             "masters": masters, "copies": copies, "digest": allocator.masks_digest(), "step": allocator.step,
         }  # fmt: skip
 

@@ -19,10 +19,10 @@ from adalora_scale.verify.problem import Problem
 from tests.distributed.launcher import report
 
 
-def main(preset, *engines):
+def main(score, *engines):
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
-    problem = Problem(model=None, device=torch.device("cpu"), ranks=ranks, steps=30, preset=preset)
+    problem = Problem(model=None, device=torch.device("cpu"), ranks=ranks, steps=30, options={"score": score})
     expected = expected_outcomes(["plain"], problem)["plain"]
     attached = []
     original = RankAllocator.attach

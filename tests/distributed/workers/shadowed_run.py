@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 
 from adalora_scale.config import load_config
 from adalora_scale.training.run import make_trainer, prepare
-from adalora_scale.verify.reference import FACTORS, ReferenceAdaLora, ReferenceOptions
+from adalora_scale.verify.problem import reference_options
+from adalora_scale.verify.reference import FACTORS, ReferenceAdaLora
 from tests.toy import adapters_of
 
 
@@ -28,12 +29,7 @@ class Shadow(TrainerCallback):
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         a = self.config.adalora
-        tinit, tfinal = a.phase_steps(state.max_steps)
-        options = ReferenceOptions(
-            init_r=a.init_r, target_r=a.target_r, alpha=a.lora_alpha, tinit=tinit, tfinal=tfinal,
-            total_step=state.max_steps, delta_t=a.deltaT, beta1=a.beta1, beta2=a.beta2,
-            orth_reg_weight=a.orth_reg_weight,
-        )  # fmt: skip
+        options = reference_options(a, state.max_steps)
         self.adapters = adapters_of(self.trainer.model)
         self.reference = ReferenceAdaLora(self.adapters, options)
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper

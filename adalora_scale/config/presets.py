@@ -1,0 +1,50 @@
+"""What `adalora.preset` decides: the values of the keys that the config leaves open.
+
+To add a preset write one entry here; docs/config.md shows the table, and a test compares them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One way to run the method; each attribute is the `adalora` key of its name where that is not set."""
+
+    score: str
+    init_weights: Literal["adalora", "lora"]
+    budget_unit: Literal["params", "triplets"]
+    init_ratio: float
+    """init_r as a multiple of target_r."""
+    lora_alpha: float | None
+    """None: twice target_r, as LoRA is mostly run."""
+    orth_reg_weight: float
+    tinit: float
+    tfinal: float
+
+    def init_r(self, target_r: int) -> int:
+        """Return the triplets of a matrix at the start; at least one is pruned."""
+        return max(round(self.init_ratio * target_r), target_r + 1)
+
+
+_PAPER = Preset(
+    score="paper",
+    init_weights="adalora",
+    budget_unit="triplets",
+    init_ratio=1.5,
+    lora_alpha=32,
+    orth_reg_weight=0.1,
+    tinit=0.1,
+    tfinal=0.3,
+)
+"""arXiv 2303.10512: its score, SVD form from the start, penalty, budget in triplets."""
+
+PRESETS = {
+    "default": dataclasses.replace(_PAPER, score="sensitivity_uncertainty", budget_unit="params"),
+    "paper": _PAPER,
+    "peft": dataclasses.replace(_PAPER, score="peft"),
+}
+"""The presets by name."""
