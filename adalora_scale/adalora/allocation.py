@@ -25,8 +25,8 @@ class Allocation:
 def keep_best(scores: Tensor, budget: int, costs: Tensor | None = None) -> Tensor:
     """Return the mask of the triplets that the budget is spent on.
 
-    Without costs these are the `budget` highest scores. With them triplets are taken in the order of score per cost
-    until one does not fit; what is left goes, in the same order, to those that still fit.
+    Triplets are taken in the order of score per cost until one does not fit; what is left goes, in the same order, to
+    those that still fit. Where each costs one these are the `budget` highest scores.
 
     Args:
         scores: (triplets,), one score a triplet, ordered by (layer, k).
@@ -34,19 +34,16 @@ def keep_best(scores: Tensor, budget: int, costs: Tensor | None = None) -> Tenso
         costs: (triplets,) positive integers, what each costs; None: one each.
 
     Returns:
-        (triplets,) bool on the scores' device. Never more than the budget is spent, and less than any triplet left out
-        costs remains. Of equal scores the one with the smaller index stays, so every rank with the same scores finds
-        the same mask.
+        (triplets,) bool. Never more than the budget is spent, and less than any triplet left out costs remains. Of
+        equal scores the one with the smaller index stays, so every rank with the same scores finds the same mask.
+
+    All on the CPU.
 
     Source: arXiv 2303.10512 eq. 7; PEFT's threshold (`<= kthvalue`) drops all of a tie instead. With costs: the greedy
         rule of the 0-1 knapsack problem (Dantzig 1957).
     """
-    order = _by_worth(scores, costs)
-    if costs is not None:
-        return spend(order, budget, costs.cpu()).to(scores.device)
-    mask = torch.zeros(scores.numel(), dtype=torch.bool)
-    mask[order[:budget]] = True
-    return mask.to(scores.device)
+    costs = _or_ones(costs, scores)
+    return spend(_by_worth(scores, costs)[1], budget, costs)
 
 
 def spend(order: Tensor, budget: int, costs: Tensor) -> Tensor:
@@ -80,23 +77,25 @@ def spend(order: Tensor, budget: int, costs: Tensor) -> Tensor:
 def relative_gap(scores: Tensor, budget: int, costs: Tensor | None = None) -> float:
     """Return (last kept − first dropped) / last kept: how far the cut is from a tie; 1.0 where nothing is dropped.
 
-    With costs, of the scores per cost and before what is left goes to those that still fit.
+    Of the scores per cost, and before what is left goes to those that still fit. Arguments as `keep_best`.
     """
-    order = _by_worth(scores, costs)
-    first_out = budget if costs is None else _prefix(costs.cpu()[order], budget)[0]
+    costs = _or_ones(costs, scores)
+    worth, order = _by_worth(scores, costs)
+    first_out, _ = _prefix(costs[order], budget)
     if not 0 < first_out < scores.numel():
         return 1.0
-    kept, dropped = _worth(scores, costs)[order[first_out - 1 : first_out + 1]].tolist()
+    kept, dropped = worth[first_out - 1 : first_out + 1].tolist()
     return float((kept - dropped) / kept) if kept > 0 else 0.0
 
 
-def _worth(scores: Tensor, costs: Tensor | None) -> Tensor:
-    """On the CPU, so that a cut costs one transfer, whatever it asks."""
-    return scores.cpu() if costs is None else scores.cpu() / costs.cpu()
+def _or_ones(costs: Tensor | None, scores: Tensor) -> Tensor:
+    return torch.ones(scores.numel(), dtype=torch.int64) if costs is None else costs
 
 
-def _by_worth(scores: Tensor, costs: Tensor | None) -> Tensor:
-    return torch.sort(_worth(scores, costs), descending=True, stable=True).indices
+def _by_worth(scores: Tensor, costs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scores per cost, the highest first, and whose they are."""
+    values, order = torch.sort(scores / costs, descending=True, stable=True)
+    return values, order
 
 
 def _prefix(in_order: Tensor, budget: int) -> tuple[int, int]:

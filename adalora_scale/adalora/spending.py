@@ -34,10 +34,7 @@ class Spending:
         unit = config.budget_unit
         self._each = [layer.triplet_size if unit == "params" else 1 for layer in layers]
         self.schedule = BudgetSchedule.from_config(config, unit, self._each, total_step)
-        self.costs: Tensor | None = None
-        """(modules · r,) int64 on the CPU, what each triplet costs; None where each costs one."""
-        if unit == "params":
-            self.costs = torch.tensor(self._each).repeat_interleave(r)
+        self._costs = torch.tensor(self._each).repeat_interleave(r)
 
     def spent(self, ranks: Sequence[int]) -> int:
         """Return what that many triplets of every matrix cost."""
@@ -46,4 +43,6 @@ class Spending:
     def cut(self, scores: Tensor, step: int) -> tuple[Tensor, int, float]:
         """Return the (modules · r,) bool mask to keep after `step`, the budget, and the relative gap at the cut."""
         budget = self.schedule.budget(step)
-        return keep_best(scores, budget, self.costs), budget, relative_gap(scores, budget, self.costs)
+        on_cpu = scores.cpu()  # one transfer, whatever the cut asks
+        mask = keep_best(on_cpu, budget, self._costs).to(scores.device)
+        return mask, budget, relative_gap(on_cpu, budget, self._costs)
