@@ -133,14 +133,10 @@ class AdaLoraConfig:
         """Give keys that were not set the preset's values."""
         hint = nearest(self.preset, PRESETS) or f" Known: {', '.join(PRESETS)}."
         _check(self.preset in PRESETS, f"{key}preset is '{self.preset}'; there is no such preset.{hint}")
-        preset = PRESETS[self.preset]
         _check(self.target_r >= 1, f"{key}target_r is {self.target_r}; it must be at least 1.")
-        values = dataclasses.asdict(preset) | {"init_r": preset.init_r(self.target_r)}
-        if preset.lora_alpha is None:
-            values["lora_alpha"] = 2.0 * self.target_r
-        names = [entry.name for entry in dataclasses.fields(self) if entry.name in values]
-        left = [name for name in names if getattr(self, name) is _OF_PRESET]
-        for name, value in [(name, values[name]) for name in left] + [("_left_to_preset", frozenset(left))]:
+        values = PRESETS[self.preset].values(self.target_r)
+        left = {name: value for name, value in values.items() if getattr(self, name) is _OF_PRESET}
+        for name, value in {**left, "_left_to_preset": frozenset(left)}.items():
             object.__setattr__(self, name, value)  # a frozen config is written to here alone
 
     def replace(self, **changes: Any) -> AdaLoraConfig:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,13 @@ class Preset:
     tinit: float
     tfinal: float
 
-    def init_r(self, target_r: int) -> int:
-        """Return the triplets of a matrix at the start; at least one is pruned."""
-        return max(round(self.init_ratio * target_r), target_r + 1)
+    def values(self, target_r: int) -> dict[str, Any]:
+        """Return the value of every key for a run that ends at `target_r`; at least one triplet a matrix is pruned."""
+        keys = dataclasses.asdict(self)
+        keys["init_r"] = max(round(keys.pop("init_ratio") * target_r), target_r + 1)
+        if self.lora_alpha is None:
+            keys["lora_alpha"] = 2.0 * target_r
+        return keys
 
 
 _PAPER = Preset(

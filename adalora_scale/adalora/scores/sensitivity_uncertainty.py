@@ -12,10 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adalora_scale.adalora.score import Score, ScoredPiece, unscaled_products
+from adalora_scale.adalora.score import ScoredPiece
+from adalora_scale.adalora.scores.sensitivity import Sensitivity
 
 
-class SensitivityUncertainty(Score):
+class SensitivityUncertainty(Sensitivity):
     """Ī · Ū of every weight of a triplet: large where a weight matters to the loss and is not settled yet."""
 
     statistics = ("sensitivity", "uncertainty")
@@ -24,17 +25,12 @@ class SensitivityUncertainty(Score):
         self, pieces: list[ScoredPiece], weights: list[Tensor], gradients: list[Tensor], grad_scale: Tensor | float
     ) -> None:
         """Update Ī and Ū in place; arguments as `Score.observe`."""
-        sensitivity = [piece.statistics["sensitivity"] for piece in pieces]
+        current = self.follow(pieces, weights, gradients, grad_scale)
+        torch._foreach_sub_(current, [piece.statistics["sensitivity"] for piece in pieces])
+        torch._foreach_abs_(current)
         uncertainty = [piece.statistics["uncertainty"] for piece in pieces]
-        beta1, beta2 = self.config.beta1, self.config.beta2
-        current = unscaled_products(weights, gradients, grad_scale)
-        torch._foreach_abs_(current)
-        torch._foreach_mul_(sensitivity, beta1)
-        torch._foreach_add_(sensitivity, current, alpha=1 - beta1)
-        torch._foreach_sub_(current, sensitivity)
-        torch._foreach_abs_(current)
-        torch._foreach_mul_(uncertainty, beta2)
-        torch._foreach_add_(uncertainty, current, alpha=1 - beta2)
+        torch._foreach_mul_(uncertainty, self.config.beta2)
+        torch._foreach_add_(uncertainty, current, alpha=1 - self.config.beta2)
 
     def contributions(self, pieces: list[ScoredPiece], weights: list[Tensor]) -> list[Tensor]:
         """Return Ī · Ū / rows: λ's own, and a mean over the rows of A and of B."""
