@@ -80,8 +80,7 @@ def run_cell(cell: Cell, task: QualityTask, method: Method, sources: Sources, wo
     inputs = prepare(config)
     trainer = method.trainer(config, inputs, setting)
     trainer.train()
-    base = load_model(config, label_names=inputs.raw.label_names)
-    budget = budget_of(base, cell.target_r)
+    budget = budget_of(load_model(config, label_names=inputs.raw.label_names), config, cell.target_r)
     method.finish(trainer, budget)
     figures: dict[str, Any] = {"validation": evaluate(trainer)}
     if test is not None:
@@ -113,7 +112,7 @@ def config_of(
                 "task": task.kind,
                 "model": {"model_name_or_path": task.model(sources), "torch_dtype": "float32"},
                 "data": {"train": str(files["train"]), "eval": str(files["validation"]), **task.data},
-                "adalora": {"target_modules": task.target_modules, "guard_every": 0, **method.section(setting)},
+                "adalora": {"guard_every": 0, **method.section(setting)},
                 "training": {
                     "output_dir": str(work / "run"),
                     "overwrite_output_dir": True,
@@ -131,7 +130,6 @@ def config_of(
                     "logging_steps": setting.steps,
                     "report_to": "none",
                     "disable_tqdm": True,
-                    **task.training,
                 },
             }
         ),

@@ -73,20 +73,20 @@ def plain_trainer(model: nn.Module, config: RunConfig, inputs: Inputs, **options
     )
 
 
-def sides_of(model: nn.Module) -> dict[str, int]:
+def sides_of(model: nn.Module, config: RunConfig) -> dict[str, int]:
     """Return in + out of every linear layer that the methods may adapt, by name."""
     sides: dict[str, int] = {}
-    for name in find_targets(model, AdaLoraConfig(modules_to_save=heads_of(model) or None)):
+    for name in find_targets(model, AdaLoraConfig(modules_to_save=heads_of(model, config))):
         layer: Any = model.get_submodule(name)
         sides[name] = layer.in_features + layer.out_features
     return sides
 
 
-def heads_of(model: nn.Module) -> list[str]:
-    """Return the names of modules that are trained in full."""
-    return [name for name, _ in model.named_children() if name in ("classifier", "score")]
+def heads_of(model: nn.Module, config: RunConfig) -> list[str] | None:
+    """Return the names of modules that are trained in full; None where there is none."""
+    return find_task(config.task).new_heads(model) or None
 
 
-def budget_of(model: nn.Module, target_r: int) -> int:
+def budget_of(model: nn.Module, config: RunConfig, target_r: int) -> int:
     """Return the parameters of LoRA of this rank on every linear layer."""
-    return target_r * sum(sides_of(model).values())
+    return target_r * sum(sides_of(model, config).values())

@@ -14,17 +14,22 @@ REFERENCE = "lora"
 
 
 def rows_of(
-    tasks: Sequence[QualityTask], methods: Sequence[str], budgets: Sequence[int], seeds: int, split: str, known: Results
+    tasks: Sequence[QualityTask],
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    seeds: int,
+    split: str,
+    results: Results,
 ) -> list[dict[str, Any]]:
     """Return one row a (task, budget, method) whose seeds are all there."""
     rows: list[dict[str, Any]] = []
     for task in tasks:
+        known = results.of(task.name)
         for target_r in budgets:
             reference: list[float] | None = None
             for method in (REFERENCE, *(m for m in methods if m != REFERENCE)):
-                of_task = known.of(task.name)
                 wanted = final_cells(task, method, target_r, seeds, known)
-                cells = [of_task[cell] for cell in wanted if cell in of_task]
+                cells = [known[cell] for cell in wanted if cell in known]
                 if not cells or len(cells) < len(wanted):
                     continue
                 losses = [cell[split]["loss"] for cell in cells]

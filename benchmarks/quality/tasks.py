@@ -11,7 +11,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,6 @@ class QualityTask:
     learning_rates: tuple[float, ...]
     """What every method may try."""
     kind: str = "causal_lm"
-    chooses_defaults: bool = False
-    """Whether our defaults were chosen on its validation split; the other tasks judge them."""
-    target_modules: list[str] | str = "all-linear"
-    training: dict[str, Any] = field(default_factory=dict)
 
 
 def write_splits(task: QualityTask, sources: Sources, folder: Path) -> dict[str, Path]:
@@ -164,7 +160,7 @@ _CLASSES = {"format": "classification", "text_column": "text", "label_column": "
 TASKS = {
     task.name: task
     for task in (
-        QualityTask("e2e", _e2e, _stories, _TEXT, 150, 8, _SMALL, chooses_defaults=True),
+        QualityTask("e2e", _e2e, _stories, _TEXT, 150, 8, _SMALL),
         QualityTask(
             "quickstart",
             _quickstart,
@@ -173,7 +169,6 @@ TASKS = {
             180,
             32,
             _SMALL,
-            chooses_defaults=True,
         ),
         QualityTask(
             "sgd_chat",

@@ -37,10 +37,11 @@ def test_the_rate_of_the_lowest_validation_loss_runs_on_the_seeds(tmp_path):
     cells = list(missing([TASK], ["lora"], [2], 2, results))
     assert [cell.learning_rate for cell in cells] == [1e-3, 1e-2, 1e-1] and not any(cell.final for cell in cells)
     results.add(cells[0], figures(0.1))
-    assert best_rate(TASK, "lora", 2, results) is None and final_cells(TASK, "lora", 2, 2, results) == []
+    known = results.of("toy")
+    assert best_rate(TASK, "lora", 2, known) is None and final_cells(TASK, "lora", 2, 2, known) == []
     results.add(cells[1], figures(0.05))
     results.add(cells[2], figures(2.0))
-    assert best_rate(TASK, "lora", 2, results) == 1e-2
+    assert best_rate(TASK, "lora", 2, results.of("toy")) == 1e-2
     left = list(missing([TASK], ["lora"], [2], 2, results))
     assert [(cell.seed, cell.final, cell.learning_rate) for cell in left] == [(0, True, 1e-2), (1, True, 1e-2)]
     assert TUNING_SEED not in {cell.seed for cell in left}

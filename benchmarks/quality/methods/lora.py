@@ -28,19 +28,19 @@ class Lora(Method):
         self.name, self.label = name, label
         self._ratio, self._rank_stabilised = ratio, rank_stabilised
 
-    def options(self, model: nn.Module, setting: Setting) -> dict[str, Any]:
+    def options(self, model: nn.Module, config: RunConfig, setting: Setting) -> dict[str, Any]:
         """Return PEFT's options that place ranks."""
         r = round(setting.target_r * self._ratio)
-        return {"r": r, "lora_alpha": SCALE * r, "target_modules": list(sides_of(model))}
+        return {"r": r, "lora_alpha": SCALE * r, "target_modules": list(sides_of(model, config))}
 
     def trainer(self, config: RunConfig, inputs: Inputs, setting: Setting) -> Trainer:
         from peft import LoraConfig, get_peft_model
 
         model = base_model(config, inputs, setting)
-        options = self.options(model, setting)
+        options = self.options(model, config, setting)
         if self._rank_stabilised:
             options["use_rslora"] = True
-        lora = LoraConfig(modules_to_save=heads_of(model) or None, **options)
+        lora = LoraConfig(modules_to_save=heads_of(model, config), **options)
         return plain_trainer(get_peft_model(model, lora), config, inputs)
 
     def parameters(self, trainer: Trainer) -> int:
@@ -51,9 +51,9 @@ class Lora(Method):
 class MlpLora(Lora):
     """LoRA on the MLP alone."""
 
-    def options(self, model: nn.Module, setting: Setting) -> dict[str, Any]:
-        sides = {name: side for name, side in sides_of(model).items() if is_mlp(name)}
-        budget = budget_of(model, setting.target_r)
+    def options(self, model: nn.Module, config: RunConfig, setting: Setting) -> dict[str, Any]:
+        sides = {name: side for name, side in sides_of(model, config).items() if is_mlp(name)}
+        budget = budget_of(model, config, setting.target_r)
         r = budget // sum(sides.values())
         left = budget - r * sum(sides.values())
         ranks = dict.fromkeys(sides, r)

@@ -49,7 +49,6 @@ _CANDIDATE: dict[str, Any] = {
     "tinit": 0.1,
     "tfinal": 0.5,
 }
-_PAPER: dict[str, Any] = {"preset": "paper", "budget_unit": "params", "tinit": 0.1, "tfinal": 0.3}
 
 
 def _candidate(name: str, label: str, *, init: float = 2, **changes: Any) -> Ours:
@@ -58,12 +57,12 @@ def _candidate(name: str, label: str, *, init: float = 2, **changes: Any) -> Our
 
 METHODS = (
     _candidate("candidate", "LoRA start, λ∂L/∂λ, gradual"),
-    Ours("today", "Ī · Ū, SVD start, penalty (today's default)", init=1.5, tinit=0.1, tfinal=0.3),
-    Ours("paper", "paper (its score, start and penalty)", init=1.5, **_PAPER),
+    Ours("today", "Ī · Ū, SVD start, penalty (today's default)", init=1.5),
+    Ours("paper", "paper (its score, start and penalty)", init=1.5, preset="paper", budget_unit="params"),
     _candidate("no_allocation", "LoRA start, no allocation", init=1),
     _candidate("importance", "LoRA start, Ī · Ū", score="sensitivity_uncertainty"),
     _candidate("late", "final allocation at 70 %", tfinal=0.3),
-    _candidate("slow", "pruned from 10 % to 70 % …", tinit=0.1, tfinal=0.3, beta1=0.95),
+    _candidate("smooth", "final allocation at 70 %, β₁ .95", tfinal=0.3, beta1=0.95),
     _candidate("wide", "from 4 × target_r", init=4),
     _candidate("narrow", "from 1.5 × target_r", init=1.5),
     _candidate("one_shot", "pruned in one shot at half the run", tinit=0.499),

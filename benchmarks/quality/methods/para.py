@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from adalora_scale.export.adapter_file import Update
+from adalora_scale.export.pruning import cut_by_singular_values
 from benchmarks.quality.methods.lora import Lora
 
 
@@ -24,31 +26,25 @@ class Para(Lora):
     def finish(self, trainer: Trainer, budget: int) -> None:
         from peft.tuners.lora import LoraLayer
 
-        layers: list[Any] = [module for module in trainer.model.modules() if isinstance(module, LoraLayer)]  # type: ignore[union-attr]
-        triplets = []
-        parts = []
-        for index, layer in enumerate(layers):
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            qb, rb = torch.linalg.qr(b)
-            qa, ra = torch.linalg.qr(a.T)
-            u, s, v = torch.linalg.svd(rb @ ra.T)
-            parts.append((qb @ u, s, qa @ v.T))
-            cost = a.shape[1] + b.shape[0]
-            triplets += [(-float(value) * layer.scaling["default"], index, k, cost) for k, value in enumerate(s)]
-        keep: dict[int, list[int]] = {index: [] for index in range(len(layers))}
-        for _, index, k, cost in sorted(triplets):
-            if cost <= budget:
-                budget -= cost
-                keep[index].append(k)
+        model: Any = trainer.model
+        layers: dict[str, Any] = {
+            name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+        }
+        factors = {name: (m.lora_A["default"].weight, m.lora_B["default"].weight) for name, m in layers.items()}
+        updates, costs = {}, {}
+        for name, (a, b) in factors.items():
+            scaling = torch.full((len(a),), layers[name].scaling["default"])
+            updates[name] = Update(a.cpu(), scaling, b.cpu())
+            costs[name] = a.shape[1] + b.shape[0]
         self._kept = 0
-        for index, (layer, (u, s, v)) in enumerate(zip(layers, parts, strict=True)):
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            chosen = keep[index]
+        for name, cut in cut_by_singular_values(updates, costs, budget).items():
+            a, b = factors[name]
+            rank = len(cut.update.e)
             a.zero_()
             b.zero_()
-            a[: len(chosen)] = v[:, chosen].T
-            b[:, : len(chosen)] = u[:, chosen] * s[chosen]
-            self._kept += len(chosen) * (a.shape[1] + b.shape[0])
+            a[:rank] = cut.update.a
+            b[:, :rank] = cut.update.b * cut.update.e / layers[name].scaling["default"]
+            self._kept += rank * costs[name]
 
     def parameters(self, trainer: Trainer) -> int:
         return self._kept

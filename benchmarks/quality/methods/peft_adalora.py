@@ -36,7 +36,7 @@ class PeftAdaLora(Method):
         from peft import AdaLoraConfig, get_peft_model
 
         model = base_model(config, inputs, setting)
-        sides, budget = sides_of(model), budget_of(model, setting.target_r)
+        sides, budget = sides_of(model, config), budget_of(model, config, setting.target_r)
         self._sides = sides
         init_r = max(round(1.5 * setting.target_r), setting.target_r + 1)
         options = AdaLoraConfig(
@@ -44,7 +44,7 @@ class PeftAdaLora(Method):
             target_r=setting.target_r,
             lora_alpha=round(SCALE * init_r),
             target_modules=list(sides),
-            modules_to_save=heads_of(model) or None,
+            modules_to_save=heads_of(model, config),
             tinit=round(0.1 * setting.steps),
             tfinal=round(0.3 * setting.steps),
             deltaT=1,
