@@ -15,6 +15,11 @@ def parameters_of(ranks):
     return sum(rank * (_SIDES[module.rpartition(".")[2]] + 1) for module, rank in ranks.items())
 
 
+def assert_budget_spent(budget):
+    """See that a run.json says that its budget, in parameters, is spent to one percent, and not more of it."""
+    assert budget["unit"] == "params" and 0.99 * budget["allowed"] < budget["spent"] <= budget["allowed"]
+
+
 def assert_spent(ranks, target_r):
     """See that the budget of target_r is spent to one triplet, and not more of it."""
     assert target_r * ONE_OF_EACH - LARGEST < parameters_of(ranks) <= target_r * ONE_OF_EACH

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
+from tests.sizes import assert_budget_spent
 
 STEPS = 60
 ARGUMENTS = [
@@ -64,7 +65,7 @@ def assert_same(result: Result, expected: Result, *, tolerance: float) -> None:
     """Same ranks of every matrix, and losses and weights within `tolerance` in norm."""
     assert result.ranks == expected.ranks
     assert result.budget == expected.budget
-    assert 0.99 * result.budget["allowed"] < result.budget["spent"] <= result.budget["allowed"]
+    assert_budget_spent(result.budget)
     assert result.losses.keys() == expected.losses.keys() and len(result.losses) == STEPS // 2
     assert list(result.losses.values()) == pytest.approx(list(expected.losses.values()), rel=max(10 * tolerance, 1e-6))
     assert result.tensors.keys() == expected.tensors.keys()
