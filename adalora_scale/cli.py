@@ -6,7 +6,6 @@ Heavy imports wait until a verb needs them, so `--help` and mistakes in the conf
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import logging
 import os
@@ -148,6 +147,7 @@ def _train(arguments: argparse.Namespace) -> int:
         store = None if arguments.skip_preflight else quick_check(config.training["output_dir"])
     except Unhealthy:
         return 1
+    from adalora_scale.engines.leaving import leave_process_group
     from adalora_scale.training.run import train
 
     try:
@@ -160,7 +160,8 @@ def _train(arguments: argparse.Namespace) -> int:
                 f"adapter in {config.training['output_dir']}"
             )
     finally:
-        _leave_process_group()
+        if sys.exc_info()[0] in (None, Interrupted):
+            leave_process_group()
         del store
     return 0
 
@@ -229,16 +230,6 @@ def _quiet_start() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns at import that it found no GPU
-
-
-def _leave_process_group() -> None:
-    import torch.distributed as dist
-
-    if sys.exc_info()[0] in (None, Interrupted) and dist.is_available() and dist.is_initialized():
-        # A sharded model in a reference cycle keeps gloo's threads alive while the interpreter ends, and a thread that
-        # lets go of a tensor then aborts the process (pytorch#179291).
-        gc.collect()
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":  # torchrun -m adalora_scale.cli

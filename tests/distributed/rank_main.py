@@ -7,7 +7,6 @@ without this file.
 """
 
 import faulthandler
-import gc
 import os
 import runpy
 import signal
@@ -37,15 +36,10 @@ def main() -> None:
         runpy.run_path(script, run_name="__main__")
     else:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
-    end_process_groups()
+    if "torch.distributed" in sys.modules:  # else there is no group to leave
+        from adalora_scale.engines.leaving import leave_process_group
 
-
-def end_process_groups() -> None:
-    """End gloo's threads while the interpreter is whole; later they may abort it (pytorch#179291)."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
-    gc.collect()
+        leave_process_group()
 
 
 if __name__ == "__main__":
