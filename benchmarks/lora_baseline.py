@@ -1,10 +1,10 @@
 """Plain LoRA (PEFT) on a run's own recipe: the figure that AdaLoRA has to beat.
 
     torchrun --nproc-per-node 2 benchmarks/lora_baseline.py --config configs/recipes/quickstart.yaml \
-      --lora-r 8 training.learning_rate=5e-3 training.output_dir=runs/quickstart-lora
+      --lora-r 8 training.output_dir=runs/quickstart-lora
 
 Same data, loop and optimizer as the recipe; only the adapter differs. `--lora-r` equal to adalora.target_r makes the
-number of triplets equal; learning rate and alpha should be tuned for LoRA, not copied.
+number of parameters equal; learning rate and alpha should be tuned for LoRA, not copied.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 The published runs used PEFT's LoRA, not this package. Columns, each with the differences of those before it:
 
 - plan: what `adalora-scale plan` says of this package's engine at the published settings;
-- parts: bitsandbytes keeps first-level scales whole on every GPU, and LoRA has no Ī and Ū;
+- parts: bitsandbytes keeps first-level scales whole on every GPU, and LoRA has no score;
 - PEFT: a step of PEFT's own LoRA layers, traced as the plan traces ours, with hidden states in bfloat16;
 - float32: the same with hidden states in float32, as embeddings in float32 leave them. The publications do not say
   which they had.
@@ -30,6 +30,7 @@ from adalora_scale.cluster.plan.model import build, build_base
 from adalora_scale.cluster.plan.request import Request
 from adalora_scale.cluster.plan.trace import BLOCKS, Activations, trace_step
 from adalora_scale.config import load_config
+from adalora_scale.engines.planned import SCORE_STATISTICS
 from adalora_scale.quantization.linear import Linear4bit
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "llama3_70b_qadalora.yaml"
@@ -127,7 +128,7 @@ def as_peft(parts: Iterable[Part], scales: int) -> Iterable[Part]:
     for part in parts:
         if part.name == "4-bit scales":
             yield replace(part, bytes=scales, moment="always")
-        elif part.name != "Ī and Ū":
+        elif part.name != SCORE_STATISTICS:
             yield part
 
 

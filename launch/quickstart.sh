@@ -38,9 +38,9 @@ else
     torchrun --standalone --nproc-per-node "$processes" launch/train.py --config "$recipe" engine.name=fsdp2 "$batch"
 fi
 
-echo "== 3/4  plain LoRA at the same number of triplets, its own learning rate"
+echo "== 3/4  plain LoRA with the same number of parameters"
 torchrun --standalone --nproc-per-node "$processes" benchmarks/lora_baseline.py --config "$recipe" "$batch" \
-    --lora-r 8 training.learning_rate=5e-3 training.output_dir="$run-lora"
+    --lora-r 8 training.output_dir="$run-lora"
 
 echo "== 4/4  the adapter that was saved, loaded again"
 adalora-scale evaluate --config "$recipe" --adapter "$run" --max-new-tokens 16 --batch-size 100 --json >"$run.after.json"

@@ -36,7 +36,7 @@ def test_minimal_file_gets_the_documented_defaults(write):
     """A default that moved would change every user's run."""
     config = load_config(write(MINIMAL))
     assert config.adalora == AdaLoraConfig()
-    assert (config.adalora.init_r, config.adalora.target_r, config.adalora.lora_alpha) == (12, 8, 32)
+    assert (config.adalora.init_r, config.adalora.target_r, config.adalora.lora_alpha) == (16, 8, 16)
     assert (config.task, config.engine.name, config.model.torch_dtype) == ("causal_lm", "auto", "auto")
     assert config.to_dict()["training"] == {"output_dir": "out"}
 

@@ -71,13 +71,13 @@ def test_quickstart_model_takes_its_adapters():
 
 
 def test_stories260k_takes_its_adapters(stories260k):
-    """Sizes by hand: width 64, 4 key-value heads of 8, MLP of 172, 5 layers, r = 12."""
+    """Sizes by hand: width 64, 4 key-value heads of 8, MLP of 172, 5 layers, r = 16."""
     model, _ = on_meta("sgd_chat_stories260k", AutoConfig.from_pretrained(stories260k))
     found = coverage(model)
     shapes = [(64, 64), (64, 32), (64, 32), (64, 64), (64, 172), (64, 172), (172, 64)]
     assert found.matrices == 35
     assert found.adapted_weights == 5 * sum(i * o for i, o in shapes)
-    assert found.adapter_parameters == 5 * sum(12 * (i + o + 1) for i, o in shapes)
+    assert found.adapter_parameters == 5 * sum(16 * (i + o + 1) for i, o in shapes)
     assert found.linear_weights == found.adapted_weights + 64 * 512  # the output head
 
 
@@ -90,11 +90,11 @@ def test_minilm_takes_its_adapters_and_a_trained_head():
     shapes = [(384, 384)] * 4 + [(384, 1536), (1536, 384)]
     assert found.matrices == 6 * 6 + 1
     assert found.adapted_weights == 6 * sum(i * o for i, o in shapes) + 384 * 384
-    assert found.adapter_parameters == 6 * sum(12 * (i + o + 1) for i, o in shapes) + 12 * (384 + 384 + 1)
+    assert found.adapter_parameters == 6 * sum(16 * (i + o + 1) for i, o in shapes) + 16 * (384 + 384 + 1)
     assert found.other_trainable == 77 * 384 + 77
 
 
-# The published shapes of Llama 3; r = 24 in both recipes.
+# The published shapes of Llama 3; r = 32 in both recipes.
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 
@@ -103,11 +103,11 @@ LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers
     ("recipe", "shape", "matrices", "adapted", "adapter", "total"),
     [
         # a layer: q, o 4096²; k, v 4096 x 1024; gate, up 4096 x 14336; down 14336 x 4096 = 218,103,808 weights, and
-        # 24 · (2 · 8193 + 2 · 5121 + 3 · 18433) = 1,966,248 adapter parameters
-        ("gsm8k_llama3_8b", LLAMA_8B, 224, 6_979_321_856, 62_919_936, 8_030_261_248),
+        # 32 · (2 · 8193 + 2 · 5121 + 3 · 18433) = 2,621,664 adapter parameters
+        ("gsm8k_llama3_8b", LLAMA_8B, 224, 6_979_321_856, 83_893_248, 8_030_261_248),
         # a layer: q, o 8192²; k, v 8192 x 1024; gate, up 8192 x 28672; down 28672 x 8192 = 855,638,016 weights, and
-        # 24 · (2 · 16385 + 2 · 9217 + 3 · 36865) = 3,883,176 adapter parameters
-        ("llama3_70b_qadalora", LLAMA_70B, 560, 68_451_041_280, 310_654_080, 70_553_706_496),
+        # 32 · (2 · 16385 + 2 · 9217 + 3 · 36865) = 5,177,568 adapter parameters
+        ("llama3_70b_qadalora", LLAMA_70B, 560, 68_451_041_280, 414_205_440, 70_553_706_496),
     ],
 )
 def test_llama_recipes_adapt_every_linear_layer(recipe, shape, matrices, adapted, adapter, total):
@@ -122,4 +122,4 @@ def test_llama_recipes_adapt_every_linear_layer(recipe, shape, matrices, adapted
     assert found.adapter_parameters == adapter
     assert found.other_trainable == 0
     assert sum(p.numel() for p in model.parameters() if not p.requires_grad) == total  # the published size
-    assert ranks(model) == {config.adalora.init_r} == {24}
+    assert ranks(model) == {config.adalora.init_r} == {32}

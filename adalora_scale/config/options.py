@@ -168,7 +168,7 @@ class AdaLoraConfig:
             "deltaT": self.deltaT,
             "beta1": self.beta1,
             "beta2": self.beta2,
-            "orth_reg_weight": self.orth_reg_weight,
+            "orth_reg_weight": float(self.orth_reg_weight),
             "total_step": total_step or 1,
         }
 

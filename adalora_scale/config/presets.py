@@ -47,7 +47,16 @@ _PAPER = Preset(
 """arXiv 2303.10512: its score, SVD form from the start, penalty, budget in triplets."""
 
 PRESETS = {
-    "default": dataclasses.replace(_PAPER, score="sensitivity_uncertainty", budget_unit="params"),
+    "default": Preset(
+        score="taylor",
+        init_weights="lora",
+        budget_unit="params",
+        init_ratio=2,
+        lora_alpha=None,
+        orth_reg_weight=0.0,
+        tinit=0.1,
+        tfinal=0.5,
+    ),
     "paper": _PAPER,
     "peft": dataclasses.replace(_PAPER, score="peft"),
 }

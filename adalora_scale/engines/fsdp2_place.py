@@ -43,6 +43,7 @@ from adalora_scale.engines.planned import (
     Weights,
     Work,
     around,
+    statistics_part,
     trained_elements,
 )
 from adalora_scale.errors import Unsupported, UserError
@@ -170,7 +171,7 @@ class Fsdp2(Engine):
         parts += [
             Part("gradients", 4 * owned, kept, GRADIENTS_COME_LAST if kept == "step" else ""),
             Part("Adam's moments", 8 * owned, where),
-            Part("Ī and Ū", 8 * owned, where, "until the final allocation"),
+            statistics_part(work, owned, where),
         ]
         block, root = gathered_bytes(work.held, work.bf16)
         parts.append(Part("gathered: embeddings, head", root, "pass", "kept from forward to backward"))

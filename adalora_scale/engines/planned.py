@@ -21,6 +21,7 @@ KINDS = (
 SECOND_LEVEL = KINDS[2]
 
 Moment = Literal["always", "pass", "forward", "loss", "backward", "step", "host"]
+SCORE_STATISTICS = "the score's statistics"
 GRADIENTS_COME_LAST = "as activations go, gradients come"
 
 
@@ -83,7 +84,9 @@ class Work:
     bf16: bool
     fp16: bool
     gram: int
-    """Bytes of all Gram matrices, which one all-reduce sums for the orthogonality gradient."""
+    """Bytes of all Gram matrices, which one all-reduce sums for the orthogonality gradient; 0 without a penalty."""
+    remembered: float
+    """Bytes that the score keeps for each trained element, on average."""
     sharded: Weights | None = None
     """What the engine's `sharder` made of the real model; None takes the engine's rule instead, for a search."""
 
@@ -110,6 +113,11 @@ class Reading:
     """Bytes in the host's memory, for each process that reads."""
     readers: int
     """Processes of a node that read."""
+
+
+def statistics_part(work: Work, owned: int, moment: Moment = "always") -> Part:
+    """Return what the score remembers on a rank that owns so many trained elements."""
+    return Part(SCORE_STATISTICS, round(work.remembered * owned), moment, "until the final allocation")
 
 
 def trained_elements(held: list[Piece]) -> int:

@@ -17,7 +17,16 @@ from adalora_scale.engines.by_hand import Bench, ByHand
 from adalora_scale.engines.direct import DirectSharding
 from adalora_scale.engines.engine import Engine
 from adalora_scale.engines.joining import JoinWatch
-from adalora_scale.engines.planned import GRADIENTS_COME_LAST, KINDS, Moment, Part, Traffic, Work, around
+from adalora_scale.engines.planned import (
+    GRADIENTS_COME_LAST,
+    KINDS,
+    Moment,
+    Part,
+    Traffic,
+    Work,
+    around,
+    statistics_part,
+)
 from adalora_scale.engines.ranks import several_ranks
 from adalora_scale.engines.span import Span, adapter_tensors, check_held, gathered_extents
 from adalora_scale.errors import Unsupported, UserError
@@ -177,7 +186,7 @@ class Ddp(Engine):
         parts += [
             Part("gradients", 4 * owned, kept, GRADIENTS_COME_LAST if kept == "step" else ""),
             Part("Adam's moments", 8 * owned),
-            Part("Ī and Ū", 8 * owned, note="until the final allocation"),
+            statistics_part(work, owned),
         ]
         if work.ranks > 1:
             parts.append(Part("reduction buffers", 4 * owned, note="DDP's buckets"))

@@ -15,6 +15,7 @@ from adalora_scale.engines.planned import (
     Weights,
     Work,
     around,
+    statistics_part,
     trained_elements,
 )
 
@@ -100,7 +101,7 @@ def zero_memory(work: Work, stage: int, section: dict[str, Any]) -> list[Part]:
         Part("gradients", size * (weights.trainable if stage == 1 else owned), states if stage > 1 else "always"),
         Part("gradients in fp32", 4 * owned, "host" if options.offload_optimizer else "step"),
         Part("Adam's moments", 8 * owned, states),
-        Part("Ī and Ū", 8 * owned, states, "until the final allocation"),
+        statistics_part(work, owned, states),
     ]
     buckets = 2 if options.overlap and stage < 3 else 1
     note = f"reduce_bucket_size {options.reduce_bucket:,} x {size} bytes x {buckets}"

@@ -48,7 +48,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     shapes, others = checkpoint.shapes("adapter"), checkpoint.shapes("other")
     sides = {name: shapes[f"{name}.lora_A"][0] + shapes[f"{name}.lora_B"][0] + 1 for name in ranks}
     total = position["total_step"]
-    tinit, tfinal = options.phase_steps(total)
+    # As the adapter saved from it says it: in PEFT's form, where lora_alpha / init_r is the scale.
+    method = options.peft_fields(total)
     return {
         "kind": "checkpoint",
         "directory": str(checkpoint.directory),
@@ -61,17 +62,15 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "stored_parameters": sum(prod(shape) for shape in shapes.values()),
         "trained_in_full": {name: list(shape) for name, shape in others.items()},
         "trained_in_full_parameters": sum(prod(shape) for shape in others.values()),
-        "lora_alpha": options.lora_alpha,
-        "init_r": options.init_r,
-        "target_r": options.target_r,
+        "lora_alpha": method["lora_alpha"],
+        "init_r": method["init_r"],
+        "target_r": method["target_r"],
         "budget": position["budget"],
         "budget_unit": position.get("budget_unit", "triplets"),
         "schedule": {
             "total_step": total,
-            "tinit": tinit,
-            "tfinal": tfinal,
-            "deltaT": options.deltaT,
-            "final_allocation": total - tfinal,
+            **{key: method[key] for key in ("tinit", "tfinal", "deltaT")},
+            "final_allocation": total - method["tfinal"],
             "step": position["step"],
         },
         "engine": manifest.get("engine"),

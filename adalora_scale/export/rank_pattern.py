@@ -16,7 +16,7 @@ def write_rank_pattern(
 ) -> dict[str, Any]:
     """Write an `adapter_config.json` alone, for `peft.LoraConfig.from_pretrained(folder)` and `get_peft_model`.
 
-    Every alpha is the run's own scale times the matrix's rank, so that alpha / r is lora_alpha / init_r everywhere.
+    Every alpha is the run's own scale times the matrix's rank, so that alpha / r is the same everywhere.
 
     Args:
         adapter: whose ranks.

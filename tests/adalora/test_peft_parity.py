@@ -172,15 +172,15 @@ def test_preset_peft_trains_to_the_weights_of_pefts_own_loop(stories260k):
     assert (moved / total) ** 0.5 > 0.1  # the training went somewhere
 
 
-def test_default_preset_differs_from_peft_where_it_says_it_does():
-    """Were the preset ignored, the test above would compare PEFT with whatever the default is."""
+def test_pefts_score_differs_where_it_says_it_does():
+    """Were the score ignored, the test above would compare PEFT with whatever the default is."""
     runs = []
-    for preset in ("peft", "default"):
+    for score in ("peft", "sensitivity_uncertainty"):
         ours_config, _ = both_configs(["up", "down"], 30)
         torch.manual_seed(0)
-        model = inject_adalora(Toy(), ours_config.replace(preset=preset))
+        model = inject_adalora(Toy(), ours_config.replace(score=score))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-        allocator = RankAllocator(model, ours_config.replace(preset=preset), total_step=30).attach(optimizer)
+        allocator = RankAllocator(model, ours_config.replace(score=score), total_step=30).attach(optimizer)
         for step in range(8):
             ids = torch.randint(0, 32, (4, 8), generator=torch.Generator().manual_seed(step))
             model(ids).square().mean().backward()

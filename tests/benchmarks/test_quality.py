@@ -85,7 +85,7 @@ def test_splits_that_share_a_row_are_refused(tmp_path):
         write_splits(task, Sources(ROOT, ROOT), tmp_path)
 
 
-@pytest.mark.parametrize("method", ["lora", "lora_mlp", "para", "candidate", "peft_adalora"])
+@pytest.mark.parametrize("method", ["lora", "lora_mlp", "para", "default", "peft_adalora"])
 def test_a_cell_ends_within_one_percent_of_the_budget(tmp_path, method):
     """Equal parameters are the premise of every comparison; the real trainers run, on the model that ships here."""
     task = dataclasses.replace(TASKS["quickstart"], steps=10, batch=4)

@@ -20,6 +20,7 @@ from adalora_scale.cluster.plan.trace import trace_step
 from adalora_scale.cluster.plan.weights import pretended_ranks, sharded_weights
 from adalora_scale.config import Fsdp2Config, load_config
 from adalora_scale.engines.fsdp2_place import Fsdp2, row_weights, shard_fsdp2
+from adalora_scale.engines.planned import SCORE_STATISTICS
 from tests.conftest import ROOT
 from tests.distributed.launcher import build_deepspeed_ops, run_ranks
 
@@ -52,7 +53,7 @@ def request(folder, *overrides, **options):
 
 
 def planned(asked, engine, *, gpu=False):
-    """Return the plan's bytes without Ī and Ū, which torch's trackers do not run."""
+    """Return the plan's bytes without the score's statistics, which torch's trackers do not run."""
     model = describe(build(asked))
     activations = trace_step(
         asked, sequences=asked.sequences, checkpointing=asked.checkpointing, autocast=engine == "ddp", gpu=gpu
@@ -60,7 +61,7 @@ def planned(asked, engine, *, gpu=False):
     if not gpu:
         model = dataclasses.replace(model, workspace=0)  # the CPU's kernel needs none in the forward
     memory = memory_of(engine, asked, model, activations)
-    memory.parts = [part for part in memory.parts if part.name != "Ī and Ū"]
+    memory.parts = [part for part in memory.parts if part.name != SCORE_STATISTICS]
     return memory
 
 

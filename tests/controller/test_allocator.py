@@ -19,7 +19,7 @@ ALLOCATIONS = [6, 9, 12, 15, 18]
 
 def options(**changes):
     values = {"init_r": 4, "target_r": 2, "lora_alpha": 8, "tinit": 3, "tfinal": 6, "deltaT": 3, "orth_reg_weight": 0.3}
-    values["budget_unit"] = "triplets"
+    values |= {"budget_unit": "triplets", "init_weights": "adalora", "score": "sensitivity_uncertainty"}
     return AdaLoraConfig(**{**values, **changes})
 
 
@@ -348,11 +348,11 @@ def test_overflow_at_the_final_allocation_freezes_at_the_next_step():
     assert list(run.masks) == [6, 9, 12, 15, 19]
 
 
-@pytest.mark.parametrize("preset", ["default", "peft"])
+@pytest.mark.parametrize("score", ["sensitivity_uncertainty", "peft"])
 @pytest.mark.parametrize("bad", [1, 7], ids=["the last step", "every step from the final allocation on"])
-def test_overflow_to_the_end_prunes_with_the_statistics_so_far(bad, preset):
+def test_overflow_to_the_end_prunes_with_the_statistics_so_far(bad, score):
     """Else a run whose last step is not finite ends with every λ live, and saves an adapter above its budget."""
-    config = options(tfinal=bad - 1, preset=preset)
+    config = options(tfinal=bad - 1, score=score)
     run = Run(config).train(TOTAL - bad)
     before = run.everything()
     scores = run.allocator._scores()
@@ -370,7 +370,7 @@ def test_overflow_to_the_end_prunes_with_the_statistics_so_far(bad, preset):
         keep = torch.tensor(row)
         module = name.removesuffix(".lora_E")
         for factor in "AEB":
-            kept = keep | (preset == "peft" and factor != "E")  # no weight moves but those that pruning removes
+            kept = keep | (score == "peft" and factor != "E")  # no weight moves but those that pruning removes
             key = f"{module}.lora_{factor}"
             assert torch.equal(run.trainable()[key], before["weights"][key] * kept)
 

@@ -42,8 +42,13 @@ def test_a_frozen_adapter_keeps_weight_moments_and_statistics(factors, preset):
 
     def state(indices):
         moments = allocator.sharding.moments()
-        kinds = [[span.weight for span in spans], *allocator.statistics.values()]
-        return [t.clone() for i in indices for t in (*(kind[i] for kind in kinds), *moments[i])]
+        looked_at = [i for i, span in enumerate(spans) if span.tensor.factor in allocator.score.factors]
+        kinds = [dict(zip(looked_at, values, strict=True)) for values in allocator.statistics.values()]
+        return [
+            t.clone()
+            for i in indices
+            for t in (spans[i].weight, *(kind[i] for kind in kinds if i in kind), *moments[i])
+        ]
 
     before, before_others = state(frozen), state(others)
     train(model, optimizer, range(2, 6))

@@ -72,6 +72,8 @@ def train_pair(toy, batches, *, accumulation=1, clip=None, fused=None, **options
         {"preset": "paper"},
         {"preset": "peft"},
         {"score": "taylor"},
+        {"score": "sensitivity_uncertainty"},
+        {"score": "sensitivity_uncertainty", "init_weights": "adalora"},
         {"score": "sensitivity"},
         {"score": "magnitude"},
         {"score": "taylor", "clip": 0.05, "accumulation": 4},
@@ -168,7 +170,7 @@ def _observe_absolute(self, pieces, weights, gradients, grad_scale):
 def test_a_wrong_taylor_score_parts_from_the_reference(toy, batches, monkeypatch, name, value):
     """Each mutant is a plausible mistake; the comparison above must be able to see it."""
     monkeypatch.setattr(Taylor, name, value)
-    _, _, reference, masks = train_pair(toy, batches, score="taylor")
+    _, _, reference, masks = train_pair(toy, batches, score="taylor", init_weights="adalora")
     assert masks != reference.masks
 
 
@@ -181,7 +183,8 @@ def test_wrong_methods_part_from_the_reference(toy, batches, monkeypatch, mutant
         monkeypatch.setattr(StepReduction, "add_penalty_gradient", lambda *args: None)
     else:
         monkeypatch.setattr(SensitivityUncertainty, "after_update", True)
-    _, model, reference, masks = train_pair(toy, batches)
+    score = {"score": "sensitivity_uncertainty", "init_weights": "adalora"}
+    _, model, reference, masks = train_pair(toy, batches, **score)
     together, _ = relative_distance(model, reference)
     assert masks != reference.masks or together > 1e-4
 

@@ -22,19 +22,21 @@ def cells_of(stories260k, deepspeed_ops, tmp_path_factory):
     """Run cells of one model on ranks in one start and return what every cell came to, equal on all ranks."""
     files = {}
 
-    def run(ranks, cells, *, model="stories260k", bits="16", timeout=540):
+    def run(ranks, cells, *, model="stories260k", bits="16", preset="default", timeout=540):
         path = stories260k if model == "stories260k" else None
         kinds = {cell.split(":")[1] for cell in cells}
         if "bf16" in kinds or model != "stories260k":
             file = "none"
         else:
-            file = files.get(bits) or tmp_path_factory.mktemp("expected") / "expected.pt"
+            file = files.get((bits, preset)) or tmp_path_factory.mktemp("expected") / "expected.pt"
             if not file.exists():
-                problem = Problem(model=str(path), device=torch.device("cpu"), ranks=1, load_in_4bit=bits == "4")
+                problem = Problem(
+                    model=str(path), device=torch.device("cpu"), ranks=1, load_in_4bit=bits == "4", preset=preset
+                )
                 plain, clip = (expected_outcome(variant, problem) for variant in ("plain", "clip"))
                 torch.save({"clip": clip} | dict.fromkeys(("plain", "accumulation", "checkpointing"), plain), file)
-            files[bits] = file
-        outputs = run_ranks(WORKER, ranks, [path or "random", bits, file, *cells], timeout=timeout)
+            files[bits, preset] = file
+        outputs = run_ranks(WORKER, ranks, [path or "random", bits, preset, file, *cells], timeout=timeout)
         for cell in cells:
             assert all(output[cell]["verdict"] == outputs[0][cell]["verdict"] for output in outputs)
         return {cell: outputs[0][cell] for cell in cells}
@@ -66,10 +68,16 @@ def test_the_cells_meet_what_is_hard(two_ranks):
     assert two_ranks["zero2:plain"]["reference_loss"] != two_ranks["zero2:clip"]["reference_loss"]
 
 
+def test_the_published_method_too(cells_of):
+    """Else what the default does without is wrong: every factor's statistics, the SVD start, the penalty."""
+    cells = ["ddp:plain", "fsdp2:plain", "zero2:plain", "zero2:clip", "zero3:plain"]
+    assert_all_pass(cells_of(2, cells, model="random", preset="paper"))
+
+
 @pytest.mark.full
 def test_rows_split_between_three_ranks(cells_of):
     """Else the penalty is wrong wherever a flat ZeRO piece ends inside a row."""
-    cells = cells_of(3, ["fsdp2:plain", "zero2:plain", "zero3:plain"])
+    cells = cells_of(3, ["fsdp2:plain", "zero2:plain", "zero3:plain"], preset="paper")
     assert_all_pass(cells)
     assert cells["zero2:plain"]["split_rows"] > 0
     assert cells["zero3:plain"]["split_rows"] > 0
@@ -96,7 +104,8 @@ def test_a_4_bit_base_changes_nothing_about_that(cells_of):
 def mutants(cells_of):
     two = ["fsdp2:plain:scores", "zero2:plain:scores", "fsdp2:plain:gram", "zero2:plain:copy", "zero2:plain:publish"]
     three = ["zero2:plain", "zero2:plain:rows"]
-    return cells_of(2, ["zero2:plain", *two], model="random") | cells_of(3, three, model="random")
+    of_two = cells_of(2, ["zero2:plain", *two], model="random", preset="paper")
+    return of_two | cells_of(3, three, model="random", preset="paper")
 
 
 @pytest.mark.full
@@ -133,11 +142,12 @@ def test_the_distance_sees_one_tensor_and_what_is_not_a_number():
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("preset", ["default", "paper"])
 @pytest.mark.parametrize("bits", ["16", "4"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_whole_matrix(cells_of, engine, ranks, bits):
+def test_the_whole_matrix(cells_of, engine, ranks, bits, preset):
     """Else a variant that few use is wrong on some engine, or over a 4-bit base."""
     if engine == "hsdp" and ranks != 4:
         pytest.skip("HSDP needs 4 ranks")
-    assert_all_pass(cells_of(ranks, [f"{engine}:{variant}" for variant in VARIANTS], bits=bits))
+    assert_all_pass(cells_of(ranks, [f"{engine}:{variant}" for variant in VARIANTS], bits=bits, preset=preset))

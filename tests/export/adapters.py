@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from adalora_scale.adalora.injection import inject_adalora
+from adalora_scale.adalora.injection import adapter_layers, inject_adalora
 from adalora_scale.cli import main
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
@@ -49,7 +49,7 @@ def load(folder: Path, kind: str, **options):
 
 
 def options(kind: str, **changes) -> AdaLoraConfig:
-    values = {"init_r": 4, "target_r": 2, "lora_alpha": 8, "tinit": 2, "tfinal": 3, "deltaT": 3}
+    values = {"init_r": 4, "target_r": 2, "lora_alpha": 4, "tinit": 2, "tfinal": 3, "deltaT": 3}
     if classifies(kind):
         values["modules_to_save"] = ["classifier"]
     return AdaLoraConfig(**{**values, **changes})
@@ -76,6 +76,15 @@ def trained(folder: Path, kind: str, adapter: Path, steps: int = TOTAL, load_opt
     train(model, kind, config, steps)
     save_adapter(model, adapter)
     return model.eval()
+
+
+@torch.no_grad()
+def scaled_as_by_peft(model, adapter: Path):
+    """Lower every λ of a loaded adapter by what PEFT divides by beyond init_r: it divides by init_r + 1e-5."""
+    init_r = json.loads((adapter / "adapter_config.json").read_text())["init_r"]
+    for _, layer in adapter_layers(model):
+        layer.lora_E /= 1 + 1e-5 / init_r
+    return model
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ KINDS = ["stories260k", "gpt2", "bert"]
 
 
 def options(kind, **changes):
-    values = {"init_r": 4, "target_r": 2, "lora_alpha": 8, "tinit": 2, "tfinal": 3, "deltaT": 3}
+    values = {"init_r": 4, "target_r": 2, "lora_alpha": 4, "tinit": 2, "tfinal": 3, "deltaT": 3}
     if kind == "bert":
         values["modules_to_save"] = ["classifier"]
     return AdaLoraConfig(**{**values, **changes})

@@ -64,11 +64,11 @@ def test_peft_trains_the_learnt_ranks_at_the_runs_scale(tmp_path, capsys, alpha)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["adapter_config.json", "export.json"]
     config = peft.LoraConfig.from_pretrained(tmp_path / "out")
     assert isinstance(config, peft.LoraConfig) and not config.inference_mode
-    assert trains(config, deep(), ranks, alpha / 5) == report["parameters"]
+    assert trains(config, deep(), ranks, alpha / 2) == report["parameters"]
     left_out = [name for name, rank in ranks.items() if rank == 0]
     assert report["left_out"] == left_out and len(left_out) > 5
     assert all(any(name in note for note in report["notes"]) for name in left_out)
-    assert report["scalings"] == dict.fromkeys(report["ranks"], alpha / 5)
+    assert report["scalings"] == dict.fromkeys(report["ranks"], alpha / 2)
     assert report["fidelity"] is None and "no weights" in report["fidelity_text"]
     # One training step from scratch: every factor of B gets a gradient.
     model = peft.get_peft_model(load(tmp_path / "base", "gpt2"), peft.LoraConfig.from_pretrained(tmp_path / "out"))
@@ -90,7 +90,7 @@ def test_names_that_end_others_stay_apart(tmp_path, ranks):
     """Else a matrix of rank 0, or of another rank, is trained with its namesake's."""
     found = pruned_run(Twice(), tmp_path / "run", ranks, target_modules=["x", "y"])
     export(tmp_path / "run", tmp_path / "out", *FORM)
-    trains(peft.LoraConfig.from_pretrained(tmp_path / "out"), Twice(), found, 8 / 5)
+    trains(peft.LoraConfig.from_pretrained(tmp_path / "out"), Twice(), found, 8 / 2)
 
 
 def test_a_namesake_that_only_the_base_has_is_not_trained(tmp_path):
@@ -102,7 +102,7 @@ def test_a_namesake_that_only_the_base_has_is_not_trained(tmp_path):
     names = [name for name, _ in Twice().named_modules()]
     (tmp_path / "out").mkdir()
     write_rank_pattern(AdapterFile(tmp_path / "run"), tmp_path / "out", base=None, names=names)
-    trains(peft.LoraConfig.from_pretrained(tmp_path / "out"), Twice(), found, 8 / 5)
+    trains(peft.LoraConfig.from_pretrained(tmp_path / "out"), Twice(), found, 8 / 2)
 
 
 def test_a_namesake_that_pruning_emptied_is_not_trained(tmp_path, capsys):

@@ -19,6 +19,7 @@ from adalora_scale.export.peft_adalora import load_adapter
 from tests.conftest import ROOT
 from tests.distributed.launcher import run_ranks
 from tests.distributed.workers.shadowed_run import shadowed_run
+from tests.export.adapters import scaled_as_by_peft
 from tests.sizes import LARGEST, MATRICES, ONE_OF_EACH, assert_spent, parameters_of
 
 RECIPE = ROOT / "configs" / "recipes" / "sgd_chat_stories260k.yaml"
@@ -184,7 +185,7 @@ def test_adapter_gives_the_same_logits_here_and_in_peft(run, stories260k):
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         untouched = base(ids).logits
-        ours = load_adapter(copy.deepcopy(base), folder).double()
+        ours = scaled_as_by_peft(load_adapter(copy.deepcopy(base), folder).double(), folder)
         peft = PeftModel.from_pretrained(copy.deepcopy(base), folder).double().eval()
         expected = ours(ids).logits
         assert (peft(ids).logits - expected).abs().max() <= 1e-5

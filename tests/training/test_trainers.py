@@ -20,6 +20,7 @@ from adalora_scale.export.peft_adalora import load_adapter
 from adalora_scale.training.run import make_trainer, prepare, train
 from adalora_scale.training.trainers import AdaLoraSFTTrainer, AdaLoraTrainer
 from tests.conftest import ROOT
+from tests.export.adapters import scaled_as_by_peft
 from tests.sizes import assert_spent
 
 CONFIG = AdaLoraConfig(init_r=6, target_r=4, lora_alpha=24, tinit=2, tfinal=3, deltaT=3)
@@ -300,7 +301,7 @@ def test_banking77_classifier_learns_and_its_head_is_saved(data_dir, tmp_path):
         return AutoModelForSequenceClassification.from_pretrained(base, num_labels=8).double().eval()
 
     with torch.no_grad():
-        ours = load_adapter(fresh(), folder).double().eval()(**batch).logits
+        ours = scaled_as_by_peft(load_adapter(fresh(), folder).double().eval(), folder)(**batch).logits
         peft = PeftModel.from_pretrained(fresh(), folder).double().eval()(**batch).logits
     assert (ours - peft).abs().max() <= 1e-5
     right = (ours.argmax(1) == torch.tensor([labels[row["category"]] for row in rows])).double().mean().item()

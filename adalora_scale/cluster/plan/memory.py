@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from adalora_scale.adalora.injection import adapter_layers
+from adalora_scale.adalora.scores import score_named
 from adalora_scale.cluster.plan.model import pieces
 from adalora_scale.cluster.plan.request import Request
 from adalora_scale.cluster.plan.trace import Activations
 from adalora_scale.cluster.plan.weights import engine_named, largest_matrix
 from adalora_scale.engines.blocks import transformer_blocks
-from adalora_scale.engines.planned import Moment, Part, Piece, Weights, Work
+from adalora_scale.engines.planned import Moment, Part, Piece, Weights, Work, trained_elements
 
 MOMENTS: tuple[Moment, ...] = ("forward", "loss", "backward", "step")
 PROCESS_BYTES = 2_000_000_000
@@ -93,6 +94,9 @@ def memory_of(
 
 def work_of(request: Request, model: Model, sharded: Weights | None = None) -> Work:
     """Return what an engine has to know of a request."""
+    adalora, layers = request.config.adalora, list(adapter_layers(model.model))
+    score = score_named(adalora.score)
+    looked_at = sum(getattr(layer, factor).numel() for _, layer in layers for factor in score.factors)
     return Work(
         held=model.held,
         blocks=model.blocks,
@@ -102,7 +106,8 @@ def work_of(request: Request, model: Model, sharded: Weights | None = None) -> W
         bf16=request.bf16,
         fp16=bool(request.config.training.get("fp16")),
         # Two matrices a layer, (r, r) in float32.
-        gram=sum(2 * layer.r**2 * 4 for _, layer in adapter_layers(model.model)),
+        gram=sum(2 * layer.r**2 * 4 for _, layer in layers) if adalora.orth_reg_weight else 0,
+        remembered=4 * len(score.statistics) * looked_at / max(trained_elements(model.held), 1),
         sharded=sharded,
     )
 

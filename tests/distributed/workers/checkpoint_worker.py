@@ -25,7 +25,7 @@ AT = {"before": 1, "during": 10, "after": 20}
 
 
 def problem_of(ranks):
-    return Problem(model=None, device=torch.device("cpu"), ranks=ranks, steps=STEPS)
+    return Problem(model=None, device=torch.device("cpu"), ranks=ranks, steps=STEPS, preset="paper")
 
 
 def write(folder, runner, model, step):

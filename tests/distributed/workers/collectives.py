@@ -1,6 +1,6 @@
 """Counts what the hooks dispatch in every optimizer step: collectives, and kernels that are not views.
 
-run_ranks(…, args=[CELL…])    CELL is engine:layers
+run_ranks(…, args=[CELL…])    CELL is engine:layers:preset
 """
 
 import os
@@ -12,6 +12,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from adalora_scale.controller import RankAllocator
 from adalora_scale.verify.engines import running
@@ -24,11 +25,12 @@ STEPS = 12
 class Counter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.collectives = self.kernels = 0
+        self.collectives = self.kernels = self.bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
             self.collectives += 1
+            self.bytes += sum(t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
         elif not function.is_view:
             self.kernels += 1
         return function(*args, **(kwargs or {}))
@@ -59,15 +61,15 @@ def counted(hook, counters):
 def main(*cells):
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    problem = LayeredProblem(model=None, device=torch.device("cpu"), ranks=ranks)
     probe = Counter()
     with probe:
         dist.all_reduce(torch.ones(1))
         dist.broadcast(torch.ones(1), src=0)
-    report(probe=probe.collectives)
+    report(probe=[probe.collectives, probe.bytes])
     for cell in cells:
-        engine, layers = cell.split(":")
+        engine, layers, preset = cell.split(":")
         LayeredProblem.layers = int(layers)
+        problem = LayeredProblem(model=None, device=torch.device("cpu"), ranks=ranks, preset=preset)
         model = problem.adapted_model()
         batches = problem.batches(model.config.vocab_size)
         counters, allocations = [], []
@@ -89,6 +91,7 @@ def main(*cells):
             **{
                 cell: {
                     "collectives": [counter.collectives for counter in counters],
+                    "bytes": [counter.bytes for counter in counters],
                     "kernels": [counter.kernels for counter in counters],
                     "allocations": allocations,
                     "calls": calls,

@@ -22,6 +22,9 @@ CONFIG = AdaLoraConfig(
     target_r=2,
     budget_unit="triplets",  # in parameters: the equivalence matrix, whose matrices differ in size
     lora_alpha=20,
+    # Statistics of every factor and the penalty's exchange; the defaults, which need less: the equivalence matrix.
+    score="sensitivity_uncertainty",
+    init_weights="adalora",
     tinit=2,
     tfinal=4,
     deltaT=2,
@@ -145,6 +148,7 @@ class ZeroRunner:
             config={
                 "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size(),
                 "zero_optimization": zero,
+                "gradient_clipping": 0.0,  # else 1.0: DeepSpeed would clip what one process does not
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,
                 **cell.config,

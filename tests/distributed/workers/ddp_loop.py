@@ -23,7 +23,9 @@ from tests.toy import adapters_of
 
 STEPS, ROWS, LENGTH = 60, 8, 32
 LR, WEIGHT_DECAY, CLIP = 5e-3, 0.01, 0.05
-CONFIG = AdaLoraConfig(init_r=6, target_r=4, lora_alpha=24, tinit=5, tfinal=15, deltaT=3, orth_reg_weight=0.1)
+CONFIG = AdaLoraConfig(
+    preset="paper", budget_unit="params", init_r=6, target_r=4, lora_alpha=24, tinit=5, tfinal=15, deltaT=3
+)
 VARIANTS = {
     "plain": {},
     "accumulation": {"accumulation": 4},

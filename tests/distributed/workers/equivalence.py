@@ -143,13 +143,14 @@ def shapes_seen(shapes):
         yield
 
 
-def main(model, bits, expected_file, *cells):
+def main(model, bits, preset, expected_file, *cells):
     dist.init_process_group("gloo")
     problem = Problem(
         model=None if model == "random" else model,
         device=torch.device("cpu"),
         ranks=dist.get_world_size(),
         load_in_4bit=bits == "4",
+        preset=preset,
     )
     cells = [[*cell.split(":"), ""][:3] for cell in cells]
     if expected_file == "none":

@@ -89,7 +89,7 @@ def last_step(engine, variant, rank, ranks):
 def main(*cells):
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    problem = Problem(model=None, device=torch.device("cpu"), ranks=ranks)
+    problem = Problem(model=None, device=torch.device("cpu"), ranks=ranks, preset="paper")
     for cell in cells:
         engine, variant, *last = cell.split(":")
         if last:

@@ -62,7 +62,7 @@ def load(when, engine, folder, rank):
 
 
 def resume(engine, folder, rank, ranks):
-    problem = Problem(model=None, device=CPU, ranks=ranks)
+    problem = Problem(model=None, device=CPU, ranks=ranks, preset="paper")
     model = problem.adapted_model()
     with running(engine, "plain", problem, model) as runner:
         gathered = gather(model, runner.allocator.sharding, runner.allocator)

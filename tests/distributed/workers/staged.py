@@ -21,7 +21,8 @@ from tests.distributed.launcher import report
 from tests.distributed.workers.guard_worker import ZERO_2
 from tests.toy import Toy
 
-CONFIG = AdaLoraConfig(init_r=6, target_r=4, tinit=15, tfinal=4, deltaT=2, orth_reg_weight=0.3)
+# With statistics of every factor, each of which has to wait.
+CONFIG = AdaLoraConfig(preset="paper", init_r=6, target_r=4, tinit=15, tfinal=4, deltaT=2, orth_reg_weight=0.3)
 NAME = "blocks.1.up"
 
 

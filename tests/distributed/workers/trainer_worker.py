@@ -69,10 +69,10 @@ def config_of(engine, kind, model_dir, data_dir, folder, world_size, extra=()):
             **({"label_column": "category"} if classify else {"chat_template": "plain"}),
         },
         "adalora": {
-            "init_r": 6, "target_r": 4, "lora_alpha": 24, "tinit": 2, "tfinal": 4, "deltaT": 2, "orth_reg_weight": 0.3,
+            "init_r": 6, "target_r": 4, "lora_alpha": 8, "tinit": 2, "tfinal": 4, "deltaT": 2, "orth_reg_weight": 0.3,
         },
         "training": {
-            "output_dir": f"{folder}/out", "max_steps": STEPS, "learning_rate": 5e-3, "weight_decay": 0.01,
+            "output_dir": f"{folder}/out", "max_steps": STEPS, "learning_rate": 2e-3, "weight_decay": 0.01,
             "per_device_train_batch_size": GLOBAL_BATCH // world_size, "max_grad_norm": 0.5, "seed": 3,
             # batches of evaluation are the same at one and two ranks: their means are averaged
             "per_device_eval_batch_size": 12 if classify else 11,
