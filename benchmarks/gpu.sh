@@ -64,6 +64,8 @@ part tests gpu_tests
 # Every engine against the float64 reference, over NCCL, then over a 4-bit base. zero3-offload would compile for minutes.
 engines=(--nproc 1 --engines ddp fsdp2 zero1 zero2 zero3)
 part engines "$python" -m adalora_scale.cli verify-engines "${engines[@]}" --json "$out/verify_engines_$card.json"
+part engines:paper "$python" -m adalora_scale.cli verify-engines "${engines[@]}" --quick --preset paper \
+    --json "$out/verify_engines_paper_$card.json"
 part engines:4bit "$python" -m adalora_scale.cli verify-engines "${engines[@]}" --load-in-4bit \
     --json "$out/verify_engines_4bit_$card.json"
 # The quickstart's run through the launchers, and its score from the adapter on disk.

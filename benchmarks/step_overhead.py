@@ -1,9 +1,9 @@
-"""What AdaLoRA adds to a training step: ours, PEFT's AdaLoRA and PEFT's LoRA side by side on one random Llama.
+"""What AdaLoRA adds to a training step: ours (the default and the published method), PEFT's AdaLoRA and PEFT's LoRA.
 
     python benchmarks/step_overhead.py                        # a small shape, a minute on 2 cores
     python benchmarks/step_overhead.py --hidden 4096 --layers 32 --tokens 4096 --device cuda --dtype bfloat16
 
-Steps of the three methods are interleaved, so that a machine whose speed drifts treats them alike; medians and their
+Steps of the methods are interleaved, on one random Llama, so that a machine whose speed drifts treats them alike; medians and their
 ratios to LoRA are printed. Every method adapts the same matrices at the same rank with the same optimizer, and every
 AdaLoRA step of the timed window updates importance; every `--delta-t`-th also allocates.
 """
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=512, help="tokens a step (sequences of 128 on CPU, one on cuda)")
-    parser.add_argument("--r", type=int, default=8, help="rank of all three methods")
+    parser.add_argument("--r", type=int, default=8, help="rank of every method")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each method")
     parser.add_argument("--delta-t", type=int, default=10, help="steps between allocations")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -47,8 +47,8 @@ def main() -> None:
     base = _base(arguments)
     methods = {
         "LoRA (PEFT)": _lora,
-        "AdaLoRA (ours)": _ours,
-        "ours, score taylor": lambda model, arguments: _ours(model, arguments, score="taylor"),
+        "ours, default": lambda model, arguments: _ours(model, arguments, "default"),
+        "ours, paper": lambda model, arguments: _ours(model, arguments, "paper"),
         "AdaLoRA (PEFT)": _peft_adalora,
     }
     frozen = list(base.parameters())  # the methods share them: an 8 B model four times would not fit
@@ -92,12 +92,12 @@ def _base(arguments: argparse.Namespace) -> nn.Module:
 
 
 def _loop(
-    model: nn.Module, arguments: argparse.Namespace, after: Callable[[int], Any], score: str = "sensitivity_uncertainty"
+    model: nn.Module, arguments: argparse.Namespace, after: Callable[[int], Any], preset: str = "default"
 ) -> Callable[[], None]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, foreach=True)
     if isinstance(model, LlamaForCausalLM):
-        config = _adalora(arguments, score)
+        config = _adalora(arguments, preset)
         RankAllocator(model, config, total_step=1_000_000).attach(optimizer)
     length = 128 if arguments.device == "cpu" else arguments.tokens
     ids = torch.randint(0, 2048, (max(arguments.tokens // length, 1), length), device=arguments.device)
@@ -114,17 +114,15 @@ def _loop(
     return step
 
 
-def _adalora(arguments: argparse.Namespace, score: str = "sensitivity_uncertainty") -> AdaLoraConfig:
+def _adalora(arguments: argparse.Namespace, preset: str) -> AdaLoraConfig:
     return AdaLoraConfig(
         target_modules=TARGETS, init_r=arguments.r, target_r=arguments.r // 2, tinit=0, tfinal=0,
-        deltaT=arguments.delta_t, score=score,
+        deltaT=arguments.delta_t, preset=preset,
     )  # fmt: skip
 
 
-def _ours(
-    model: nn.Module, arguments: argparse.Namespace, score: str = "sensitivity_uncertainty"
-) -> Callable[[], None]:
-    return _loop(inject_adalora(model, _adalora(arguments, score)), arguments, lambda step: None, score)
+def _ours(model: nn.Module, arguments: argparse.Namespace, preset: str) -> Callable[[], None]:
+    return _loop(inject_adalora(model, _adalora(arguments, preset)), arguments, lambda step: None, preset)
 
 
 def _lora(model: Any, arguments: argparse.Namespace) -> Callable[[], None]:

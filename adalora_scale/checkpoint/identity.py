@@ -7,12 +7,26 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from adalora_scale.checkpoint.format import Checkpoint
+from adalora_scale.checkpoint.state import score_of
 from adalora_scale.errors import UserError, nearest
 
 
 def plain(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values as they come back from JSON, so that a saved identity compares equal."""
     return dict(json.loads(json.dumps(dict(identity), default=str)))
+
+
+def saved_identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a checkpoint says its run was, with the values of keys that were added after it was written.
+
+    Else those keys would be taken from today's preset, which begins and scales otherwise.
+    """
+    saved = dict(checkpoint.manifest["identity"])
+    if any(key.startswith("adalora.") for key in saved):
+        former = {"init_weights": "adalora", "budget_unit": "triplets"}
+        saved = {f"adalora.{key}": value for key, value in former.items()} | saved
+        saved.setdefault("adalora.score", score_of(checkpoint.manifest["allocator"]))
+    return saved
 
 
 def require_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
@@ -29,7 +43,7 @@ def require_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any], allowe
     Raises:
         UserError: another key differs, with both values and the way out; or an allowed key does not exist.
     """
-    saved, now = checkpoint.manifest["identity"], plain(identity)
+    saved, now = saved_identity(checkpoint), plain(identity)
     keys = [*now, *(key for key in saved if key not in now)]
     for key in allowed:
         if key not in keys:

@@ -43,9 +43,9 @@ def start_from_adapter(
 ) -> list[tuple[nn.Module, dict[str, nn.Parameter]]]:
     """Let an injected model start from an earlier adapter's function; call it on every rank, before sharding.
 
-    The earlier triplets take the first places of every layer, with λ rescaled from the old s = lora_alpha / init_r to
-    the new one; the others start at λ = 0. So the logits are the earlier adapter's, the ranks are init_r again, and the
-    new budget prunes from there. Plain LoRA is brought into SVD form first.
+    The earlier triplets take the first places of every layer, with λ rescaled from the old scaling to the new one; the
+    others begin as `init_weights` says, without an update. So the logits are the earlier adapter's, the ranks are
+    init_r again, and the new budget prunes from there. Plain LoRA is brought into SVD form first.
 
     Args:
         model: what `inject_adalora` returned, in memory or on the meta device (then the factors are filled in later).
@@ -103,7 +103,7 @@ def starting_triplets(adapter: AdapterFile, module: str, scaling: float) -> Trip
     if adapter.method == "LORA":
         a, e, b = svd_form(raw.a, raw.b)
         return a, e * ratio, b
-    kept = raw.e != 0
+    kept = (raw.e != 0) & (raw.b != 0).any(0)  # LoRA's start has λ = 1 and B = 0
     return raw.a[kept].T, raw.e[kept] * ratio, raw.b[:, kept]
 
 

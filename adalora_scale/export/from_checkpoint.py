@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adalora_scale.adalora.adaptables import FACTORS, MATRIX, FileForm
 from adalora_scale.checkpoint.format import MANIFEST_NAME, Checkpoint
+from adalora_scale.checkpoint.identity import saved_identity
 from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import CONFIG_NAME, PREFIX, WEIGHTS_NAME
@@ -50,7 +51,9 @@ def adalora_options(checkpoint: Checkpoint) -> AdaLoraConfig:
         UserError: the manifest does not say.
     """
     known = {field.name for field in dataclasses.fields(AdaLoraConfig)}
-    saved = {key.removeprefix("adalora."): value for key, value in _part(checkpoint, "identity").items()}
+    for part in ("identity", "allocator"):
+        _part(checkpoint, part)
+    saved = {key.removeprefix("adalora."): value for key, value in saved_identity(checkpoint).items()}
     return adalora_config_from_dict({key: value for key, value in saved.items() if key in known})
 
 

@@ -9,9 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from adalora_scale.adalora.injection import adapter_layers, inject_adalora
-from adalora_scale.checkpoint.format import Group, pieces_name, write_manifest, write_pieces
+from adalora_scale.checkpoint.format import Checkpoint, Group, pieces_name, write_manifest, write_pieces
+from adalora_scale.checkpoint.identity import require_same_run
 from adalora_scale.cli import main
+from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import AdapterFile
+from adalora_scale.export.from_checkpoint import adalora_options
 from adalora_scale.export.inspection import rank_table
 from adalora_scale.export.peft_adalora import save_adapter
 from tests.adalora import tiny
@@ -124,7 +127,7 @@ def test_stacks_stand_apart_and_odd_names_have_a_place():
     assert blocks[2][-2].split() == ["–", "4", "4"]
 
 
-def write_checkpoint(model, allocator, folder, base, *, frozen):
+def write_checkpoint(model, allocator, folder, base, *, frozen, without=()):
     """A checkpoint of two ranks, as training lays it out: flat intervals, split in the middle of every tensor."""
     folder.mkdir(parents=True)
     tensors = {f"{name}.{factor}": getattr(layer, factor).detach() for name, layer in adapter_layers(model)
@@ -140,7 +143,9 @@ def write_checkpoint(model, allocator, folder, base, *, frozen):
         names = {"adapter": list(tensors), "other": []}
         path = folder / pieces_name(rank, 2)
         entries[path.name] = write_pieces(path, {"adapter": group, "other": Group()}, names, {})
-    config = {f"adalora.{key}": value for key, value in dataclasses.asdict(allocator.config).items()}
+    config = {
+        f"adalora.{key}": value for key, value in dataclasses.asdict(allocator.config).items() if key not in without
+    }
     masks = allocator.mask.view(-1, allocator.r).int().tolist()
     position = {"step": allocator.step, "total_step": 12, "budget": allocator.budget, "frozen": frozen, "init_r": 4}
     position["mask"] = {
@@ -150,6 +155,22 @@ def write_checkpoint(model, allocator, folder, base, *, frozen):
     content = {"step": allocator.step, "world_size": 2, "engine": "fsdp2", "allocator": position, "tensors": shapes}
     content |= {"identity": config | {"task": "causal_lm"}, "base_model": str(base), "files": entries}
     write_manifest(folder, content)
+
+
+def test_a_checkpoint_from_before_a_key_has_the_value_of_its_time(request, tmp_path, capsys):
+    """Else it is exported at today's scale, without a word; and a run that began otherwise would go on from it."""
+    base = base_folder("gpt2", tmp_path, request)
+    config = options("gpt2", init_weights="adalora", score="sensitivity_uncertainty", budget_unit="triplets")
+    model = inject_adalora(load(base, "gpt2"), config)
+    folder = tmp_path / "run" / "checkpoint-12"
+    later = ("init_weights", "score", "budget_unit")
+    write_checkpoint(model, train(model, "gpt2", config), folder, base, frozen=True, without=later)
+    save_adapter(model, tmp_path / "run")
+    assert inspected(capsys, folder)["lora_alpha"] == inspected(capsys, tmp_path / "run")["lora_alpha"] == 4
+    options_then = adalora_options(Checkpoint(folder))
+    assert (options_then.scaling, options_then.score) == (1.0, "sensitivity_uncertainty")
+    with pytest.raises(UserError, match=r"adalora\.init_weights: adalora → lora"):
+        require_same_run(Checkpoint(folder), {"adalora.init_weights": "lora"}, [])
 
 
 @pytest.mark.parametrize("steps", [6, 12])
