@@ -3,9 +3,9 @@
     python benchmarks/step_overhead.py                        # a small shape, a minute on 2 cores
     python benchmarks/step_overhead.py --hidden 4096 --layers 32 --tokens 4096 --device cuda --dtype bfloat16
 
-Steps of the methods are interleaved, on one random Llama, so that a machine whose speed drifts treats them alike; medians and their
-ratios to LoRA are printed. Every method adapts the same matrices at the same rank with the same optimizer, and every
-AdaLoRA step of the timed window updates importance; every `--delta-t`-th also allocates.
+Steps of the methods are interleaved, on one random Llama, so that a machine whose speed drifts treats them alike;
+medians and their ratios to LoRA are printed. Every method adapts the same matrices at the same rank with the same
+optimizer, and every AdaLoRA step of the timed window updates importance; every `--delta-t`-th also allocates.
 """
 
 from __future__ import annotations
