@@ -22,7 +22,9 @@ from tests.distributed.launcher import report
 def main(score, *engines):
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
-    problem = Problem(model=None, device=torch.device("cpu"), ranks=ranks, steps=30, options={"score": score})
+    # With a penalty beside it, and budgets in triplets; as the default has it: the equivalence matrix.
+    options = {"preset": "paper", "options": {"score": score}}
+    problem = Problem(model=None, device=torch.device("cpu"), ranks=ranks, steps=30, **options)
     expected = expected_outcomes(["plain"], problem)["plain"]
     attached = []
     original = RankAllocator.attach
