@@ -31,6 +31,7 @@ def adapted(*, dtype=torch.float32, **options):
     inject_adalora(model, CONFIG)
     for _, layer in adapter_layers(model):
         torch.nn.init.normal_(layer.lora_E)
+        torch.nn.init.normal_(layer.lora_B, std=0.02)
     return model
 
 
