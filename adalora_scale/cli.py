@@ -147,7 +147,7 @@ def _train(arguments: argparse.Namespace) -> int:
         store = None if arguments.skip_preflight else quick_check(config.training["output_dir"])
     except Unhealthy:
         return 1
-    from adalora_scale.engines.leaving import leave_process_group
+    from adalora_scale.cluster.leaving import leave_process_group
     from adalora_scale.training.run import train
 
     try:

@@ -92,13 +92,12 @@ def _base(arguments: argparse.Namespace) -> nn.Module:
 
 
 def _loop(
-    model: nn.Module, arguments: argparse.Namespace, after: Callable[[int], Any], preset: str = "default"
+    model: nn.Module, arguments: argparse.Namespace, after: Callable[[int], Any], ours: AdaLoraConfig | None = None
 ) -> Callable[[], None]:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, foreach=True)
-    if isinstance(model, LlamaForCausalLM):
-        config = _adalora(arguments, preset)
-        RankAllocator(model, config, total_step=1_000_000).attach(optimizer)
+    if ours is not None:
+        RankAllocator(model, ours, total_step=1_000_000).attach(optimizer)
     length = 128 if arguments.device == "cpu" else arguments.tokens
     ids = torch.randint(0, 2048, (max(arguments.tokens // length, 1), length), device=arguments.device)
     done = 0
@@ -114,15 +113,12 @@ def _loop(
     return step
 
 
-def _adalora(arguments: argparse.Namespace, preset: str) -> AdaLoraConfig:
-    return AdaLoraConfig(
+def _ours(model: nn.Module, arguments: argparse.Namespace, preset: str) -> Callable[[], None]:
+    config = AdaLoraConfig(
         target_modules=TARGETS, init_r=arguments.r, target_r=arguments.r // 2, tinit=0, tfinal=0,
         deltaT=arguments.delta_t, preset=preset,
     )  # fmt: skip
-
-
-def _ours(model: nn.Module, arguments: argparse.Namespace, preset: str) -> Callable[[], None]:
-    return _loop(inject_adalora(model, _adalora(arguments, preset)), arguments, lambda step: None, preset)
+    return _loop(inject_adalora(model, config), arguments, lambda step: None, config)
 
 
 def _lora(model: Any, arguments: argparse.Namespace) -> Callable[[], None]:

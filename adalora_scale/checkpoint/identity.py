@@ -22,11 +22,10 @@ def saved_identity(checkpoint: Checkpoint) -> dict[str, Any]:
     Else those keys would be taken from today's preset, which begins and scales otherwise.
     """
     saved = dict(checkpoint.manifest["identity"])
-    if any(key.startswith("adalora.") for key in saved):
-        former = {"init_weights": "adalora", "budget_unit": "triplets"}
-        saved = {f"adalora.{key}": value for key, value in former.items()} | saved
-        saved.setdefault("adalora.score", score_of(checkpoint.manifest["allocator"]))
-    return saved
+    if not any(key.startswith("adalora.") for key in saved):
+        return saved
+    score = score_of(checkpoint.manifest["allocator"])
+    return {"adalora.init_weights": "adalora", "adalora.budget_unit": "triplets", "adalora.score": score} | saved
 
 
 def require_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any], allowed: Collection[str]) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from adalora_scale.cluster.leaving import leave_process_group
 from adalora_scale.errors import UserError
 
 
@@ -181,9 +182,6 @@ def process_group(place: Place, store: dist.Store | None = None, *, timeout_s: f
         yield device
     finally:
         if sys.exc_info()[0] is None:
-            # Not above: a preflight judges versions of packages that the engines import.
-            from adalora_scale.engines.leaving import leave_process_group
-
             leave_process_group()
 
 

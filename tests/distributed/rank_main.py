@@ -37,7 +37,7 @@ def main() -> None:
     else:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
     if "torch.distributed" in sys.modules:  # else there is no group to leave
-        from adalora_scale.engines.leaving import leave_process_group
+        from adalora_scale.cluster.leaving import leave_process_group
 
         leave_process_group()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from adalora_scale.engines.leaving import leave_process_group
+from adalora_scale.cluster.leaving import leave_process_group
 from tests.distributed.launcher import report
 
 MEGABYTES = 200

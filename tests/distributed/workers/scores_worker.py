@@ -23,8 +23,9 @@ def main(score, *engines):
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
     # With a penalty beside it, and budgets in triplets; as the default has it: the equivalence matrix.
-    options = {"preset": "paper", "options": {"score": score}}
-    problem = Problem(model=None, device=torch.device("cpu"), ranks=ranks, steps=30, **options)
+    problem = Problem(
+        model=None, device=torch.device("cpu"), ranks=ranks, steps=30, preset="paper", options={"score": score}
+    )
     expected = expected_outcomes(["plain"], problem)["plain"]
     attached = []
     original = RankAllocator.attach

@@ -35,17 +35,17 @@ def leave_process_group() -> None:
 
 
 def _let_gloo_rest() -> None:
-    """Give gloo's threads the interpreter's lock until all of them sleep twice in a row."""
+    """Give gloo's threads the interpreter's lock until all of them sleep twice in a row, or are gone."""
     if not _TASKS.is_dir():  # not Linux: nobody says what the threads do
         time.sleep(10 * _QUIET_S)
         return
     quiet, deadline = 0, time.monotonic() + _PATIENCE_S
-    while quiet < 2:
+    while quiet < 2 and (states := _gloo_threads()):
         if time.monotonic() > deadline:
             log.warning("gloo's threads are still at work %g s after the last collective", _PATIENCE_S)
             return
+        quiet = quiet + 1 if all(state == "S" for state in states) else 0
         time.sleep(_QUIET_S)
-        quiet = quiet + 1 if all(state == "S" for state in _gloo_threads()) else 0
 
 
 def _gloo_threads() -> list[str]:
