@@ -130,6 +130,7 @@ def config_of(
                     "logging_steps": setting.steps,
                     "report_to": "none",
                     "disable_tqdm": True,
+                    **task.training,
                 },
             }
         ),

@@ -11,7 +11,7 @@ import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ class QualityTask:
     learning_rates: tuple[float, ...]
     """What every method may try."""
     kind: str = "causal_lm"
+    training: dict[str, Any] = field(default_factory=dict)
+    """More of the run's `training` section."""
 
 
 def write_splits(task: QualityTask, sources: Sources, folder: Path) -> dict[str, Path]:
@@ -137,7 +139,10 @@ def _banking(sources: Sources, per_class: int | None) -> tuple[Rows, Rows, Rows]
         train += drawn[8 : None if per_class is None else 8 + per_class]
     known = {json.dumps(row) for row in train + validation}
     test = [{"text": row["text"], "label": row["category"]} for row in _csv(folder / "test.csv")]
-    return train, validation, [row for row in test if json.dumps(row) not in known]
+    test = _drawn([row for row in test if json.dumps(row) not in known], 1000, "banking test")
+    for rows in (validation, test):  # like lengths side by side: an evaluation pads a batch to its longest row
+        rows.sort(key=lambda row: len(row["text"]))
+    return train, validation, test
 
 
 def _quickstart(sources: Sources) -> tuple[Rows, Rows, Rows]:
@@ -153,8 +158,9 @@ def _stories(sources: Sources) -> str:
 
 
 _SMALL = (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)  # a 260 k model takes large steps
-_ENCODER = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+_ENCODER = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 _TEXT = {"format": "prompt_completion", "max_length": 256}
+_BY_LENGTH = {"train_sampling_strategy": "group_by_length"}  # less padding: half the time of an encoder
 _CLASSES = {"format": "classification", "text_column": "text", "label_column": "label", "max_length": 64}
 
 TASKS = {
@@ -185,20 +191,22 @@ TASKS = {
             lambda sources: _banking(sources, None),
             Sources.minilm,
             _CLASSES,
-            400,
+            200,
             32,
             _ENCODER,
             kind="sequence_classification",
+            training=_BY_LENGTH,
         ),
         QualityTask(
             "banking77_10",
             lambda sources: _banking(sources, 10),
             Sources.minilm,
             _CLASSES,
-            200,
+            120,
             32,
             _ENCODER,
             kind="sequence_classification",
+            training=_BY_LENGTH,
         ),
     )
 }

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adalora_scale.config import RunConfig
 from adalora_scale.training.run import Inputs
-from benchmarks.quality.method import SCALE, Method, Setting, base_model, budget_of, heads_of, plain_trainer, sides_of
+from benchmarks.quality.method import SCALE, Method, Setting, base_model, heads_of, plain_trainer, sides_of
 
 
 class _Allocate(TrainerCallback):
@@ -36,7 +37,8 @@ class PeftAdaLora(Method):
         from peft import AdaLoraConfig, get_peft_model
 
         model = base_model(config, inputs, setting)
-        sides, budget = sides_of(model, config), budget_of(model, config, setting.target_r)
+        sides = sides_of(model, config)
+        budget = setting.target_r * sum(side + 1 for side in sides.values())  # a triplet has a λ, too
         self._sides = sides
         init_r = max(round(1.5 * setting.target_r), setting.target_r + 1)
         options = AdaLoraConfig(
@@ -67,16 +69,42 @@ def _parameters(pattern: dict[str, list[bool]], sides: dict[str, int]) -> int:
 
 
 def _bring_to(allocator: Any, budget: int, sides: dict[str, int]) -> None:
-    """Let PEFT's own cut go on, triplet by triplet, until the adapter has at most `budget` parameters."""
-    cut = allocator.mask_to_budget
+    """Let PEFT's last cuts fill `budget` parameters and no more.
 
+    Triplets are taken in the order of PEFT's own scores: its cut goes on, triplet by triplet, until the adapter fits;
+    then those that follow are let in where they still fit, as our own budget in parameters does.
+    """
+    cut = allocator.mask_to_budget
+    following = 50  # more than there are triplets dear enough to leave a gap that a later one fits
+
+    @torch.no_grad()
     def mask_to_budget(model: nn.Module, triplets: int) -> dict[str, list[bool]]:
-        pattern: dict[str, list[bool]] = cut(model, triplets)
         if triplets > allocator.target_bgt:
-            return pattern
-        while _parameters(pattern, sides) > budget + len(sides):
+            first: dict[str, list[bool]] = cut(model, triplets)
+            return first
+        values = {name: p for name, p in model.named_parameters() if "lora_E" in name}
+        before = {name: p.clone() for name, p in values.items()}
+
+        def best(count: int) -> dict[str, list[bool]]:
+            for name, value in values.items():  # a cut sets what it prunes to zero
+                value.copy_(before[name])
+            kept: dict[str, list[bool]] = cut(model, count)
+            return kept
+
+        pattern = previous = best(triplets)
+        while _parameters(pattern, sides) > budget:
             triplets -= 1
-            pattern = cut(model, triplets)
+            pattern = previous = best(triplets)
+        for count in range(triplets + 1, min(triplets + following, allocator.init_bgt)):
+            larger = best(count)
+            more = {}
+            for name, row in pattern.items():
+                states = zip(row, larger[name], previous[name], strict=True)
+                more[name] = [kept or (new and not old) for kept, new, old in states]
+            pattern, previous = more if _parameters(more, sides) <= budget else pattern, larger
+        for name, value in values.items():
+            value.copy_(before[name])
+            value[~torch.tensor(pattern[name], device=value.device)] = 0
         return pattern
 
     allocator.mask_to_budget = mask_to_budget
