@@ -21,6 +21,7 @@ from adalora_scale.config import RunConfig, load_config
 from adalora_scale.errors import Interrupted, Unsupported, UserError, run_reporting_errors
 from adalora_scale.export.command import add_verbs as add_export_verbs
 from adalora_scale.placing.quantize import add_verb as add_quantize_verb
+from adalora_scale.sweep.arguments import add_parser as add_sweep
 
 _OVERRIDES = """
 overrides: any key of the config file as section.key=value, for example
@@ -110,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--load-in-4bit", action="store_true", help="over a 4-bit base (nf4, double quantisation)")
     verify.add_argument("--json", type=Path, metavar="FILE", help="write all figures as JSON")
     verify.set_defaults(run=_verify_engines)
+    add_sweep(verbs)
     add_export_verbs(verbs, _quiet_start)
     add_plan(verbs)
     add_preflight(verbs)

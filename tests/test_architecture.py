@@ -21,6 +21,7 @@ LAYERS = {
     "": 8,
     "cli": 8,
     "cluster": 7,
+    "sweep": 7,
     "verify": 7,
     "training": 6,
     "placing": 5,

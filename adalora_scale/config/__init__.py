@@ -12,9 +12,12 @@ from adalora_scale.config.options import (
 from adalora_scale.config.presets import PRESETS
 from adalora_scale.config.reading import (
     adalora_config_from_dict,
+    apply_override,
     check_value,
+    config_from_tree,
     fsdp2_config_from_dict,
     load_config,
+    read_tree,
 )
 
 __all__ = [
@@ -27,7 +30,10 @@ __all__ = [
     "ModelConfig",
     "RunConfig",
     "adalora_config_from_dict",
+    "apply_override",
     "check_value",
+    "config_from_tree",
     "fsdp2_config_from_dict",
     "load_config",
+    "read_tree",
 ]

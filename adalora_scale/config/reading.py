@@ -23,6 +23,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: the file is missing or not YAML, a key is unknown, or a value has the wrong type or range.
     """
+    return config_from_tree(read_tree(path, overrides))
+
+
+def config_from_tree(tree: dict[str, Any]) -> RunConfig:
+    """Build a run's config from what its YAML file holds.
+
+    Raises:
+        UserError: a key is unknown, or a value has the wrong type or range.
+    """
+    return _build(RunConfig, tree)
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what a YAML file holds after its overrides; keys that nobody set are not there.
+
+    Raises:
+        UserError: the file is missing or not YAML, or an override is not of the form section.key=value.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -39,8 +57,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping with the sections {_SECTIONS}.")
     for override in overrides:
-        _apply_override(tree, override)
-    return _build(RunConfig, tree)
+        apply_override(tree, override)
+    return tree
 
 
 def adalora_config_from_dict(tree: dict[str, Any]) -> AdaLoraConfig:
@@ -69,7 +87,12 @@ def check_value(key: str, value: Any, annotation: Any) -> Any:
         raise UserError(f"{key}: {error.errors()[0]['msg']} (got {value!r}).") from None
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set the key that an override names, in place.
+
+    Raises:
+        UserError: it is not of the form section.key=value, or its value is not YAML.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override '{override}' is not of the form section.key=value.")

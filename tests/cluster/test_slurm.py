@@ -1,6 +1,7 @@
 """launch/slurm.sbatch on a real SLURM of two nodes: munge, slurmctld and slurmd from the distribution's packages."""
 
 import json
+import sys
 import time
 
 import pytest
@@ -125,3 +126,25 @@ def test_a_node_that_dies_requeues_the_job_which_goes_on_from_its_checkpoint(
     assert state["JobState"] == "COMPLETED" and state["Restarts"] == "1", said
     assert "resumed from" in said
     assert_same(read_result(tmp_path / "out"), one_process_result, tolerance=1e-5)
+
+
+def test_a_sweep_submits_every_trial_once_and_reads_what_came_of_it(slurm, tmp_path):
+    """A second call that submits what is queued or done trains twice in one folder, and pays for it."""
+    slurm.environment["ADALORA_LOG_DIR"] = str(tmp_path / "logs")
+    words = [
+        sys.executable, "-m", "adalora_scale.cli", "sweep", *ARGUMENTS, "training.max_steps=20",
+        "adalora.tfinal=10", "--output", f"{tmp_path}/sweep", "--grid", "training.learning_rate=1e-3,1e-2",
+        f"--sbatch={' '.join(FITTED)} --nodes=1 --hold", "--json",
+    ]  # fmt: skip
+    jobs = []
+    for _ in range(2):
+        found = json.loads(slurm.call(*words))
+        assert [trial["state"] for trial in found["trials"]] == ["queued", "queued"] and found["best"] is None
+        jobs.append([path.read_text() for path in sorted((tmp_path / "sweep").glob("trials/*/slurm-job"))])
+    assert jobs[0] == jobs[1] and len(set(jobs[0])) == 2
+    for job in jobs[0]:
+        slurm.call("scontrol", "release", job.strip())
+        assert slurm.wait(job.strip())["JobState"] == "COMPLETED"
+    found = json.loads(slurm.call(*words))
+    assert [trial["state"] for trial in found["trials"]] == ["done", "done"]
+    assert found["best"] == {"training.learning_rate": "1e-2"} and (tmp_path / "sweep" / "best.yaml").exists()

@@ -1,0 +1,217 @@
+"""From the command line to a table and the winner's config."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from adalora_scale.config import apply_override, config_from_tree, read_tree
+from adalora_scale.errors import INTERRUPTED_EXIT_CODE, UserError
+from adalora_scale.sweep.local import Local
+from adalora_scale.sweep.report import Results, at_the_edge, best_of, duration, table, winning_config
+from adalora_scale.sweep.search import Listed, Optuna, Source, grid_of
+from adalora_scale.sweep.slurm import Slurm
+from adalora_scale.sweep.space import Choices, Range, around, choices, grid, number_range
+from adalora_scale.sweep.trial import Outcome, Trial
+from adalora_scale.training.arguments import check_training_section
+from adalora_scale.training.records import replace_text
+
+_BASE = "config.yaml"
+_DEFAULT_RATE = 2e-4
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run `adalora-scale sweep`; the exit code is what its --help says.
+
+    Raises:
+        UserError: an option, a key or a value cannot be used, or the folder holds another sweep.
+    """
+    overrides = list(arguments.overrides)
+    if arguments.deepspeed:
+        overrides += ["engine.name=deepspeed", f"engine.config={json.dumps(arguments.deepspeed)}"]
+    tree = read_tree(arguments.config, overrides)
+    _check_options(arguments)
+    config = config_from_tree(tree)
+    if config.data.eval is None and not config.data.eval_fraction:
+        raise UserError("a sweep compares evaluations; set data.eval, or data.eval_fraction to hold rows out.")
+    dimensions = _dimensions(arguments, config.training.get("learning_rate", _DEFAULT_RATE))
+    seed = int(config.training.get("seed", 42))
+    _check_values(tree, dimensions)
+    folder: Path = arguments.output
+    _claim(folder, tree)
+    goal = arguments.goal or ("min" if "loss" in arguments.metric else "max")
+    where = _where(arguments, folder)
+    source: Source
+    if arguments.trials:
+        journal = folder / "optuna.log"
+        source = Optuna(dimensions, arguments.trials, seed, journal, goal, jobs=arguments.jobs or 1)
+    else:
+        source = grid_of([d for d in dimensions if isinstance(d, Choices)], seed)
+
+    progress = _Progress(goal, source, quiet=arguments.json)
+    where.run(source, progress)
+    results, again = progress.results, Results()
+    best = best_of(results, goal)
+    if best and arguments.seeds and _complete(results, source) and not progress.failed_only:
+        more = Listed(Trial(best.settings, seed + 1 + number, again=True) for number in range(arguments.seeds))
+        after = _Progress(goal, more, quiet=arguments.json)
+        where.run(more, after)
+        again = {trial: after.results[trial] for trial in more.trials if trial in after.results}
+    _write(arguments, tree, dimensions, results, again, goal)
+    states = {outcome.state for outcome in (*results.values(), *again.values())}
+    if "stopped" in states or (isinstance(where, Local) and where.stopping.is_set()):
+        print("stopped; the same command goes on", file=sys.stderr)
+        return INTERRUPTED_EXIT_CODE
+    return 1 if states & {"failed", "running elsewhere"} else 0
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    for option in ("trials", "jobs"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option} is {value}; it must be at least 1.")
+    if arguments.seeds < 0:
+        raise UserError(f"--seeds is {arguments.seeds}; it must be at least 0.")
+    if arguments.range and not arguments.trials:
+        raise UserError("--range is for Optuna; say how many trials it may propose with --trials N.")
+    if arguments.sbatch is not None:
+        for option in ("trials", "jobs", "launcher"):
+            if getattr(arguments, option):
+                raise UserError(
+                    f"--sbatch submits a grid whose trials do not wait for each other; it cannot go with --{option}."
+                )
+
+
+def _dimensions(arguments: argparse.Namespace, learning_rate: Any) -> list[Choices | Range]:
+    dimensions: list[Choices | Range] = [*map(number_range, arguments.range), *map(choices, arguments.grid)]
+    if not dimensions:
+        return [around("training.learning_rate", float(learning_rate))]
+    keys = [dimension.key for dimension in dimensions]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"{key} is varied twice; give each key once, by --grid or by --range.")
+        if key in ("training.output_dir", "training.seed", "training.resume_from_checkpoint"):
+            raise UserError(f"{key} is the sweep's own to set; --seeds N runs the best one on other seeds.")
+    return dimensions
+
+
+def _check_values(tree: dict[str, Any], dimensions: list[Choices | Range]) -> None:
+    """Build every combination's config (of a range its ends), so that a wrong key or value is refused at once."""
+    ends = [
+        d
+        if isinstance(d, Choices)
+        else Choices(d.key, tuple(f"{x:.0f}" if d.whole else f"{x:g}" for x in (d.low, d.high)))
+        for d in dimensions
+    ]
+    for settings in grid(ends):
+        tried = deepcopy(tree)
+        for key, value in settings:
+            apply_override(tried, f"{key}={value}")
+        check_training_section(config_from_tree(tried))
+
+
+def _claim(folder: Path, tree: dict[str, Any]) -> None:
+    """Write the config that all trials start from; refuse a folder of another one."""
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    base = folder / _BASE
+    try:
+        if base.exists():
+            known = yaml.safe_load(base.read_text("utf-8"))
+            if known != tree:
+                key = next(key for key in {**known, **tree} if known.get(key) != tree.get(key))
+                raise UserError(
+                    f"--output {folder} holds a sweep of another config (its {key} differs); choose another."
+                )
+            return
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(f"--output {folder} holds other files; choose an empty or new folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(base, text)
+    except OSError as error:
+        raise UserError(f"--output {folder} cannot be written: {error.strerror}.") from None
+
+
+def _where(arguments: argparse.Namespace, folder: Path) -> Local | Slurm:
+    base, trials = folder / _BASE, folder / "trials"
+    if arguments.sbatch is not None:
+        return Slurm(base, trials, arguments.metric, arguments.sbatch)
+    return Local(base, trials, arguments.metric, arguments.launcher, arguments.jobs or 1)
+
+
+class _Progress:
+    """Collects outcomes and says a line for each: how many, what it came to, the best so far, the time that is left."""
+
+    def __init__(self, goal: str, source: Source, *, quiet: bool) -> None:
+        self.results: Results = {}
+        self._goal, self._source, self._quiet = goal, source, quiet
+        self._started = time.monotonic()
+        self._ran = 0
+
+    @property
+    def failed_only(self) -> bool:
+        """Whether no trial came to anything."""
+        return all(outcome.state == "failed" for outcome in self.results.values())
+
+    def __call__(self, trial: Trial, outcome: Outcome) -> None:
+        self._ran += not outcome.earlier
+        self.results[trial] = outcome
+        best = best_of(self.results, self._goal)
+        words = outcome.reason if outcome.value is None else f"{outcome.value:.4f}"
+        if not math.isfinite(outcome.value or 0):
+            words = "diverged"
+        if outcome.earlier:
+            words += " (an earlier call)"
+        if best == trial and not trial.again:
+            words += ", the best so far"
+        left = self._source.total - len(self.results)
+        spent = time.monotonic() - self._started
+        rest = f"; about {duration(spent / self._ran * left)} left" if left > 0 and self._ran and spent > 5 else ""
+        line = f"[{len(self.results)}/{self._source.total}] {trial}: {outcome.state} {words}{rest}"
+        print(line, file=sys.stderr if self._quiet else sys.stdout, flush=True)
+
+
+def _complete(results: Results, source: Source) -> bool:
+    return len(results) >= source.total and all(o.state in ("done", "failed") for o in results.values())
+
+
+def _write(
+    arguments: argparse.Namespace,
+    tree: dict[str, Any],
+    dimensions: list[Choices | Range],
+    results: Results,
+    again: Results,
+    goal: str,
+) -> None:
+    folder: Path = arguments.output
+    shown = table(results, again, arguments.metric, goal)
+    best = best_of(results, goal)
+    replace_text(folder / "table.md", shown)
+    if best:
+        replace_text(folder / "best.yaml", winning_config(tree, best, results[best], arguments.metric, str(folder)))
+    if arguments.json:
+        rows = [
+            {"settings": dict(trial.settings), "seed": trial.seed, "again": trial.again, **asdict(outcome)}
+            for trial, outcome in (*results.items(), *again.items())
+        ]
+        found = {
+            "metric": arguments.metric,
+            "goal": goal,
+            "best": dict(best.settings) if best else None,
+            "trials": rows,
+        }
+        print(json.dumps(found))
+        return
+    print(f"\n{shown}")
+    if best:
+        for sentence in at_the_edge(best, dimensions):
+            print(f"note: {sentence}")
+        print(f"best: {best}; adalora-scale train --config {folder / 'best.yaml'}")

@@ -1,0 +1,141 @@
+"""`adalora-scale sweep` as people start it: real trials of a few steps on the model that ships here."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import yaml
+
+from adalora_scale.config import load_config
+from adalora_scale.sweep.local import Local
+from adalora_scale.sweep.search import Listed
+from adalora_scale.sweep.trial import Trial
+from tests.conftest import ROOT
+
+SMALL = [
+    "training.max_steps=3", "training.warmup_steps=0", "training.logging_steps=1", "data.max_eval_samples=20",
+    "model.load_in_4bit=false", "training.per_device_train_batch_size=4", "adalora.deltaT=1",
+]  # fmt: skip
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("ADALORA_", "SLURM_"))} | {
+    "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
+}  # fmt: skip
+
+
+def command(folder, *arguments):
+    recipe = "configs/recipes/quickstart.yaml"
+    return [
+        sys.executable, "-m", "adalora_scale.cli", "sweep", "--config", recipe, "--output", str(folder), *SMALL,
+        *arguments,
+    ]  # fmt: skip
+
+
+def sweep(folder, *arguments, code=0):
+    result = subprocess.run(
+        command(folder, *arguments), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    return result
+
+
+def trials(folder):
+    """{folder's name: when its training last wrote}."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("trials/*/run.json")}
+
+
+def test_a_grid_is_run_once_and_the_best_is_kept_as_a_config(tmp_path):
+    """Else an interrupted or widened sweep pays for its trials again, or hands on a config that is not the winner's."""
+    folder = tmp_path / "sweep"
+    rates = "training.learning_rate=1e-4,3e-2"
+    said = sweep(folder, "--grid", rates, "--seeds", "1").stdout
+    first = trials(folder)
+    assert len(first) == 2 + 1
+    values = {
+        name: json.loads((folder / "trials" / name / "run.json").read_text())["final"]["eval_loss"] for name in first
+    }
+    tuned = {name: value for name, value in values.items() if "seed-42" in name}
+    winner = min(tuned, key=tuned.get)
+    assert "3e-2" in winner  # three steps at 1e-4 leave the base as it is
+    assert all("3e-2" in name for name in values.keys() - tuned.keys())  # the seeds are the winner's
+    best = load_config(folder / "best.yaml")
+    assert float(best.training["learning_rate"]) == 3e-2 and best.training["max_steps"] == 3
+    assert f"{tuned[winner]:.4f}" in (folder / "best.yaml").read_text()
+    table = (folder / "table.md").read_text()
+    assert table in said and table.index("3e-2") < table.index("1e-4")
+    config = json.loads((folder / "trials" / winner / "run.json").read_text())["config"]
+    assert float(config["training"]["learning_rate"]) == 3e-2 and config["training"]["seed"] == 42
+
+    said = sweep(folder, "--grid", rates + ",1e-2", "--json")
+    found = json.loads(said.stdout)
+    after = trials(folder)
+    assert {name: after[name] for name in first} == first and len(after) == 4  # one more, the others untouched
+    assert found["best"] == {"training.learning_rate": "3e-2"} and len(found["trials"]) == 3
+    assert [trial["earlier"] for trial in found["trials"]] == [True, True, False]
+
+    error = sweep(folder, "--grid", rates, "adalora.target_r=4", code=2).stderr
+    assert "another config (its adalora differs)" in error and trials(folder) == after
+
+
+def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path):
+    """A sweep that is stopped must not lose the hours of its trial, and its children must not go on alone."""
+    folder = tmp_path / "sweep"
+    words = ["--grid", "training.learning_rate=1e-3", "training.max_steps=60"]
+    with subprocess.Popen(command(folder, *words), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE) as running:
+        deadline = time.monotonic() + 120
+        while not any(path.stat().st_size for path in folder.glob("trials/*/metrics.jsonl")):
+            assert running.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(60) == 85
+    (trial,) = folder.glob("trials/*")
+    (checkpoint,) = trial.glob("checkpoint-*")
+    assert 0 < int(checkpoint.name.split("-")[1]) < 60 and not (trial / "run.json").exists()
+    sweep(folder, *words)
+    steps = [json.loads(line)["step"] for line in (trial / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(1, 61)) and checkpoint.name in (trial / "train.log").read_text()
+
+
+def test_optuna_goes_on_from_its_journal(tmp_path):
+    """A second call that begins anew would propose what was tried and forget what came of it."""
+    folder = tmp_path / "sweep"
+    space = ["--range", "training.learning_rate=1e-3..1e-1", "--grid", "adalora.target_r=2,4"]
+    sweep(folder, *space, "--trials", "2")
+    first = trials(folder)
+    assert len(first) == 2
+    found = json.loads(sweep(folder, *space, "--trials", "3", "--json").stdout)
+    after = trials(folder)
+    assert len(after) == 3 and {name: after[name] for name in first} == first
+    assert len(found["trials"]) == 3  # of the earlier call, too
+    for trial in found["trials"]:
+        assert 1e-3 <= float(trial["settings"]["training.learning_rate"]) <= 1e-1
+        assert trial["settings"]["adalora.target_r"] in ("2", "4")
+    assert found["best"] == min(found["trials"], key=lambda trial: trial["value"])["settings"]
+
+
+def test_trials_side_by_side_and_one_that_fails(tmp_path):
+    """A trial that cannot run must be named with its reason, and must not end the others."""
+    folder = tmp_path / "sweep"
+    result = sweep(
+        folder, "--jobs", "2", "--grid", "model.attn_implementation=sdpa,flash_attention_2,eager", code=1
+    )  # fmt: skip
+    assert len(trials(folder)) == 2
+    failed = next(line for line in (folder / "table.md").read_text().splitlines() if "flash_attention_2" in line)
+    assert "failed (exit code 2: error: " in failed and "train.log" in failed
+    assert result.stdout.count("the best so far") >= 1
+    assert yaml.safe_load((folder / "best.yaml").read_text())["model"]["attn_implementation"] in ("sdpa", "eager")
+
+
+def test_a_folder_in_which_somebody_trains_is_left_alone(tmp_path):
+    """Two processes in one run's folder would mix their files."""
+    trial = Trial((("training.learning_rate", "1e-3"),), 42)
+    folder = tmp_path / trial.name
+    folder.mkdir()
+    told = []
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        here = Local(tmp_path / "config.yaml", tmp_path, "eval_loss", None, 1)
+        here.run(Listed([trial]), lambda _, outcome: told.append(outcome.state))
+    assert told == ["running elsewhere"] and [path.name for path in folder.iterdir()] == [".lock"]
