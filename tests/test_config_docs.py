@@ -53,10 +53,11 @@ def test_the_presets_stand_in_the_page_with_their_values():
         for target_r in (1, 8):
             config = AdaLoraConfig(preset=name, target_r=target_r)
             for key, text in values.items():
-                factor, times, _ = text.partition(" × target_r")
+                factor, times, least = text.partition(" × target_r")
                 expected = float(factor) * target_r if times else text
                 if key == "init_r":
-                    expected = max(round(expected), target_r + 1)
+                    at_least = int(least.removeprefix(", at least ") or 0)
+                    expected = max(round(expected), at_least, target_r + 1)
                 assert str(getattr(config, key)) == str(expected) or getattr(config, key) == float(expected), (
                     name,
                     key,

@@ -19,6 +19,8 @@ class Preset:
     budget_unit: Literal["params", "triplets"]
     init_ratio: float
     """init_r as a multiple of target_r."""
+    init_least: int
+    """init_r where that is less: of two triplets a matrix there is little to choose."""
     lora_alpha: float | None
     """None: twice target_r, as LoRA is mostly run."""
     orth_reg_weight: float
@@ -28,7 +30,7 @@ class Preset:
     def values(self, target_r: int) -> dict[str, Any]:
         """Return the value of every key for a run that ends at `target_r`; at least one triplet a matrix is pruned."""
         keys = dataclasses.asdict(self)
-        keys["init_r"] = max(round(keys.pop("init_ratio") * target_r), target_r + 1)
+        keys["init_r"] = max(round(keys.pop("init_ratio") * target_r), keys.pop("init_least"), target_r + 1)
         if self.lora_alpha is None:
             keys["lora_alpha"] = 2.0 * target_r
         return keys
@@ -39,6 +41,7 @@ _PAPER = Preset(
     init_weights="adalora",
     budget_unit="triplets",
     init_ratio=1.5,
+    init_least=0,
     lora_alpha=32,
     orth_reg_weight=0.1,
     tinit=0.1,
@@ -52,6 +55,7 @@ PRESETS = {
         init_weights="lora",
         budget_unit="params",
         init_ratio=2,
+        init_least=4,
         lora_alpha=None,
         orth_reg_weight=0.0,
         tinit=0.1,

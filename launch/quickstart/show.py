@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 def main(run: Path) -> None:
     """Print the table of figures and the map of ranks of the run in `run`."""
     before = _read(run.with_name(run.name + ".before.json"))
-    after = _read(run.with_name(run.name + ".after.json"))
     lora = _read(run.with_name(run.name + "-lora") / "run.json")
     ours = _read(run / "run.json")
     allocations = [json.loads(line) for line in (run / "ranks.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -23,14 +23,31 @@ def main(run: Path) -> None:
     losses = [record["loss"] for record in losses if "loss" in record]
 
     final = allocations[-1]
-    print(f"\n{'':24}exact match   parameters")
-    print(f"{'untouched base model':24}{before['exact_match']:>10.1%}   {'–':>10}")
-    print(f"{'plain LoRA':24}{lora['exact_match']:>10.1%}   {lora['adapter_parameters']:>10,}")
-    print(f"{'AdaLoRA':24}{after['exact_match']:>10.1%}   {ours['budget']['spent']:>10,}")
+    afters = [run.with_name(run.name + ".after.json"), *sorted(run.parent.glob(f"{run.name}-seed-*.after.json"))]
+    adapted = [_read(path)["exact_match"] for path in afters]
+    plain = [
+        _read(path.with_name(path.name.removesuffix(".after.json") + "-lora") / "run.json")["exact_match"]
+        for path in afters
+    ]
+    print(f"\n{'':24}{'exact match':>16}   parameters")
+    print(f"{'untouched base model':24}{before['exact_match']:>16.1%}   {'–':>10}")
+    print(f"{'plain LoRA':24}{_over_seeds(plain):>16}   {lora['adapter_parameters']:>10,}")
+    print(f"{'AdaLoRA':24}{_over_seeds(adapted):>16}   {ours['budget']['spent']:>10,}")
+    if len(afters) > 1:
+        differences = [100 * (ours - lora) for ours, lora in zip(adapted, plain, strict=True)]
+        mean, deviation = statistics.fmean(differences), statistics.stdev(differences)
+        print(f"\n{len(afters)} seeds; AdaLoRA less LoRA of the same seed: {mean:+.1f} ± {deviation:.1f} points.")
     print(f"\nAdaLoRA's loss fell from {losses[0]:.3f} to {losses[-1]:.3f} in {ours['total_step']} steps.")
     print(f"Its {len(allocations)} allocations spent the budget where it helps; ranks by layer:\n")
     print(rank_map(final["ranks"]))
     print(f"\nThe adapter is in {run}; PEFT loads it too: PeftModel.from_pretrained(base_model, '{run}')")
+
+
+def _over_seeds(shares: list[float]) -> str:
+    """Return a share, with its standard deviation over seeds where there are several."""
+    if len(shares) == 1:
+        return f"{shares[0]:.1%}"
+    return f"{100 * statistics.fmean(shares):.1f} ± {100 * statistics.stdev(shares):.1f}%"
 
 
 def rank_map(ranks: dict[str, int]) -> str:

@@ -17,17 +17,18 @@ class Ours(Method):
 
     Args:
         name, label: of the row.
-        init: init_r as a multiple of target_r.
+        init: init_r as a multiple of target_r; None: the preset's.
         options: the rest of the section.
     """
 
-    def __init__(self, name: str, label: str, *, init: float = 2, **options: Any) -> None:
+    def __init__(self, name: str, label: str, *, init: float | None = None, **options: Any) -> None:
         self.name, self.label = name, label
         self._init, self._options = init, options
 
     def section(self, setting: Setting) -> dict[str, Any]:
-        init_r = max(round(self._init * setting.target_r), setting.target_r + (self._init > 1))
-        section = {"init_r": init_r, "target_r": setting.target_r, "deltaT": 1, **self._options}
+        section = {"target_r": setting.target_r, "deltaT": 1, **self._options}
+        if self._init is not None:
+            section["init_r"] = max(round(self._init * setting.target_r), setting.target_r + (self._init > 1))
         return section | {"lora_alpha": SCALE / AdaLoraConfig(**section | {"lora_alpha": 1}).scaling}
 
     def trainer(self, config: RunConfig, inputs: Inputs, setting: Setting) -> Trainer:
@@ -53,6 +54,7 @@ METHODS = (
     Ours("svd_start", "Ī · Ū, SVD start, penalty", init=1.5, **_SVD_START),
     Ours("paper", "paper (its score, start and penalty)", init=1.5, preset="paper", budget_unit="params"),
     Ours("no_allocation", "no allocation", init=1),
+    Ours("double", "from 2 × target_r", init=2),
     Ours("importance", "Ī · Ū", score="sensitivity_uncertainty"),
     Ours("late", "final allocation at 70 %", tfinal=0.3),
     Ours("smooth", "final allocation at 70 %, β₁ .95", tfinal=0.3, beta1=0.95),
