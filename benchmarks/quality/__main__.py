@@ -44,7 +44,9 @@ def main() -> int:
         "--methods", nargs="+", choices=methods, default=list(methods), metavar="NAME", help=", ".join(methods)
     )
     parser.add_argument("--budgets", nargs="+", type=int, default=[1, 2, 8], metavar="R", help="as ranks of LoRA")
-    parser.add_argument("--seeds", type=int, default=5, help="of the chosen setting (default 5)")
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="of the chosen setting; table: a row has at least these (default 5)"
+    )
     parser.add_argument(
         "--split",
         choices=("validation", "test"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from benchmarks.quality.statistics import paired, spread
 from benchmarks.quality.tasks import QualityTask
 
 REFERENCE = "lora"
+_MOST_SEEDS = 1000
 
 
 def rows_of(
@@ -21,16 +23,19 @@ def rows_of(
     split: str,
     results: Results,
 ) -> list[dict[str, Any]]:
-    """Return one row a (task, budget, method) whose seeds are all there."""
+    """Return one row a (task, budget, method) of which at least `seeds` seeds are there.
+
+    All of its seeds count, up to the first that is missing; a difference is of those that LoRA has, too.
+    """
     rows: list[dict[str, Any]] = []
     for task in tasks:
         known = results.of(task.name)
         for target_r in budgets:
-            reference: list[float] | None = None
+            reference: list[float] = []
             for method in (REFERENCE, *(m for m in methods if m != REFERENCE)):
-                wanted = final_cells(task, method, target_r, seeds, known)
-                cells = [known[cell] for cell in wanted if cell in known]
-                if not cells or len(cells) < len(wanted):
+                wanted = final_cells(task, method, target_r, _MOST_SEEDS, known)
+                cells = [known[cell] for cell in itertools.takewhile(known.__contains__, wanted)]
+                if len(cells) < max(seeds, 1):
                     continue
                 losses = [cell[split]["loss"] for cell in cells]
                 if method == REFERENCE:
@@ -45,9 +50,11 @@ def rows_of(
                     "accuracies": [cell[split]["accuracy"] for cell in cells],
                     "parameters": [cell["parameters"] / cell["budget"] for cell in cells],
                 }
-                if reference is not None and method != REFERENCE:
-                    difference = paired(losses, reference)
+                if reference and method != REFERENCE:
+                    both = min(len(losses), len(reference))
+                    difference = paired(losses[:both], reference[:both])
                     row["difference"] = [difference.mean, difference.low, difference.high]
+                    row["pairs"] = difference.pairs
                 rows.append(row)
     return rows
 
@@ -71,9 +78,11 @@ def markdown(rows: Sequence[dict[str, Any]], labels: dict[str, str]) -> str:
             mean, low, high = row["difference"]
             sure = "" if low <= 0 <= high else (" **ahead**" if mean < 0 else " **behind**")
             difference = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]{sure}"
-        shares = row["parameters"]
+        shares, seeds = row["parameters"], str(row["seeds"])
+        if row.get("pairs", row["seeds"]) != row["seeds"]:
+            seeds += f", {row['pairs']} pairs"
         lines.append(
             f"| {labels[row['method']]} | {row['learning_rate']:g} | {spread(row['losses'])} | "
-            f"{spread(row['accuracies'])} | {difference} | {min(shares):.3f} to {max(shares):.3f} | {row['seeds']} |"
+            f"{spread(row['accuracies'])} | {difference} | {min(shares):.3f} to {max(shares):.3f} | {seeds} |"
         )
     return "\n".join(lines).strip() + "\n"

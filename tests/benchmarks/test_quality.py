@@ -52,20 +52,22 @@ def test_the_rate_of_the_lowest_validation_loss_runs_on_the_seeds(tmp_path):
 def test_a_row_pairs_seeds_and_a_lower_loss_is_ahead(tmp_path):
     """A wrong sign or unpaired seeds would turn the conclusion around."""
     results = Results(tmp_path)
-    for method, shift in (("lora", 0.0), ("ours", -0.2), ("half", 0.0)):
+    for method, shift, seeds in (("lora", 0.0, 3), ("ours", -0.2, 4), ("half", 0.0, 2)):
         tuned(results, method, (0.3, 0.1, 0.2))
-        for seed in range(3 if method != "half" else 2):
+        for seed in range(seeds):
             test = {"loss": 2.0 + seed + shift * 2}
             cell = Cell("toy", method, 2, 1e-2, seed, True)
             results.add(cell, figures(1.0 + seed + shift + 0.01 * seed * (method == "ours"), test=test))
     rows = rows_of([TASK], ["ours", "half"], [2], 3, "validation", results)
-    assert [row["method"] for row in rows] == ["lora", "ours"]  # a method whose seeds are not all there has no row
+    assert [row["method"] for row in rows] == ["lora", "ours"]  # a method of too few seeds has no row
     mean, low, high = rows[1]["difference"]
     assert mean == pytest.approx(-0.19) and low < mean < high < 0
     # The three differences are -.2, -.19, -.18: ± 4.303 · .01 / √3
     assert high - mean == pytest.approx(4.3027 * 0.01 / 3**0.5, rel=1e-3)
     text = markdown(rows, {"lora": "LoRA", "ours": "ours"})
     assert "**ahead**" in text and "-0.190" in text
+    assert text.splitlines()[-1].endswith("| 4, 3 pairs |")  # LoRA has no fourth seed: it pairs with nothing
+    assert rows[1]["losses"][3] == pytest.approx(3.83)
     on_test = rows_of([TASK], ["ours"], [2], 3, "test", results)
     assert on_test[1]["difference"][0] == pytest.approx(-0.4)
 
