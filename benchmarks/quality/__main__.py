@@ -12,6 +12,7 @@ from pathlib import Path
 
 from adalora_scale.errors import run_reporting_errors
 from benchmarks import quality
+from benchmarks.quality import curve
 from benchmarks.quality.cell import Results, run_cell
 from benchmarks.quality.methods import all_methods
 from benchmarks.quality.search import missing
@@ -29,7 +30,7 @@ def main() -> int:
         description=quality.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", choices=("run", "table"))
+    parser.add_argument("action", choices=("run", "table", "curve"), help="curve: one run's adapter cut to ten sizes")
     parser.add_argument(
         "--results",
         type=Path,
@@ -56,12 +57,27 @@ def main() -> int:
     parser.add_argument("--share", default="0/1", metavar="I/N", help="run every Nth cell from the Ith: N side by side")
     parser.add_argument("--json", type=Path, metavar="FILE", help="table: also write the rows as JSON")
     arguments = parser.parse_args()
-    return run_reporting_errors(lambda: _run(arguments) if arguments.action == "run" else _table(arguments))
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    actions = {"run": _run, "table": _table, "curve": _curve}
+    return run_reporting_errors(lambda: actions[arguments.action](arguments))
+
+
+def _curve(arguments: argparse.Namespace) -> int:
+    sources, method = Sources(arguments.shared.resolve(), _ROOT), all_methods()[curve.METHOD]
+    done = {(row["task"], row["target_r"], row["seed"]) for row in curve.curve_rows(arguments.results)}
+    for name, target_r, seed in itertools.product(arguments.tasks, arguments.budgets, range(arguments.seeds)):
+        if (name, target_r, seed) in done:
+            continue
+        work = arguments.work / "curve"
+        rows = curve.run_curve(TASKS[name], method, target_r, seed, arguments.results, sources, work)
+        said = ", ".join(f"{row['share']:.0%} {row['loss']:.3f}" for row in rows)
+        print(f"{name} r {target_r} seed {seed}: {said}", flush=True)
+    print(curve.curve_markdown([TASKS[name] for name in arguments.tasks], arguments.results))
+    return 0
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
     sources = Sources(arguments.shared.resolve(), _ROOT)
     methods = all_methods()
     number, count = map(int, arguments.share.split("/"))

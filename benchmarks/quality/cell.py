@@ -71,6 +71,36 @@ def run_cell(cell: Cell, task: QualityTask, method: Method, sources: Sources, wo
         work: a folder for splits, tokens and the run, which nothing else writes to.
     """
     started = time.monotonic()
+    trained = train_cell(cell, task, method, sources, work)
+    trainer, budget = trained.trainer, trained.budget
+    method.finish(trainer, budget)
+    figures: dict[str, Any] = {"validation": evaluate(trainer)}
+    if trained.test is not None:
+        trainer.eval_dataset = trained.test
+        figures["test"] = evaluate(trainer)
+    return figures | {
+        "parameters": method.parameters(trainer),
+        "budget": budget,
+        "steps": trainer.state.global_step,
+        "train_tokens": trained.train_tokens,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+@dataclass
+class Trained:
+    """A training that has just ended."""
+
+    trainer: Trainer
+    budget: int
+    """The parameters of LoRA of the cell's rank on every linear layer."""
+    test: Any
+    """The test split; None in a trial."""
+    train_tokens: int | None
+
+
+def train_cell(cell: Cell, task: QualityTask, method: Method, sources: Sources, work: Path) -> Trained:
+    """Train; arguments as `run_cell`."""
     files = write_splits(task, sources, work / "data")
     setting = Setting(cell.target_r, cell.learning_rate, cell.seed, task.steps)
     config = config_of(task, method, setting, files, sources, work)
@@ -81,18 +111,7 @@ def run_cell(cell: Cell, task: QualityTask, method: Method, sources: Sources, wo
     trainer = method.trainer(config, inputs, setting)
     trainer.train()
     budget = budget_of(load_model(config, label_names=inputs.raw.label_names), config, cell.target_r)
-    method.finish(trainer, budget)
-    figures: dict[str, Any] = {"validation": evaluate(trainer)}
-    if test is not None:
-        trainer.eval_dataset = test
-        figures["test"] = evaluate(trainer)
-    return figures | {
-        "parameters": method.parameters(trainer),
-        "budget": budget,
-        "steps": trainer.state.global_step,
-        "train_tokens": inputs.data.report.get("train_tokens"),
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    return Trained(trainer, budget, test, inputs.data.report.get("train_tokens"))
 
 
 def config_of(

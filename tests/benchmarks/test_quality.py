@@ -8,7 +8,9 @@ import pytest
 
 pytest.importorskip("scipy", reason="needs the extra 'quality'")
 
+from adalora_scale.errors import UserError
 from benchmarks.quality.cell import Cell, Results, run_cell
+from benchmarks.quality.curve import SHARES, curve_rows, run_curve
 from benchmarks.quality.methods import all_methods
 from benchmarks.quality.search import TUNING_SEED, best_rate, final_cells, missing
 from benchmarks.quality.statistics import paired
@@ -98,6 +100,23 @@ def test_a_cell_ends_within_one_percent_of_the_budget(tmp_path, method):
     assert 0 < found["validation"]["loss"] < 10 and 0 < found["test"]["loss"] < 10
     assert found["validation"]["count"] != found["test"]["count"]
     json.dumps(found)
+
+
+def test_a_curve_starts_at_the_run_itself_and_falls_off(tmp_path):
+    """Else the sizes are another run's, or the cut adapter is not what is evaluated."""
+    task = dataclasses.replace(TASKS["quickstart"], steps=10, batch=4, learning_rates=(1e-2,))
+    sources, method = Sources(ROOT / "shared-is-not-needed", ROOT), all_methods()["default"]
+    results = Results(tmp_path / "results")
+    trial = Cell("quickstart", "default", 2, 1e-2, TUNING_SEED, False)
+    with pytest.raises(UserError, match="not chosen"):
+        run_curve(task, method, 2, TUNING_SEED, tmp_path / "results", sources, tmp_path)
+    results.add(trial, run_cell(trial, task, method, sources, tmp_path))
+    rows = run_curve(task, method, 2, TUNING_SEED, tmp_path / "results", sources, tmp_path)
+    assert [row["share"] for row in rows] == list(SHARES) and curve_rows(tmp_path / "results") == rows
+    assert rows[0]["loss"] == pytest.approx(results.of("quickstart")[trial]["validation"]["loss"], rel=1e-5)
+    sizes = [row["parameters"] for row in rows]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] <= sizes[0] / 10 + 1
+    assert rows[-1]["loss"] > rows[0]["loss"] + 0.01
 
 
 def test_the_page_shows_what_the_committed_results_say():
