@@ -16,7 +16,7 @@ from benchmarks.quality import curve
 from benchmarks.quality.cell import Results, run_cell
 from benchmarks.quality.methods import all_methods
 from benchmarks.quality.search import missing
-from benchmarks.quality.table import markdown, rows_of
+from benchmarks.quality.table import markdown, rows_of, short_markdown
 from benchmarks.quality.tasks import TASKS, Sources
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +55,7 @@ def main() -> int:
         help="table: what to show; test only when nothing is left to decide (default validation)",
     )
     parser.add_argument("--share", default="0/1", metavar="I/N", help="run every Nth cell from the Ith: N side by side")
+    parser.add_argument("--short", action="store_true", help="table: our default beside LoRA, in one table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="table: also write the rows as JSON")
     arguments = parser.parse_args()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -108,6 +109,9 @@ def _table(arguments: argparse.Namespace) -> int:
     rows = rows_of(tasks, arguments.methods, arguments.budgets, arguments.seeds, arguments.split, known)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    if arguments.short:
+        print(short_markdown(rows, "default"))
+        return 0
     print(markdown(rows, {name: method.label for name, method in methods.items()}))
     return 0
 

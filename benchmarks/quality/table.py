@@ -73,11 +73,7 @@ def markdown(rows: Sequence[dict[str, Any]], labels: dict[str, str]) -> str:
                 "| method | lr | loss | accuracy | against LoRA, 95 % | parameters / budget | seeds |",
                 "|---|---|---|---|---|---|---|",
             ]
-        difference = "–"
-        if "difference" in row:
-            mean, low, high = row["difference"]
-            sure = "" if low <= 0 <= high else (" **ahead**" if mean < 0 else " **behind**")
-            difference = f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]{sure}"
+        difference = _difference(row)
         shares, seeds = row["parameters"], str(row["seeds"])
         if row.get("pairs", row["seeds"]) != row["seeds"]:
             seeds += f", {row['pairs']} pairs"
@@ -86,3 +82,26 @@ def markdown(rows: Sequence[dict[str, Any]], labels: dict[str, str]) -> str:
             f"{spread(row['accuracies'])} | {difference} | {min(shares):.3f} to {max(shares):.3f} | {seeds} |"
         )
     return "\n".join(lines).strip() + "\n"
+
+
+def short_markdown(rows: Sequence[dict[str, Any]], method: str) -> str:
+    """Return one table of `method` beside LoRA, a row for every task and budget at which both were run."""
+    lines = ["| task | parameters of LoRA r | LoRA | ours | difference, 95 % | seeds |", "|---|---|---|---|---|---|"]
+    reference = {(row["task"], row["target_r"]): row for row in rows if row["method"] == REFERENCE}
+    for row in rows:
+        if row["method"] == method and "difference" in row:
+            lora = reference[row["task"], row["target_r"]]
+            lines.append(
+                f"| {row['task']} | {row['target_r']} | {spread(lora['losses'])} | {spread(row['losses'])} | "
+                f"{_difference(row)} | {row['pairs']} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _difference(row: dict[str, Any]) -> str:
+    """Return a paired difference with its interval, and a word where the interval leaves zero out."""
+    if "difference" not in row:
+        return "–"
+    mean, low, high = row["difference"]
+    sure = "" if low <= 0 <= high else (" **ahead**" if mean < 0 else " **behind**")
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]{sure}"

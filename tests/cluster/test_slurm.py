@@ -128,6 +128,7 @@ def test_a_node_that_dies_requeues_the_job_which_goes_on_from_its_checkpoint(
     assert_same(read_result(tmp_path / "out"), one_process_result, tolerance=1e-5)
 
 
+@pytest.mark.full
 def test_a_sweep_submits_every_trial_once_and_reads_what_came_of_it(slurm, tmp_path):
     """A second call that submits what is queued or done trains twice in one folder, and pays for it."""
     slurm.environment["ADALORA_LOG_DIR"] = str(tmp_path / "logs")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import yaml
 
 from adalora_scale.config import load_config
@@ -98,6 +99,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     assert sorted(set(steps)) == list(range(1, 61)) and checkpoint.name in (trial / "train.log").read_text()
 
 
+@pytest.mark.full
 def test_optuna_goes_on_from_its_journal(tmp_path):
     """A second call that begins anew would propose what was tried and forget what came of it."""
     folder = tmp_path / "sweep"
