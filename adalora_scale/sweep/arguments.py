@@ -15,12 +15,12 @@ examples:
     --range training.learning_rate=1e-5..1e-3 --range adalora.lora_alpha=8..64     # Optuna chooses
   … --launcher "torchrun --standalone --nproc-per-node 8"         # every trial on eight GPUs of this machine
   … --jobs 8                                                      # eight trials at a time, a GPU each
-  … --sbatch "--nodes=2 --time=04:00:00"                          # every trial a SLURM job of its own
+  … --sbatch="--nodes=2 --time=04:00:00"                          # every trial a SLURM job of its own
 
 The same command goes on with a sweep that was stopped: what is done is not run again, what was under way resumes from
 its last checkpoint, and values added to a grid are run beside the others. FOLDER/table.md has every trial,
-FOLDER/best.yaml the winner's config for `adalora-scale train`. Exit code 0: all trials are done or in SLURM's queue,
-1: some failed, 2: wrong use, 85: stopped by a signal.
+FOLDER/best.yaml the winner's config for `adalora-scale train`. Exit code 0: all trials are done, in SLURM's queue or
+another call's, 1: some failed or all diverged, 2: wrong use, 85: stopped by a signal.
 """
 
 
@@ -69,6 +69,9 @@ def add_parser(verbs: Any) -> None:
     )
     where.add_argument("--jobs", type=int, metavar="N", help="trials at a time, on equal parts of the GPUs (default 1)")
     where.add_argument("--sbatch", metavar="WORDS", help="submit each trial: options of sbatch for launch/slurm.sbatch")
+    where.add_argument(
+        "--resubmit", action="store_true", help="with --sbatch: again what left the queue without a result"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.set_defaults(run=_run)
 

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import math
 import sys
 import time
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from adalora_scale.config import apply_override, config_from_tree, read_tree
+from adalora_scale.config import apply_override, check_value, config_from_tree, read_tree
 from adalora_scale.errors import INTERRUPTED_EXIT_CODE, UserError
 from adalora_scale.sweep.local import Local
 from adalora_scale.sweep.report import Results, at_the_edge, best_of, duration, table, winning_config
-from adalora_scale.sweep.search import Listed, Optuna, Source, grid_of
+from adalora_scale.sweep.search import Listed, Optuna, Source, grid_of, require_optuna
 from adalora_scale.sweep.slurm import Slurm
 from adalora_scale.sweep.space import Choices, Range, around, choices, grid, number_range
-from adalora_scale.sweep.trial import Outcome, Trial
+from adalora_scale.sweep.trial import Outcome, Trial, finished, known_trials
 from adalora_scale.training.arguments import check_training_section
 from adalora_scale.training.records import replace_text
 
-_BASE = "config.yaml"
+_BASE, _TRIALS = "config.yaml", "trials"
 _DEFAULT_RATE = 2e-4
 
 
@@ -35,43 +35,67 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UserError: an option, a key or a value cannot be used, or the folder holds another sweep.
     """
+    _check_options(arguments)
     overrides = list(arguments.overrides)
     if arguments.deepspeed:
         overrides += ["engine.name=deepspeed", f"engine.config={json.dumps(arguments.deepspeed)}"]
     tree = read_tree(arguments.config, overrides)
-    _check_options(arguments)
     config = config_from_tree(tree)
+    training = check_training_section(config)
     if config.data.eval is None and not config.data.eval_fraction:
         raise UserError("a sweep compares evaluations; set data.eval, or data.eval_fraction to hold rows out.")
-    dimensions = _dimensions(arguments, config.training.get("learning_rate", _DEFAULT_RATE))
-    seed = int(config.training.get("seed", 42))
+    rate = check_value("training.learning_rate", training.get("learning_rate", _DEFAULT_RATE), float)
+    seed = check_value("training.seed", training.get("seed", 42), int)
+    dimensions = _dimensions(arguments, rate)
     _check_values(tree, dimensions)
     folder: Path = arguments.output
+    where = _where(arguments, folder)
     _claim(folder, tree)
     goal = arguments.goal or ("min" if "loss" in arguments.metric else "max")
-    where = _where(arguments, folder)
-    source: Source
-    if arguments.trials:
-        journal = folder / "optuna.log"
-        source = Optuna(dimensions, arguments.trials, seed, journal, goal, jobs=arguments.jobs or 1)
-    else:
-        source = grid_of([d for d in dimensions if isinstance(d, Choices)], seed)
+    source = _source(arguments, dimensions, seed, goal)
 
     progress = _Progress(goal, source, quiet=arguments.json)
-    where.run(source, progress)
-    results, again = progress.results, Results()
+    with contextlib.closing(source):
+        complete = where.run(source, progress)
+    results = _all_known(progress.results, folder / _TRIALS, arguments.metric, again=False)
+    complete &= all(outcome.state in ("done", "failed") for outcome in results.values())
     best = best_of(results, goal)
-    if best and arguments.seeds and _complete(results, source) and not progress.failed_only:
+    if best and arguments.seeds and complete:
         more = Listed(Trial(best.settings, seed + 1 + number, again=True) for number in range(arguments.seeds))
         after = _Progress(goal, more, quiet=arguments.json)
         where.run(more, after)
-        again = {trial: after.results[trial] for trial in more.trials if trial in after.results}
+        again = after.results
+    else:
+        again = Results()
+        if arguments.seeds:
+            print("the best one runs on other seeds when every trial is done: call again", file=sys.stderr)
     _write(arguments, tree, dimensions, results, again, goal)
-    states = {outcome.state for outcome in (*results.values(), *again.values())}
-    if "stopped" in states or (isinstance(where, Local) and where.stopping.is_set()):
+    if isinstance(where, Local) and where.stopping.is_set():
         print("stopped; the same command goes on", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
-    return 1 if states & {"failed", "running elsewhere"} else 0
+    failed = any(outcome.state in ("failed", "not tried") for outcome in (*results.values(), *again.values()))
+    if best is None and results and all(outcome.state == "done" for outcome in results.values()):
+        print("no trial ended with a finite metric: all of them diverged", file=sys.stderr)
+        failed = True
+    return int(failed)
+
+
+def _source(arguments: argparse.Namespace, dimensions: list[Choices | Range], seed: int, goal: str) -> Source:
+    if not arguments.trials:
+        return grid_of([d for d in dimensions if isinstance(d, Choices)], seed)
+    journal = arguments.output / "optuna.log"
+    jobs = arguments.jobs or 1
+    return Optuna(dimensions, arguments.trials, seed, journal, arguments.metric, goal, jobs=jobs)
+
+
+def _all_known(results: Results, trials: Path, metric: str, *, again: bool) -> Results:
+    """Return this call's trials as they stand now, and those of earlier calls that are done."""
+    known = dict(results)
+    for trial in known_trials(trials):
+        if trial.again == again and (outcome := finished(trials / trial.name, metric)):
+            before = known.get(trial)
+            known[trial] = replace(outcome, earlier=before is None or before.earlier)
+    return known
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
@@ -81,6 +105,10 @@ def _check_options(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{option} is {value}; it must be at least 1.")
     if arguments.seeds < 0:
         raise UserError(f"--seeds is {arguments.seeds}; it must be at least 0.")
+    if arguments.resubmit and arguments.sbatch is None:
+        raise UserError("--resubmit is about jobs of --sbatch; a trial that failed here is run again anyway.")
+    if arguments.trials or arguments.range:
+        require_optuna()
     if arguments.range and not arguments.trials:
         raise UserError("--range is for Optuna; say how many trials it may propose with --trials N.")
     if arguments.sbatch is not None:
@@ -141,9 +169,9 @@ def _claim(folder: Path, tree: dict[str, Any]) -> None:
 
 
 def _where(arguments: argparse.Namespace, folder: Path) -> Local | Slurm:
-    base, trials = folder / _BASE, folder / "trials"
+    base, trials = folder / _BASE, folder / _TRIALS
     if arguments.sbatch is not None:
-        return Slurm(base, trials, arguments.metric, arguments.sbatch)
+        return Slurm(base, trials, arguments.metric, arguments.sbatch, resubmit=arguments.resubmit)
     return Local(base, trials, arguments.metric, arguments.launcher, arguments.jobs or 1)
 
 
@@ -156,18 +184,13 @@ class _Progress:
         self._started = time.monotonic()
         self._ran = 0
 
-    @property
-    def failed_only(self) -> bool:
-        """Whether no trial came to anything."""
-        return all(outcome.state == "failed" for outcome in self.results.values())
-
     def __call__(self, trial: Trial, outcome: Outcome) -> None:
         self._ran += not outcome.earlier
         self.results[trial] = outcome
         best = best_of(self.results, self._goal)
         words = outcome.reason if outcome.value is None else f"{outcome.value:.4f}"
-        if not math.isfinite(outcome.value or 0):
-            words = "diverged"
+        if outcome.diverged:
+            words = "but diverged"
         if outcome.earlier:
             words += " (an earlier call)"
         if best == trial and not trial.again:
@@ -177,10 +200,6 @@ class _Progress:
         rest = f"; about {duration(spent / self._ran * left)} left" if left > 0 and self._ran and spent > 5 else ""
         line = f"[{len(self.results)}/{self._source.total}] {trial}: {outcome.state} {words}{rest}"
         print(line, file=sys.stderr if self._quiet else sys.stdout, flush=True)
-
-
-def _complete(results: Results, source: Source) -> bool:
-    return len(results) >= source.total and all(o.state in ("done", "failed") for o in results.values())
 
 
 def _write(
@@ -199,7 +218,9 @@ def _write(
         replace_text(folder / "best.yaml", winning_config(tree, best, results[best], arguments.metric, str(folder)))
     if arguments.json:
         rows = [
-            {"settings": dict(trial.settings), "seed": trial.seed, "again": trial.again, **asdict(outcome)}
+            {"settings": dict(trial.settings), "seed": trial.seed, "again": trial.again}
+            | asdict(outcome)
+            | {"diverged": outcome.diverged, "value": None if outcome.diverged else outcome.value}
             for trial, outcome in (*results.items(), *again.items())
         ]
         found = {
@@ -211,7 +232,12 @@ def _write(
         print(json.dumps(found))
         return
     print(f"\n{shown}")
+    if len(ranks := {o.ranks for o in results.values() if o.ranks}) > 1:
+        print(
+            f"note: trials ran on {' and '.join(map(str, sorted(ranks)))} processes; a batch per device differs then."
+        )
     if best:
         for sentence in at_the_edge(best, dimensions):
             print(f"note: {sentence}")
-        print(f"best: {best}; adalora-scale train --config {folder / 'best.yaml'}")
+        print(f"best: {best}; its adapter is in {folder / _TRIALS / best.name}")
+        print(f"once more: adalora-scale train --config {folder / 'best.yaml'}")

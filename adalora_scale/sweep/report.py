@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ Results = dict[Trial, Outcome]
 
 def best_of(results: Results, goal: str) -> Trial | None:
     """Return the best finished trial; None where none has a finite value."""
-    able = {trial: o.value for trial, o in results.items() if o.value is not None and math.isfinite(o.value)}
+    able = {trial: o.value for trial, o in results.items() if o.value is not None and not o.diverged}
     if not able:
         return None
     return (min if goal == "min" else max)(able, key=able.__getitem__)
@@ -35,7 +36,7 @@ def table(results: Results, again: Results, metric: str, goal: str) -> str:
     for trial, outcome in sorted(results.items(), key=lambda pair: _order(pair[1], goal)):
         settings = dict(trial.settings)
         time = duration(outcome.seconds) if outcome.seconds is not None else ""
-        cells = [*(settings.get(key, "") for key in keys), _shown(outcome), outcome.spent, time]
+        cells = [*(settings.get(key, "").replace("|", "\\|") for key in keys), _shown(outcome), outcome.spent, time]
         lines.append(f"| {' | '.join(cells)} |")
     best = best_of(results, goal)
     if again and best:
@@ -62,15 +63,16 @@ def _order(outcome: Outcome, goal: str) -> tuple[bool, float]:
 
 def _shown(outcome: Outcome) -> str:
     if outcome.value is None:
-        return f"{outcome.state} ({outcome.reason})" if outcome.reason else outcome.state
-    return f"{outcome.value:.4f}" if math.isfinite(outcome.value) else "diverged"
+        return (f"{outcome.state} ({outcome.reason})" if outcome.reason else outcome.state).replace("|", "\\|")
+    return "diverged" if outcome.diverged else f"{outcome.value:.4f}"
 
 
 def at_the_edge(best: Trial, dimensions: Iterable[Choices | Range]) -> list[str]:
     """Return a sentence for every number whose best value is the largest or smallest tried."""
     settings, found = dict(best.settings), []
     for dimension in dimensions:
-        text = settings[dimension.key]
+        if (text := settings.get(dimension.key)) is None:
+            continue  # an earlier call's winner, which did not vary it
         if isinstance(dimension, Range):
             low, high = dimension.low, dimension.high
             near = 0.05 * (high - low) if not dimension.logarithmic else 0.0
@@ -98,5 +100,6 @@ def winning_config(tree: dict[str, Any], best: Trial, outcome: Outcome, metric: 
     tree = deepcopy(tree)
     for key, value in best.settings:
         apply_override(tree, f"{key}={value}")
+    apply_override(tree, f"training.output_dir={json.dumps(f'{folder}/best')}")
     head = f"# The best of the sweep in {folder}: {metric} {outcome.value:.4f}\n#   {best}\n"
     return head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)

@@ -57,7 +57,7 @@ def choices(text: str) -> Choices:
         raise UserError(f"--grid {text}: the values are no YAML; write KEY=V1,V2.") from None
     if not found:
         raise UserError(f"--grid {text} names no value; write KEY=V1,V2.")
-    if len(set(map(_number_or_text, found))) < len(found):
+    if len(set(map(number_or_text, found))) < len(found):
         raise UserError(f"--grid {text} names a value twice; leave one out.")
     return Choices(key, found)
 
@@ -99,7 +99,8 @@ def _split(option: str, text: str, form: str) -> tuple[str, str]:
     return key, values
 
 
-def _number_or_text(text: str) -> float | str:
+def number_or_text(text: str) -> float | str:
+    """Return the number that a value says, or the value: 1e-2 and 0.01 are one."""
     try:
         return float(text)
     except ValueError:

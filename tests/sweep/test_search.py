@@ -2,6 +2,9 @@
 
 import math
 
+import pytest
+
+from adalora_scale.errors import UserError
 from adalora_scale.sweep.search import Optuna
 from adalora_scale.sweep.space import Choices, Range
 from adalora_scale.sweep.trial import Outcome
@@ -9,8 +12,8 @@ from adalora_scale.sweep.trial import Outcome
 SPACE = [Range("training.learning_rate", 1e-4, 1e-1, whole=False), Choices("adalora.target_r", ("4", "8"))]
 
 
-def source(tmp_path, total, goal="min", seed=3):
-    return Optuna(SPACE, total, seed, tmp_path / "optuna.log", goal, jobs=1)
+def source(tmp_path, total, goal="min", seed=3, space=SPACE):
+    return Optuna(space, total, seed, tmp_path / "optuna.log", "eval_loss", goal, jobs=1)
 
 
 def loss(trial):
@@ -24,6 +27,7 @@ def run(found):
     while trial := found.take():
         trials.append(trial)
         found.tell(trial, Outcome("done", loss(trial)))
+    found.close()
     return trials
 
 
@@ -55,8 +59,30 @@ def test_a_stopped_trial_comes_again_and_a_failed_one_does_not(tmp_path):
     found.tell(done, Outcome("done", 1.0))
     found.tell(failed, Outcome("failed", reason="exit code 1"))
     found.tell(stopped, Outcome("stopped"))
-    assert found.take() is None and found.total == 2
+    assert found.take() is None
+    found.close()
     again = source(tmp_path, 3)
     assert [again.take() for _ in range(2)] == [done, stopped]
     third = again.take()
     assert third not in (done, failed, stopped) and again.take() is None
+
+
+def test_a_space_of_choices_is_given_once_and_ends(tmp_path):
+    """TPE proposes the same values again; a trial that is done would be trained or waited for twice."""
+    space = [Choices("adalora.target_r", ("2", "4")), Choices("task", ("a", "b"))]
+    found, trials = source(tmp_path, 30, space=space), []
+    while trial := found.take():
+        trials.append(trial)
+        found.tell(trial, Outcome("done", float(len(trials))))
+    assert len(trials) == len(set(trials)) and 1 < len(trials) <= 4
+
+
+def test_another_question_or_another_process_is_refused(tmp_path):
+    """Optuna would go on minimising what is to be maximised, and end another process's trials."""
+    held = source(tmp_path, 3)
+    with pytest.raises(UserError, match="another sweep"):
+        source(tmp_path, 3)
+    held.close()
+    for other in ({"goal": "max"}, {"space": SPACE[:1]}, {"space": [SPACE[0], Choices("adalora.target_r", ("4",))]}):
+        with pytest.raises(UserError, match=r"another metric or over other values"):
+            source(tmp_path, 3, **other)

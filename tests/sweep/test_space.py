@@ -40,8 +40,9 @@ def test_trials_of_other_values_have_other_folders():
     names = {
         Trial(settings, seed).name
         for seed in (0, 1)
-        for settings in ((("a.x", "1"),), (("b.x", "1"),), (("a.x", "1 "),), (("a.x", "[1]"),), ())
+        for settings in ((("a.x", "1"),), (("b.x", "1"),), (("a.x", "one"),), (("a.x", "[1]"),), ())
     }
+    assert Trial((("a.x", "1e-2"), ("a.y", "2")), 0) == Trial((("a.y", "2.0"), ("a.x", "0.01")), 0)
     assert len(names) == 10 and all(name.isascii() and not set(name) & set("/=, []") for name in names)
 
 
@@ -79,6 +80,12 @@ def test_a_diverged_trial_is_last_and_the_edge_is_named():
         (["--trials", "0"], "at least 1"),
         (["--sbatch", "--nodes=1", "--jobs", "2"], "cannot go with --jobs"),
         (["data.eval=null"], "data.eval_fraction"),
+        (["training.learning_rate=abc"], "learning_rate"),
+        (["training.seed=abc"], "seed"),
+        (["--launcher", "nosuch-launcher"], "not a command"),
+        (["--launcher", "torchrun '"], "No closing quotation"),
+        (["--launcher", "deepspeed --num_gpus 4", "--jobs", "2"], "--jobs cannot go with deepspeed"),
+        (["--resubmit"], "--sbatch"),
     ],
 )
 def test_wrong_use_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, words, says):

@@ -1,6 +1,5 @@
 """`adalora-scale sweep` as people start it: real trials of a few steps on the model that ships here."""
 
-import fcntl
 import json
 import os
 import signal
@@ -14,7 +13,7 @@ import yaml
 from adalora_scale.config import load_config
 from adalora_scale.sweep.local import Local
 from adalora_scale.sweep.search import Listed
-from adalora_scale.sweep.trial import Trial
+from adalora_scale.sweep.trial import SLURM_NOTE, Trial, claimed, note_group
 from tests.conftest import ROOT
 
 SMALL = [
@@ -59,8 +58,8 @@ def test_a_grid_is_run_once_and_the_best_is_kept_as_a_config(tmp_path):
     }
     tuned = {name: value for name, value in values.items() if "seed-42" in name}
     winner = min(tuned, key=tuned.get)
-    assert "3e-2" in winner  # three steps at 1e-4 leave the base as it is
-    assert all("3e-2" in name for name in values.keys() - tuned.keys())  # the seeds are the winner's
+    assert "rate-0.03-" in winner  # three steps at 1e-4 leave the base as it is
+    assert all("rate-0.03-" in name for name in values.keys() - tuned.keys())  # the seeds are the winner's
     best = load_config(folder / "best.yaml")
     assert float(best.training["learning_rate"]) == 3e-2 and best.training["max_steps"] == 3
     assert f"{tuned[winner]:.4f}" in (folder / "best.yaml").read_text()
@@ -131,13 +130,92 @@ def test_trials_side_by_side_and_one_that_fails(tmp_path):
 
 
 def test_a_folder_in_which_somebody_trains_is_left_alone(tmp_path):
-    """Two processes in one run's folder would mix their files."""
+    """Two processes in one run's folder would mix their files; ranks may outlive the launcher that held the lock."""
     trial = Trial((("training.learning_rate", "1e-3"),), 42)
     folder = tmp_path / trial.name
-    folder.mkdir()
-    told = []
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        here = Local(tmp_path / "config.yaml", tmp_path, "eval_loss", None, 1)
+    here = Local(tmp_path / "config.yaml", tmp_path, "eval_loss", None, 1)
+
+    def states():
+        told = []
         here.run(Listed([trial]), lambda _, outcome: told.append(outcome.state))
-    assert told == ["running elsewhere"] and [path.name for path in folder.iterdir()] == [".lock"]
+        return told
+
+    with claimed(trial, folder) as lock:
+        assert states() == ["running elsewhere"]
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as orphan:
+        note_group(lock, orphan.pid)
+        assert states() == ["running elsewhere"] and not (folder / "train.log").exists()
+        orphan.kill()
+    (folder / SLURM_NOTE).write_text("7\n")
+    assert states() == ["running elsewhere"]
+
+
+LAUNCHER = """
+import json, math, sys, time
+words = dict(word.split("=", 1) for word in sys.argv if "=" in word)
+rate, folder = float(words["training.learning_rate"]), json.loads(words["training.output_dir"])
+if rate == 0.5:
+    sys.exit("RuntimeError: out of memory")
+if rate > 0.5:
+    print("error: this rate is refused")
+    sys.exit(2)
+loss = math.nan if rate == 0.4 else abs(math.log10(rate) + 2)
+run = {"final": {"eval_loss": loss}, "budget": {"spent": 10, "unit": "params"}, "wall_time_s": 1, "world_size": 1}
+open(folder + "/run.json", "w").write(json.dumps(run))
+"""
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """A launcher whose runs take no time: what is tested is what the sweep makes of them."""
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    return ["--launcher", f"{sys.executable} {tmp_path / 'launcher.py'}"]
+
+
+def test_every_trial_of_a_folder_counts_whatever_this_call_asked_for(tmp_path, quick):
+    """Following the note "larger ones may be better" must not leave the larger ones' best as the winner of all."""
+    folder = tmp_path / "a folder #1"  # YAML would cut it at the comment
+    key = "training.learning_rate"
+    said = sweep(folder, *quick, "--grid", f"{key}=1e-3,1e-2,3e-2").stdout
+    assert "largest" not in said
+    said = sweep(folder, *quick, "--grid", f"{key}=0.03,0.1,0.2", "--json").stdout
+    found = json.loads(said)
+    assert found["best"] == {key: "1e-2"} and len(found["trials"]) == 5  # 3e-2 and 0.03 are one
+    assert f"{key}=1e-2" in (folder / "best.yaml").read_text() and (folder / "table.md").read_text().count("\n") == 7
+    assert load_config(folder / "best.yaml").training["output_dir"] == f"{folder}/best"
+
+
+def test_what_diverges_fails_or_is_refused_is_told_apart(tmp_path, quick):
+    """NaN is no JSON; a failure needs its reason; a mistake of all trials must not cost a try for each."""
+    key = "training.learning_rate"
+    said = sweep(tmp_path / "a", *quick, "--grid", f"{key}=0.4,0.5,0.01", "--json", code=1).stdout
+    states = {trial["settings"][key]: trial for trial in json.loads(said, parse_constant=pytest.fail)["trials"]}
+    assert states["0.4"]["diverged"] and states["0.4"]["value"] is None and states["0.01"]["value"] == 0
+    assert "exit code 1: RuntimeError: out of memory" in states["0.5"]["reason"]
+    result = sweep(tmp_path / "b", *quick, "--grid", f"{key}=0.4", code=1)
+    assert "diverged" in result.stderr and not (tmp_path / "b" / "best.yaml").exists()
+    said = sweep(tmp_path / "c", *quick, "--grid", f"{key}=0.6,0.7,0.8,0.9,0.01", code=1).stdout
+    assert said.count("this rate is refused") == 2 * 3 and said.count("not tried") == 2 * 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["deepspeed --num_gpus 2", "torchrun --standalone --nproc-per-node 2"])
+def test_a_signal_reaches_the_ranks_of_a_launcher(tmp_path, launcher, deepspeed_ops):
+    """DeepSpeed's launcher dies of a signal and leaves its ranks training; they would go on beside the next call's."""
+    folder = tmp_path / "sweep"
+    words = ["--grid", "training.learning_rate=1e-3", "training.max_steps=60", "--launcher", launcher]
+    if launcher.startswith("deepspeed"):
+        words += ["--deepspeed", "configs/deepspeed/zero2.json"]
+    environment = ENVIRONMENT | {"DS_ACCELERATOR": "cpu"}
+    with subprocess.Popen(command(folder, *words), cwd=ROOT, env=environment, stdout=subprocess.PIPE) as running:
+        deadline = time.monotonic() + 240
+        while not any(path.stat().st_size for path in folder.glob("trials/*/metrics.jsonl")):
+            assert running.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(90) == 85
+    (trial,) = folder.glob("trials/*")
+    assert len(list(trial.glob("checkpoint-*"))) == 1 and not (trial / "run.json").exists()
+    before = (trial / "metrics.jsonl").read_bytes()
+    time.sleep(2)
+    assert (trial / "metrics.jsonl").read_bytes() == before
