@@ -60,15 +60,17 @@ def run(arguments: argparse.Namespace) -> int:
     results = _all_known(progress.results, folder / _TRIALS, arguments.metric, again=False)
     complete &= all(outcome.state in ("done", "failed") for outcome in results.values())
     best = best_of(results, goal)
+    again = Results()
     if best and arguments.seeds and complete:
         more = Listed(Trial(best.settings, seed + 1 + number, again=True) for number in range(arguments.seeds))
         after = _Progress(goal, more, quiet=arguments.json)
         where.run(more, after)
         again = after.results
-    else:
-        again = Results()
-        if arguments.seeds:
-            print("the best one runs on other seeds when every trial is done: call again", file=sys.stderr)
+    elif arguments.seeds and not complete:
+        print("the best one runs on other seeds when every trial is done: call again", file=sys.stderr)
+    if best:
+        again = _all_known(again, folder / _TRIALS, arguments.metric, again=True)
+        again = {t: o for t, o in again.items() if Trial(t.settings, seed) == Trial(best.settings, seed)}
     _write(arguments, tree, dimensions, results, again, goal)
     if isinstance(where, Local) and where.stopping.is_set():
         print("stopped; the same command goes on", file=sys.stderr)

@@ -183,6 +183,9 @@ def test_every_trial_of_a_folder_counts_whatever_this_call_asked_for(tmp_path, q
     assert found["best"] == {key: "1e-2"} and len(found["trials"]) == 5  # 3e-2 and 0.03 are one
     assert f"{key}=1e-2" in (folder / "best.yaml").read_text() and (folder / "table.md").read_text().count("\n") == 7
     assert load_config(folder / "best.yaml").training["output_dir"] == f"{folder}/best"
+    sweep(folder, *quick, "--grid", f"{key}=0.2", "--seeds", "3")
+    shown = sweep(folder, *quick, "--grid", f"{key}=0.2").stdout  # what is known of the winner stays in the table
+    assert "| 45 | 0.0000 |" in shown and "0.0000 ± 0.0000" in shown
 
 
 def test_what_diverges_fails_or_is_refused_is_told_apart(tmp_path, quick):
