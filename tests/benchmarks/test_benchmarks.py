@@ -55,6 +55,7 @@ def test_model_flops_are_those_of_the_matrices():
     assert flops("70b", 4096) - flops("70b", 0) == 6 * 80 * 8192 * 4096
 
 
+@pytest.mark.full
 def test_loading_stays_within_its_memory_on_two_ranks(tmp_path):
     """A loader that holds the model, or keeps what it freed, shows here and not first at 70 B."""
     output = tmp_path / "figures.json"

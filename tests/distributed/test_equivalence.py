@@ -68,6 +68,7 @@ def test_the_cells_meet_what_is_hard(two_ranks):
     assert two_ranks["zero2:plain"]["reference_loss"] != two_ranks["zero2:clip"]["reference_loss"]
 
 
+@pytest.mark.full
 def test_the_published_method_too(cells_of):
     """Else what the default does without is wrong: every factor's statistics, the SVD start, the penalty."""
     cells = ["ddp:plain", "fsdp2:plain", "zero2:plain", "zero2:clip", "zero3:plain"]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -28,6 +29,7 @@ def ended(folder):
     return load_file(folder / "adapter_model.safetensors"), ranks, patterns
 
 
+@pytest.mark.full
 def test_a_launched_run_with_round_robin_saves_the_adapter_of_one_process(tmp_path, deepspeed_ops):
     """Else ranks prune and save other triplets than the model computes with, and every check passes.
 

@@ -10,6 +10,7 @@ import time
 import pytest
 import yaml
 
+from adalora_scale.cli import main
 from adalora_scale.config import load_config
 from adalora_scale.sweep.local import Local
 from adalora_scale.sweep.search import Listed
@@ -72,8 +73,13 @@ def test_a_grid_is_run_once_and_the_best_is_kept_as_a_config(tmp_path):
     found = json.loads(said.stdout)
     after = trials(folder)
     assert {name: after[name] for name in first} == first and len(after) == 4  # one more, the others untouched
-    assert found["best"] == {"training.learning_rate": "3e-2"} and len(found["trials"]) == 3
-    assert [trial["earlier"] for trial in found["trials"]] == [True, True, False]
+    assert found["best"] == {"training.learning_rate": "3e-2"}
+    assert [(t["earlier"], t["again"]) for t in found["trials"]] == [
+        (True, False),
+        (True, False),
+        (False, False),
+        (True, True),
+    ]
 
     error = sweep(folder, "--grid", rates, "adalora.target_r=4", code=2).stderr
     assert "another config (its adalora differs)" in error and trials(folder) == after
@@ -116,6 +122,7 @@ def test_optuna_goes_on_from_its_journal(tmp_path):
     assert found["best"] == min(found["trials"], key=lambda trial: trial["value"])["settings"]
 
 
+@pytest.mark.full
 def test_trials_side_by_side_and_one_that_fails(tmp_path):
     """A trial that cannot run must be named with its reason, and must not end the others."""
     folder = tmp_path / "sweep"
@@ -166,38 +173,46 @@ open(folder + "/run.json", "w").write(json.dumps(run))
 
 
 @pytest.fixture
-def quick(tmp_path):
-    """A launcher whose runs take no time: what is tested is what the sweep makes of them."""
+def quick(tmp_path, monkeypatch, capsys):
+    """Call a sweep whose runs take no time: what is tested is what it makes of them."""
     (tmp_path / "launcher.py").write_text(LAUNCHER)
-    return ["--launcher", f"{sys.executable} {tmp_path / 'launcher.py'}"]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+    def call(folder, *arguments, code=0):
+        words = command(folder, "--launcher", f"{sys.executable} {tmp_path / 'launcher.py'}", *arguments)
+        assert main(words[words.index("sweep") :]) == code
+        return capsys.readouterr()
+
+    return call
 
 
 def test_every_trial_of_a_folder_counts_whatever_this_call_asked_for(tmp_path, quick):
     """Following the note "larger ones may be better" must not leave the larger ones' best as the winner of all."""
     folder = tmp_path / "a folder #1"  # YAML would cut it at the comment
     key = "training.learning_rate"
-    said = sweep(folder, *quick, "--grid", f"{key}=1e-3,1e-2,3e-2").stdout
+    said = quick(folder, "--grid", f"{key}=1e-3,1e-2,3e-2").out
     assert "largest" not in said
-    said = sweep(folder, *quick, "--grid", f"{key}=0.03,0.1,0.2", "--json").stdout
+    said = quick(folder, "--jobs", "2", "--grid", f"{key}=0.03,0.1,0.2", "--json").out
     found = json.loads(said)
     assert found["best"] == {key: "1e-2"} and len(found["trials"]) == 5  # 3e-2 and 0.03 are one
     assert f"{key}=1e-2" in (folder / "best.yaml").read_text() and (folder / "table.md").read_text().count("\n") == 7
     assert load_config(folder / "best.yaml").training["output_dir"] == f"{folder}/best"
-    sweep(folder, *quick, "--grid", f"{key}=0.2", "--seeds", "3")
-    shown = sweep(folder, *quick, "--grid", f"{key}=0.2").stdout  # what is known of the winner stays in the table
+    quick(folder, "--grid", f"{key}=0.2", "--seeds", "3")
+    shown = quick(folder, "--grid", f"{key}=0.2").out  # what is known of the winner stays in the table
     assert "| 45 | 0.0000 |" in shown and "0.0000 ± 0.0000" in shown
 
 
 def test_what_diverges_fails_or_is_refused_is_told_apart(tmp_path, quick):
     """NaN is no JSON; a failure needs its reason; a mistake of all trials must not cost a try for each."""
     key = "training.learning_rate"
-    said = sweep(tmp_path / "a", *quick, "--grid", f"{key}=0.4,0.5,0.01", "--json", code=1).stdout
+    said = quick(tmp_path / "a", "--grid", f"{key}=0.4,0.5,0.01", "--json", code=1).out
     states = {trial["settings"][key]: trial for trial in json.loads(said, parse_constant=pytest.fail)["trials"]}
     assert states["0.4"]["diverged"] and states["0.4"]["value"] is None and states["0.01"]["value"] == 0
     assert "exit code 1: RuntimeError: out of memory" in states["0.5"]["reason"]
-    result = sweep(tmp_path / "b", *quick, "--grid", f"{key}=0.4", code=1)
-    assert "diverged" in result.stderr and not (tmp_path / "b" / "best.yaml").exists()
-    said = sweep(tmp_path / "c", *quick, "--grid", f"{key}=0.6,0.7,0.8,0.9,0.01", code=1).stdout
+    result = quick(tmp_path / "b", "--grid", f"{key}=0.4", code=1)
+    assert "diverged" in result.err and not (tmp_path / "b" / "best.yaml").exists()
+    said = quick(tmp_path / "c", "--grid", f"{key}=0.6,0.7,0.8,0.9,0.01", code=1).out
     assert said.count("this rate is refused") == 2 * 3 and said.count("not tried") == 2 * 2
 
 
