@@ -147,14 +147,20 @@ def note_group(lock: Path, group: int) -> None:
 
 
 def group_lives(group: int) -> bool:
-    """Whether a process of the group is there."""
+    """Whether a process of the group is there, other than dead ones that nobody reaps (containers without an init)."""
+    import psutil
+
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return True
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _group_lives(lock: Path) -> bool:

@@ -14,7 +14,7 @@ from adalora_scale.cli import main
 from adalora_scale.config import load_config
 from adalora_scale.sweep.local import Local
 from adalora_scale.sweep.search import Listed
-from adalora_scale.sweep.trial import SLURM_NOTE, Trial, claimed, note_group
+from adalora_scale.sweep.trial import SLURM_NOTE, Trial, claimed, group_lives, note_group
 from tests.conftest import ROOT
 
 SMALL = [
@@ -155,6 +155,16 @@ def test_a_folder_in_which_somebody_trains_is_left_alone(tmp_path):
         orphan.kill()
     (folder / SLURM_NOTE).write_text("7\n")
     assert states() == ["running elsewhere"]
+
+
+def test_a_dead_process_that_nobody_reaps_is_no_training():
+    """In a container without an init it stays for ever, and so would a sweep that waits for it."""
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        assert group_lives(process.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet waited for
+        os.killpg(process.pid, 0)
+        assert not group_lives(process.pid)
 
 
 LAUNCHER = """
