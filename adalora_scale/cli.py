@@ -18,6 +18,7 @@ from adalora_scale.cluster.launching.command import add_launch_check
 from adalora_scale.cluster.plan.arguments import add_parser as add_plan
 from adalora_scale.cluster.preflight.arguments import add_parser as add_preflight
 from adalora_scale.config import RunConfig, load_config
+from adalora_scale.config.command_line import add_config_arguments
 from adalora_scale.errors import Interrupted, Unsupported, UserError, run_reporting_errors
 from adalora_scale.export.command import add_verbs as add_export_verbs
 from adalora_scale.placing.quantize import add_verb as add_quantize_verb
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_OVERRIDES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_config_arguments(evaluate)
+    add_config_arguments(evaluate)
     evaluate.add_argument("--adapter", type=Path, help="folder with an adapter; without it the untouched base model")
     evaluate.add_argument("--batch-size", type=int, default=32, help="prompts generated together (default 32)")
     evaluate.add_argument("--max-new-tokens", type=int, default=64, help="longest completion (default 64)")
@@ -120,13 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file, see configs/recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
-
-
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_config_arguments(parser)
+    add_config_arguments(parser)
     parser.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed configuration (same as engine.config)")
     parser.add_argument("--skip-preflight", action="store_true", help="do not compare the ranks before training starts")
     # Launchers such as deepspeed's add this to every rank's command line; the rank is read from the environment.

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from adalora_scale.config.command_line import add_config_arguments
+
 _EXAMPLES = """
 examples:
   adalora-scale sweep --config FILE --output runs/sweep           # five learning rates around the file's
@@ -34,8 +36,7 @@ def add_parser(verbs: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file, with evaluation data")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+    add_config_arguments(parser, "the run's YAML file, with evaluation data")
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the sweep's; a folder a trial")
     values = parser.add_argument_group("what is tried")
     values.add_argument(

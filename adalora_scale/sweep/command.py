@@ -22,11 +22,10 @@ from adalora_scale.sweep.search import Listed, Optuna, Source, grid_of, require_
 from adalora_scale.sweep.slurm import Slurm
 from adalora_scale.sweep.space import Choices, Range, around, choices, grid, number_range
 from adalora_scale.sweep.trial import Outcome, Trial, finished, known_trials
-from adalora_scale.training.arguments import check_training_section
+from adalora_scale.training.arguments import DEFAULT_LEARNING_RATE, check_training_section
 from adalora_scale.training.records import replace_text
 
 _BASE, _TRIALS = "config.yaml", "trials"
-_DEFAULT_RATE = 2e-4
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,15 +35,14 @@ def run(arguments: argparse.Namespace) -> int:
         UserError: an option, a key or a value cannot be used, or the folder holds another sweep.
     """
     _check_options(arguments)
-    overrides = list(arguments.overrides)
-    if arguments.deepspeed:
-        overrides += ["engine.name=deepspeed", f"engine.config={json.dumps(arguments.deepspeed)}"]
-    tree = read_tree(arguments.config, overrides)
+    tree = read_tree(arguments.config, arguments.overrides)
+    if arguments.deepspeed:  # as RunConfig.under_deepspeed
+        tree["engine"] = {"name": "deepspeed", "config": arguments.deepspeed}
     config = config_from_tree(tree)
     training = check_training_section(config)
     if config.data.eval is None and not config.data.eval_fraction:
         raise UserError("a sweep compares evaluations; set data.eval, or data.eval_fraction to hold rows out.")
-    rate = check_value("training.learning_rate", training.get("learning_rate", _DEFAULT_RATE), float)
+    rate = check_value("training.learning_rate", training.get("learning_rate", DEFAULT_LEARNING_RATE), float)
     seed = check_value("training.seed", training.get("seed", 42), int)
     dimensions = _dimensions(arguments, rate)
     _check_values(tree, dimensions)
@@ -121,10 +119,10 @@ def _check_options(arguments: argparse.Namespace) -> None:
                 )
 
 
-def _dimensions(arguments: argparse.Namespace, learning_rate: Any) -> list[Choices | Range]:
+def _dimensions(arguments: argparse.Namespace, learning_rate: float) -> list[Choices | Range]:
     dimensions: list[Choices | Range] = [*map(number_range, arguments.range), *map(choices, arguments.grid)]
     if not dimensions:
-        return [around("training.learning_rate", float(learning_rate))]
+        return [around("training.learning_rate", learning_rate)]
     keys = [dimension.key for dimension in dimensions]
     for key in keys:
         if keys.count(key) > 1:
@@ -222,7 +220,7 @@ def _write(
         rows = [
             {"settings": dict(trial.settings), "seed": trial.seed, "again": trial.again}
             | asdict(outcome)
-            | {"diverged": outcome.diverged, "value": None if outcome.diverged else outcome.value}
+            | {"diverged": outcome.diverged, "value": outcome.finite}
             for trial, outcome in (*results.items(), *again.items())
         ]
         found = {
@@ -239,7 +237,7 @@ def _write(
             f"note: trials ran on {' and '.join(map(str, sorted(ranks)))} processes; a batch per device differs then."
         )
     if best:
-        for sentence in at_the_edge(best, dimensions):
+        for sentence in at_the_edge(best, dimensions, results):
             print(f"note: {sentence}")
         print(f"best: {best}; its adapter is in {folder / _TRIALS / best.name}")
         print(f"once more: adalora-scale train --config {folder / 'best.yaml'}")

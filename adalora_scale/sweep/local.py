@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,26 +74,14 @@ class Local:
                     some_worked |= outcome.state not in ("failed", "not tried")
 
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        threads = [threading.Thread(target=self._guarded, args=(work, slot)) for slot in range(self._jobs)]
-        self._errors: list[BaseException] = []
         try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.2)  # a handler runs between two waits
+            with ThreadPoolExecutor(self._jobs) as pool:
+                for future in [pool.submit(work, slot) for slot in range(self._jobs)]:
+                    future.result()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if self._errors:
-            raise self._errors[0]
         return not self.stopping.is_set()
-
-    def _guarded(self, work: Callable[[int], None], slot: int) -> None:
-        try:
-            work(slot)
-        except BaseException as error:
-            self._errors.append(error)
 
     def _stop(self, number: int, frame: object) -> None:
         """Ask every trial for a checkpoint and an orderly end; asked again, end them at once."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
 
@@ -20,7 +19,7 @@ Results = dict[Trial, Outcome]
 
 def best_of(results: Results, goal: str) -> Trial | None:
     """Return the best finished trial; None where none has a finite value."""
-    able = {trial: o.value for trial, o in results.items() if o.value is not None and not o.diverged}
+    able = {trial: outcome.finite for trial, outcome in results.items() if outcome.finite is not None}
     if not able:
         return None
     return (min if goal == "min" else max)(able, key=able.__getitem__)
@@ -42,7 +41,7 @@ def table(results: Results, again: Results, metric: str, goal: str) -> str:
     if again and best:
         lines += ["", f"The best one, {best}, on other seeds:", "", f"| seed | {metric} |", "|---|---|"]
         lines += [f"| {trial.seed} | {_shown(outcome)} |" for trial, outcome in again.items()]
-        values = [o.value for o in again.values() if o.value is not None and math.isfinite(o.value)]
+        values = [outcome.finite for outcome in again.values() if outcome.finite is not None]
         if len(values) > 1:
             lines.append(
                 f"| mean ± standard deviation | {statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f} |"
@@ -56,9 +55,9 @@ def duration(seconds: float) -> str:
 
 
 def _order(outcome: Outcome, goal: str) -> tuple[bool, float]:
-    if outcome.value is None or not math.isfinite(outcome.value):
+    if outcome.finite is None:
         return True, 0.0
-    return False, outcome.value if goal == "min" else -outcome.value
+    return False, outcome.finite if goal == "min" else -outcome.finite
 
 
 def _shown(outcome: Outcome) -> str:
@@ -67,8 +66,8 @@ def _shown(outcome: Outcome) -> str:
     return "diverged" if outcome.diverged else f"{outcome.value:.4f}"
 
 
-def at_the_edge(best: Trial, dimensions: Iterable[Choices | Range]) -> list[str]:
-    """Return a sentence for every number whose best value is the largest or smallest tried."""
+def at_the_edge(best: Trial, dimensions: Iterable[Choices | Range], results: Results) -> list[str]:
+    """Return a sentence for every number whose best value is the largest or smallest tried, by any call."""
     settings, found = dict(best.settings), []
     for dimension in dimensions:
         if (text := settings.get(dimension.key)) is None:
@@ -78,7 +77,8 @@ def at_the_edge(best: Trial, dimensions: Iterable[Choices | Range]) -> list[str]
             near = 0.05 * (high - low) if not dimension.logarithmic else 0.0
             at_low, at_high = float(text) <= max(low + near, low * 1.1), float(text) >= min(high - near, high / 1.1)
         else:
-            values = _numbers(dimension.values)
+            tried = (dict(trial.settings).get(dimension.key) for trial in results)
+            values = _numbers({value for value in tried if value is not None})
             if len(values) < 3:
                 continue
             at_low, at_high = float(text) == min(values), float(text) == max(values)
@@ -88,9 +88,9 @@ def at_the_edge(best: Trial, dimensions: Iterable[Choices | Range]) -> list[str]
     return found
 
 
-def _numbers(values: Sequence[str]) -> list[float]:
+def _numbers(values: Iterable[str]) -> list[float]:
     try:
-        return [float(value) for value in values]
+        return sorted({float(value) for value in values})
     except ValueError:
         return []
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from adalora_scale.errors import UserError
 from adalora_scale.sweep.space import Settings, number_or_text
+from adalora_scale.training.records import write_json
 
 State = Literal["done", "failed", "stopped", "queued", "running elsewhere", "not tried"]
 _NOTE = "trial.json"
@@ -92,9 +93,14 @@ class Outcome:
     """Whether an earlier call of the sweep ran it."""
 
     @property
+    def finite(self) -> float | None:
+        """The metric, where it is there and a number."""
+        return self.value if self.value is not None and math.isfinite(self.value) else None
+
+    @property
     def diverged(self) -> bool:
         """Whether it is done and its metric is not a number."""
-        return self.value is not None and not math.isfinite(self.value)
+        return self.value is not None and self.finite is None
 
 
 def finished(folder: Path, metric: str) -> Outcome | None:
@@ -132,12 +138,10 @@ def claimed(trial: Trial, folder: Path) -> Iterator[Path | None]:
         except OSError:
             yield None
             return
-        if _group_lives(file):
+        if _still_trains(file):
             yield None
             return
-        (folder / _NOTE).write_text(
-            json.dumps({"settings": trial.settings, "seed": trial.seed, "again": trial.again}) + "\n", "utf-8"
-        )
+        write_json(folder / _NOTE, {"settings": trial.settings, "seed": trial.seed, "again": trial.again})
         yield file
 
 
@@ -163,7 +167,7 @@ def group_lives(group: int) -> bool:
     return False
 
 
-def _group_lives(lock: Path) -> bool:
+def _still_trains(lock: Path) -> bool:
     words = lock.read_text("utf-8").split()
     return len(words) == 2 and words[0] == socket.gethostname() and group_lives(int(words[1]))
 

@@ -16,9 +16,9 @@ from transformers import Trainer
 
 from adalora_scale.config import RunConfig, load_config
 from adalora_scale.placing.model import load_model
-from adalora_scale.training.run import prepare
+from adalora_scale.training.run import Inputs, prepare
 from benchmarks.quality.method import Method, Setting, budget_of
-from benchmarks.quality.tasks import QualityTask, Sources, write_splits
+from benchmarks.quality.tasks import QualityTask, Sources, json_lines, write_splits
 
 DIVERGED = 1e9
 """The loss of a run that is not a number any more; JSON knows no infinity."""
@@ -52,7 +52,7 @@ class Results:
     def of(self, task: str) -> dict[Cell, dict[str, Any]]:
         """Return a task's results by cell."""
         path = self._folder / f"{task}.jsonl"
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+        rows = json_lines(path) if path.exists() else []
         return {Cell(**{key.name: row[key.name] for key in fields(Cell)}): row for row in rows}
 
     def add(self, cell: Cell, figures: dict[str, Any]) -> None:
@@ -72,7 +72,8 @@ def run_cell(cell: Cell, task: QualityTask, method: Method, sources: Sources, wo
     """
     started = time.monotonic()
     trained = train_cell(cell, task, method, sources, work)
-    trainer, budget = trained.trainer, trained.budget
+    trainer, config, inputs = trained.trainer, trained.config, trained.inputs
+    budget = budget_of(load_model(config, label_names=inputs.raw.label_names), config, cell.target_r)
     method.finish(trainer, budget)
     figures: dict[str, Any] = {"validation": evaluate(trainer)}
     if trained.test is not None:
@@ -82,7 +83,7 @@ def run_cell(cell: Cell, task: QualityTask, method: Method, sources: Sources, wo
         "parameters": method.parameters(trainer),
         "budget": budget,
         "steps": trainer.state.global_step,
-        "train_tokens": trained.train_tokens,
+        "train_tokens": inputs.data.report.get("train_tokens"),
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -92,11 +93,10 @@ class Trained:
     """A training that has just ended."""
 
     trainer: Trainer
-    budget: int
-    """The parameters of LoRA of the cell's rank on every linear layer."""
+    config: RunConfig
+    inputs: Inputs
     test: Any
     """The test split; None in a trial."""
-    train_tokens: int | None
 
 
 def train_cell(cell: Cell, task: QualityTask, method: Method, sources: Sources, work: Path) -> Trained:
@@ -110,8 +110,7 @@ def train_cell(cell: Cell, task: QualityTask, method: Method, sources: Sources, 
     inputs = prepare(config)
     trainer = method.trainer(config, inputs, setting)
     trainer.train()
-    budget = budget_of(load_model(config, label_names=inputs.raw.label_names), config, cell.target_r)
-    return Trained(trainer, budget, test, inputs.data.report.get("train_tokens"))
+    return Trained(trainer, config, inputs, test)
 
 
 def config_of(

@@ -22,7 +22,7 @@ from adalora_scale.export.pruning import cut_by_singular_values
 from benchmarks.quality.cell import Cell, Results, evaluate, train_cell
 from benchmarks.quality.method import Method
 from benchmarks.quality.search import best_rate, final_cells
-from benchmarks.quality.tasks import QualityTask, Sources
+from benchmarks.quality.tasks import QualityTask, Sources, json_lines
 
 METHOD = "default"
 SHARES = tuple(tenth / 10 for tenth in range(10, 0, -1))
@@ -78,7 +78,7 @@ def run_curve(
 def curve_rows(results: Path) -> list[dict[str, Any]]:
     """Return what has been run."""
     path = results / _FILE
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    return json_lines(path) if path.exists() else []
 
 
 def curve_markdown(tasks: Sequence[QualityTask], results: Path) -> str:

@@ -78,7 +78,8 @@ def _csv(path: Path) -> Rows:
         return list(csv.DictReader(file))
 
 
-def _json_lines(path: Path) -> Rows:
+def json_lines(path: Path) -> Rows:
+    """Read a file of one JSON object a line."""
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
@@ -109,8 +110,8 @@ def _e2e(sources: Sources) -> tuple[Rows, Rows, Rows]:
 
 def _sgd(sources: Sources) -> tuple[Rows, Rows, Rows]:
     folder = sources.shared / "data" / "sgd_chat"
-    train = [{"messages": row["messages"]} for row in _json_lines(folder / "train.jsonl")]
-    test = [{"messages": row["messages"]} for row in _json_lines(folder / "dev.jsonl")]
+    train = [{"messages": row["messages"]} for row in json_lines(folder / "train.jsonl")]
+    test = [{"messages": row["messages"]} for row in json_lines(folder / "dev.jsonl")]
     validation = _drawn(train, 60, "sgd")
     held = {json.dumps(row) for row in validation}
     return [row for row in train if json.dumps(row) not in held], validation, test
@@ -120,7 +121,7 @@ def _gsm8k(sources: Sources) -> tuple[Rows, Rows, Rows]:
     folder = sources.shared / "data" / "gsm8k"
 
     def read(name: str) -> Rows:
-        return [{"prompt": f"{row['question']}\n", "completion": row["answer"]} for row in _json_lines(folder / name)]
+        return [{"prompt": f"{row['question']}\n", "completion": row["answer"]} for row in json_lines(folder / name)]
 
     train, validation = _by_group(read("train.jsonl"), "prompt", 300, "gsm8k")
     return train, validation, _drawn(read("test.jsonl"), 400, "gsm8k test")
@@ -148,9 +149,9 @@ def _banking(sources: Sources, per_class: int | None) -> tuple[Rows, Rows, Rows]
 def _quickstart(sources: Sources) -> tuple[Rows, Rows, Rows]:
     """Held-out wordings: the functions are known, sentences of validation and test are not in training."""
     folder = sources.project / "launch" / "quickstart" / "data"
-    train, validation = _by_group(_json_lines(folder / "train.jsonl"), "prompt", 300, "quickstart")
+    train, validation = _by_group(json_lines(folder / "train.jsonl"), "prompt", 300, "quickstart")
     known = {row["prompt"] for row in train + validation}
-    return train, validation, [row for row in _json_lines(folder / "test.jsonl") if row["prompt"] not in known]
+    return train, validation, [row for row in json_lines(folder / "test.jsonl") if row["prompt"] not in known]
 
 
 def _stories(sources: Sources) -> str:

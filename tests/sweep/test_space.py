@@ -55,12 +55,19 @@ def test_a_diverged_trial_is_last_and_the_edge_is_named():
     }
     lines = table(results, {}, "eval_loss", "min").splitlines()[2:]
     assert [line.split("|")[1].strip() for line in lines] == ["3", "2", "1"] and "diverged" in lines[-1]
-    assert "largest tried" in at_the_edge(Trial((("training.learning_rate", "3"),), 0), [rates])[0]
-    assert at_the_edge(Trial((("training.learning_rate", "2"),), 0), [rates]) == []
+    assert "largest tried" in at_the_edge(Trial((("training.learning_rate", "3"),), 0), [rates], results)[0]
+    assert at_the_edge(Trial((("training.learning_rate", "2"),), 0), [rates], results) == []
+    fewer = [choices("training.learning_rate=1,2")]  # this call's; an earlier one tried 3
+    assert at_the_edge(Trial((("training.learning_rate", "2"),), 0), fewer, results) == []
     again = {Trial((), seed, again=True): Outcome("done", value) for seed, value in enumerate((1.0, 2.0, 3.0))}
     assert "2.0000 ± 1.0000" in table(results, again, "eval_loss", "min")
     words = Choices("task", ("a", "b", "c"))
-    assert at_the_edge(Trial((("task", "a"),), 0), [words]) == []
+    assert (
+        at_the_edge(
+            Trial((("task", "a"),), 0), [words], {Trial((("task", v),), 0): Outcome("done", 1.0) for v in "abc"}
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize(

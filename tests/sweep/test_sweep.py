@@ -42,6 +42,20 @@ def sweep(folder, *arguments, code=0):
     return result
 
 
+def interrupted(folder, *arguments, number, patience=120, ending=60):
+    """Start a sweep, send it a signal when its one trial has trained a step, and return that trial's folder."""
+    environment = ENVIRONMENT | {"DS_ACCELERATOR": "cpu"}
+    with subprocess.Popen(command(folder, *arguments), cwd=ROOT, env=environment, stdout=subprocess.PIPE) as running:
+        deadline = time.monotonic() + patience
+        while not any(path.stat().st_size for path in folder.glob("trials/*/metrics.jsonl")):
+            assert running.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        running.send_signal(number)
+        assert running.wait(ending) == 85
+    (trial,) = folder.glob("trials/*")
+    return trial
+
+
 def trials(folder):
     """{folder's name: when its training last wrote}."""
     return {path.parent.name: path.stat().st_mtime_ns for path in folder.glob("trials/*/run.json")}
@@ -89,14 +103,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     """A sweep that is stopped must not lose the hours of its trial, and its children must not go on alone."""
     folder = tmp_path / "sweep"
     words = ["--grid", "training.learning_rate=1e-3", "training.max_steps=60"]
-    with subprocess.Popen(command(folder, *words), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE) as running:
-        deadline = time.monotonic() + 120
-        while not any(path.stat().st_size for path in folder.glob("trials/*/metrics.jsonl")):
-            assert running.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        running.send_signal(signal.SIGINT)
-        assert running.wait(60) == 85
-    (trial,) = folder.glob("trials/*")
+    trial = interrupted(folder, *words, number=signal.SIGINT)
     (checkpoint,) = trial.glob("checkpoint-*")
     assert 0 < int(checkpoint.name.split("-")[1]) < 60 and not (trial / "run.json").exists()
     sweep(folder, *words)
@@ -234,15 +241,7 @@ def test_a_signal_reaches_the_ranks_of_a_launcher(tmp_path, launcher, deepspeed_
     words = ["--grid", "training.learning_rate=1e-3", "training.max_steps=60", "--launcher", launcher]
     if launcher.startswith("deepspeed"):
         words += ["--deepspeed", "configs/deepspeed/zero2.json"]
-    environment = ENVIRONMENT | {"DS_ACCELERATOR": "cpu"}
-    with subprocess.Popen(command(folder, *words), cwd=ROOT, env=environment, stdout=subprocess.PIPE) as running:
-        deadline = time.monotonic() + 240
-        while not any(path.stat().st_size for path in folder.glob("trials/*/metrics.jsonl")):
-            assert running.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        running.send_signal(signal.SIGTERM)
-        assert running.wait(90) == 85
-    (trial,) = folder.glob("trials/*")
+    trial = interrupted(folder, *words, number=signal.SIGTERM, patience=240, ending=90)
     assert len(list(trial.glob("checkpoint-*"))) == 1 and not (trial / "run.json").exists()
     before = (trial / "metrics.jsonl").read_bytes()
     time.sleep(2)

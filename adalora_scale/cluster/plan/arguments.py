@@ -6,6 +6,8 @@ import argparse
 import os
 from typing import Any
 
+from adalora_scale.config.command_line import add_config_arguments
+
 _EXAMPLES = """
 examples:
   adalora-scale plan --config configs/recipes/llama3_70b_qadalora.yaml --gpus 16 --nodes 2
@@ -24,8 +26,7 @@ def add_parser(verbs: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the run's YAML file, see configs/recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the file's")
+    add_config_arguments(parser)
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the job, one rank each")
     parser.add_argument("--nodes", type=int, default=1, metavar="M", help="hosts they are spread over (default 1)")
     parser.add_argument("--gpu", default="h100", metavar="NAME", help="h100 h200 a100 a100-40gb l40s rtx4090")
