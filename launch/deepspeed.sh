@@ -10,7 +10,8 @@
 #   JOB   name of the folder under logs/ (default adalora)
 #   ADALORA_SSH_OPTIONS  options for ssh, for example "-p 2222 -i key"
 #
-# Exit code: 0 done; 85 a checkpoint was written because SIGUSR1 or SIGTERM asked a rank for it, start again; else failed.
+# Exit code: 0 done; 85 a checkpoint was written because SIGUSR1 or SIGTERM asked a rank for it, start again; 3 training was
+# given up (docs/resume.md); else failed.
 # shellcheck disable=SC2154  # launch-check prints output_dir, endpoint and their like
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -56,4 +57,5 @@ status=$?
 
 if [[ "$output_dir/requeue" -nt "$started" ]]; then exit 85; fi
 if ((status)); then explain_end "$started"; fi
+if [[ "$output_dir/wrong-end.json" -nt "$started" ]]; then exit 3; fi  # training was given up, docs/resume.md
 exit "$status"

@@ -14,7 +14,8 @@
 #   RESTARTS  how often all ranks may be started again (default 0)
 #   JOB       name of the folder under logs/ (default adalora)
 #
-# Exit code: 0 done; 85 a checkpoint was written because SIGUSR1 or SIGTERM asked for it, start again; else failed.
+# Exit code: 0 done; 85 a checkpoint was written because SIGUSR1 or SIGTERM asked for it, start again; 3 training was given
+# up (docs/resume.md); else failed.
 # shellcheck disable=SC2154  # launch-check prints output_dir, endpoint and their like
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -57,4 +58,5 @@ status=$?
 
 if [[ "$output_dir/requeue" -nt "$started" ]]; then exit 85; fi
 if ((status)); then explain_end "$started"; fi
+if [[ "$output_dir/wrong-end.json" -nt "$started" ]]; then exit 3; fi  # training was given up, docs/resume.md
 exit "$status"

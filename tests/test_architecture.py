@@ -34,12 +34,16 @@ LAYERS = {
     "data": 1,
     "quantization": 0,
     "config": 0,
+    "finite": 0,
+    "files": 0,
     "errors": 0,
 }
 LEAVES = {  # what else they may import
-    "data": {"config", "errors"},
-    "quantization": {"config", "errors"},
+    "data": {"config", "errors", "files"},
+    "quantization": {"config", "errors", "files", "finite"},
+    "finite": {"errors"},
     "config": {"errors"},
+    "files": {"errors"},
     "errors": set(),
 }
 TASK_ROOMS = ("tasks", "config")  # who may name a task; the others ask the object

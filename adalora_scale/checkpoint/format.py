@@ -32,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from adalora_scale.errors import UserError
+from adalora_scale.files import sync
 
 MANIFEST_NAME = "manifest.json"
 VERSION = 1
@@ -114,19 +115,6 @@ def file_entry(path: Path) -> dict[str, Any]:
     """Return a file's size and checksum, as the manifest lists them."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on disk.
-
-    Raises:
-        OSError: the disk could not take them.
-    """
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def publish(partial: Path, final: Path) -> None:

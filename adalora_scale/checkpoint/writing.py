@@ -23,6 +23,7 @@ from adalora_scale.checkpoint.format import CheckpointError
 from adalora_scale.checkpoint.state import Gathered, merged_scalars
 from adalora_scale.engines.ranks import everywhere, on_all_ranks, rank_and_size
 from adalora_scale.errors import UserError
+from adalora_scale.files import sync
 
 _SETTLES_S = 20.0
 """How long a network file system may take to show one machine what another wrote."""
@@ -71,7 +72,7 @@ def write_checkpoint(
         entries = {files.pieces_name(number, world_size): part["entry"] for number, part in enumerate(everyone)}
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")
-            files.sync(partial / name)
+            sync(partial / name)
             entries[name] = files.file_entry(partial / name)
         optimizer = content.get("optimizer", {}) | {"scalars": merged_scalars([part["scalars"] for part in everyone])}
         whole = {"step": step, "world_size": world_size, **content, "optimizer": optimizer}

@@ -17,6 +17,9 @@ from pathlib import Path
 import datasets
 from filelock import FileLock, Timeout
 
+from adalora_scale.errors import UserError, full_disk
+from adalora_scale.files import sync_tree, writing
+
 logger = logging.getLogger(__name__)
 
 
@@ -32,11 +35,15 @@ def build_once(cache_dir: Path, key: str, build: Callable[[Path], None]) -> Path
         cache_dir: directory shared by the processes that should share the work.
         key: digest of everything that decides the content.
         build: fills the directory it is given; what it raises passes through, and nothing is left behind.
+
+    Raises:
+        UserError: the disk is full, or the directory cannot be written.
     """
     final = cache_dir / key
     if final.is_dir():
         return final
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    with writing(cache_dir):
+        cache_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(cache_dir / f"{key}.lock")
     try:
         lock.acquire(timeout=0)
@@ -51,23 +58,20 @@ def build_once(cache_dir: Path, key: str, build: Callable[[Path], None]) -> Path
         temporary = Path(tempfile.mkdtemp(prefix=f"{key}.tmp-", dir=cache_dir))
         try:
             build(temporary)
-            _sync(temporary)
+            sync_tree(temporary)  # a crash must not keep the name and lose the bytes
             temporary.chmod(0o755 & ~_umask())  # mkdtemp's 0700 would lock a shared cache to one user
             temporary.rename(final)
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if (reason := full_disk(error)) is not None:
+                raise UserError(
+                    f"{cache_dir}, the cache of prepared data, cannot be written: {reason}; free some room there, or "
+                    f"set HF_DATASETS_CACHE to a folder on another disk."
+                ) from None
             raise
     finally:
         lock.release()
     return final
-
-
-def _sync(directory: Path) -> None:
-    """Force file contents to disk before the rename, so that a crash cannot keep the name and lose the bytes."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def _umask() -> int:

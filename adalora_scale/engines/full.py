@@ -47,6 +47,15 @@ def full_parameter(parameter: nn.Parameter, model: nn.Module) -> Tensor:
     return _from_masters(parameter, model)
 
 
+def held_values(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a parameter or buffer, wherever its engine keeps it; no collective, no copy."""
+    partition = getattr(tensor, "ds_tensor", None)  # ZeRO-3; the last partitions are padded with what was in memory
+    if isinstance(partition, Tensor):
+        start = dist.get_rank(group=tensor.ds_process_group) * partition.ds_numel  # type: ignore[attr-defined]
+        return partition.detach().view(-1)[: max(0, tensor.ds_numel - start)]  # type: ignore[attr-defined]
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 def _from_masters(parameter: Any, model: nn.Module) -> Tensor:
     """Put the ranks' pieces of a ZeRO optimizer's masters together, and see that the forward computes with them."""
     if hasattr(parameter, "ds_id"):

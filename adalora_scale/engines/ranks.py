@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.errors import Unsupported, UserError, WrongEnd
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
@@ -94,6 +94,6 @@ def _told(problem: Exception | None) -> tuple[type[Exception], str] | None:
     if isinstance(problem, OSError):
         where = f"{problem.filename}: " if problem.filename is not None else ""
         return UserError, f"{where}{problem.strerror or problem}"
-    if isinstance(problem, UserError | Unsupported):
+    if isinstance(problem, UserError | Unsupported | WrongEnd):
         return type(problem), str(problem)
     return RuntimeError, f"{type(problem).__name__}: {problem}"

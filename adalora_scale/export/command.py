@@ -24,7 +24,8 @@ pruning, before any of them is written:
   update that fit into so many parameters; --by scores those that the run itself scored highest (a checkpoint-N from
   before the final allocation holds the scores). Modules that were trained in full stay and are not counted.
 
-The output folder appears complete or not at all. It gets an export.json that says what was done.
+The output folder appears complete or not at all. It gets an export.json that says what was done and lists its files;
+--overwrite replaces a folder only if all that is in it is listed there and unchanged.
 """
 
 

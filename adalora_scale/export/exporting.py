@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from adalora_scale.adalora.adaptables import adaptable_of
@@ -11,12 +12,13 @@ from adalora_scale.export.base_checkpoint import BaseCheckpoint, local_base
 from adalora_scale.export.dequantise import Dequantised, dequantised_weights, refuse_quantised
 from adalora_scale.export.from_checkpoint import adapter_folder
 from adalora_scale.export.measuring import measure, num_labels, samples, why_not_measured
-from adalora_scale.export.merge import check_same_base, plan_merge
+from adalora_scale.export.merge import Plan, check_same_base, plan_merge
 from adalora_scale.export.model_folder import shard_bytes, write_companions, write_model
-from adalora_scale.export.output import output_folder, write_report
+from adalora_scale.export.output import Withdrawn, output_folder
 from adalora_scale.export.peft_forms import write_peft_adalora, write_peft_lora
 from adalora_scale.export.pruned_adapter import SINGULAR_VALUES, Pruning, pruned_adapter
 from adalora_scale.export.rank_pattern import write_rank_pattern
+from adalora_scale.export.record import write_record
 from adalora_scale.export.request import Request
 
 _TOLERANCE = 1e-4  # of the largest logit, for forms that only rearrange float32 numbers
@@ -56,25 +58,37 @@ def _export(request: Request, adapter: AdapterFile, whole: AdapterFile, pruning:
     reason = why_not_measured(request, adapter, base)
     batches = [] if reason or base is None else samples(request, adapter, base)
     quantised: Dequantised | None = None
+    plan: Plan | None = None
     if request.format == "merged":
         if base is None:
             raise UserError("--format merged needs the base model; name it with --base.")
         quantised = dequantised_weights(adapter, base) if request.dequantise else None
-        _merge(request, adapter, base, quantised, report)
-    else:
-        _rearrange(request, adapter, base, report)
-    fidelity = measure(request, adapter, base, quantised, batches) if batches and base is not None else None
-    if fidelity and base is not None and adapter is not whole:
-        # Whether the form is right is a question to the pruned adapter; what pruning costs, to the one it was.
-        cost = measure(request, whole, base, quantised, batches)
-        report["pruning"]["fidelity"] = cost.as_dict()
-        report["pruning_text"] += f"\nagainst the adapter before pruning, {cost}"
-    report["fidelity"] = fidelity.as_dict() if fidelity else None
-    report["fidelity_text"] = str(fidelity) if fidelity else f"fidelity: not measured ({reason})"
-    report["failed"] = fidelity is not None and request.format != "merged" and not fidelity.relative <= _TOLERANCE
-    if report["failed"]:
-        report["notes"].append(f"it differs by more than {_TOLERANCE:g} of the largest logit: do not use this export")
-    write_report(request.output, report)
+        if quantised is None:
+            refuse_quantised(base)
+        plan = plan_merge(adapter, base, quantised)
+    inputs = [request.adapter, *([base.directory] if base else [])]
+    needed = sum(tensor.size for tensor in plan.tensors) if plan else 0
+    with output_folder(request.output, overwrite=request.overwrite, inputs=inputs, needed_bytes=needed) as folder:
+        if plan is not None and base is not None:
+            _merge(request, adapter, base, plan, quantised, report, folder)
+        else:
+            _rearrange(request, adapter, base, report, folder)
+        fidelity = measure(request, adapter, base, quantised, batches, folder) if batches and base is not None else None
+        if fidelity and base is not None and adapter is not whole:
+            # Whether the form is right is a question to the pruned adapter; what pruning costs, to the one it was.
+            cost = measure(request, whole, base, quantised, batches, folder)
+            report["pruning"]["fidelity"] = cost.as_dict()
+            report["pruning_text"] += f"\nagainst the adapter before pruning, {cost}"
+        report["fidelity"] = fidelity.as_dict() if fidelity else None
+        report["fidelity_text"] = str(fidelity) if fidelity else f"fidelity: not measured ({reason})"
+        report["failed"] = fidelity is not None and request.format != "merged" and not fidelity.relative <= _TOLERANCE
+        if report["failed"]:
+            report["what"] = (
+                f"{request.output} was not written: the form differs from the adapter by more than {_TOLERANCE:g} of "
+                f"the largest logit (--no-fidelity writes it unmeasured)"
+            )
+            raise Withdrawn
+        report.update(write_record(folder, report))
     return report
 
 
@@ -101,30 +115,29 @@ def _base(request: Request, adapter: AdapterFile) -> BaseCheckpoint | None:
     return base
 
 
-def _rearrange(request: Request, adapter: AdapterFile, base: BaseCheckpoint | None, report: dict[str, Any]) -> None:
-    inputs = [request.adapter, *([base.directory] if base else [])]
+def _rearrange(
+    request: Request, adapter: AdapterFile, base: BaseCheckpoint | None, report: dict[str, Any], folder: Path
+) -> None:
     pruned: dict[str, int] = report.get("pruning", {}).get("kept", {})
     names = {*pruned, *(name for name, _ in base.model.named_modules())} if base else set(pruned)
-    with output_folder(request.output, overwrite=request.overwrite, inputs=inputs) as folder:
-        if request.format == "peft-adalora":
-            report |= write_peft_adalora(adapter, folder, base=request.base)
-            what = "PEFT AdaLoRA"
-        elif request.format == "rank-pattern":
-            _refuse_other_function(adapter, base)
-            report |= write_rank_pattern(adapter, folder, base=request.base, names=names)
-            what = f"a LoraConfig of the learnt ranks, {report['parameters']:,} parameters to train, no weights"
-        else:
-            _refuse_other_function(adapter, base)
-            report |= write_peft_lora(
-                adapter, folder, base=request.base, uniform=request.uniform, rank=request.rank, names=names
-            )
-            what = "plain LoRA, zero-padded to one rank" if request.uniform else "plain LoRA, a rank for every matrix"
-        if "left_out" in report:  # a pruned plain LoRA does not name them any more
-            report["left_out"] += [name for name in pruned if name not in adapter.modules]
-        ranks = report["ranks"].values()
-        report["what"] = f"{request.output}: {what}; {len(ranks)} matrices, ranks {min(ranks)} to {max(ranks)}"
-        report["notes"] += _notes(request, adapter, report)
-        write_report(folder, report)
+    if request.format == "peft-adalora":
+        report |= write_peft_adalora(adapter, folder, base=request.base)
+        what = "PEFT AdaLoRA"
+    elif request.format == "rank-pattern":
+        _refuse_other_function(adapter, base)
+        report |= write_rank_pattern(adapter, folder, base=request.base, names=names)
+        what = f"a LoraConfig of the learnt ranks, {report['parameters']:,} parameters to train, no weights"
+    else:
+        _refuse_other_function(adapter, base)
+        report |= write_peft_lora(
+            adapter, folder, base=request.base, uniform=request.uniform, rank=request.rank, names=names
+        )
+        what = "plain LoRA, zero-padded to one rank" if request.uniform else "plain LoRA, a rank for every matrix"
+    if "left_out" in report:  # a pruned plain LoRA does not name them any more
+        report["left_out"] += [name for name in pruned if name not in adapter.modules]
+    ranks = report["ranks"].values()
+    report["what"] = f"{request.output}: {what}; {len(ranks)} matrices, ranks {min(ranks)} to {max(ranks)}"
+    report["notes"] += _notes(request, adapter, report)
 
 
 def _notes(request: Request, adapter: AdapterFile, report: dict[str, Any]) -> list[str]:
@@ -160,23 +173,18 @@ def _merge(
     request: Request,
     adapter: AdapterFile,
     base: BaseCheckpoint,
+    plan: Plan,
     quantised: Dequantised | None,
     report: dict[str, Any],
+    folder: Path,
 ) -> None:
-    if quantised is None:
-        refuse_quantised(base)
-    plan = plan_merge(adapter, base, quantised)
-    needed = sum(tensor.size for tensor in plan.tensors)
-    inputs = [request.adapter, base.directory]
-    with output_folder(request.output, overwrite=request.overwrite, inputs=inputs, needed_bytes=needed) as folder:
-        report |= write_model(plan, folder, max_shard_bytes=shard_bytes(request.max_shard_size))
-        dtype = next(iter(quantised.weights.values())).dtype if quantised and base.quantization else None
-        write_companions(adapter, base, plan, folder, dtype)
-        into = quantised.said if quantised else f"the weights of {base.directory}, in their own dtype"
-        heads = f", {len(plan.replaced)} tensors trained in full replaced" if plan.replaced else ""
-        report["merged"], report["replaced"] = plan.merged, plan.replaced
-        report["what"] = f"{request.output}: {len(plan.merged)} matrices merged into {into}{heads}"
-        write_report(folder, report)
+    report |= write_model(plan, folder, max_shard_bytes=shard_bytes(request.max_shard_size))
+    dtype = next(iter(quantised.weights.values())).dtype if quantised and base.quantization else None
+    write_companions(adapter, base, plan, folder, dtype)
+    into = quantised.said if quantised else f"the weights of {base.directory}, in their own dtype"
+    heads = f", {len(plan.replaced)} tensors trained in full replaced" if plan.replaced else ""
+    report["merged"], report["replaced"] = plan.merged, plan.replaced
+    report["what"] = f"{request.output}: {len(plan.merged)} matrices merged into {into}{heads}"
     if plan.untied:
         report["notes"].append(
             "the adapter is on one side of the tie between output head and embedding, so they are no longer tied"

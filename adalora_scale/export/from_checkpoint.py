@@ -20,7 +20,8 @@ from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from adalora_scale.export.output import copy_tokenizer
-from adalora_scale.export.tensor_files import save_file
+from adalora_scale.export.tensor_files import save_adapter_file
+from adalora_scale.files import writing
 from adalora_scale.tasks.registry import TASKS
 
 
@@ -38,7 +39,8 @@ def adapter_folder(directory: Path) -> Iterator[Path]:
         folder = Path(name)
         checkpoint = Checkpoint(directory)
         checkpoint.verify()
-        write_adapter(checkpoint, folder)
+        with writing(folder):
+            write_adapter(checkpoint, folder)
         for tokenizer in (directory.parent, directory):
             copy_tokenizer(tokenizer, folder)
         yield folder
@@ -92,7 +94,7 @@ def write_adapter(checkpoint: Checkpoint, folder: Path) -> None:
         **options.peft_fields(position["total_step"]),
         "rank_pattern": {f"{module}.lora_E": mask for module, mask in kept.items()} if position["frozen"] else None,
     }
-    save_file(tensors, folder / WEIGHTS_NAME)
+    save_adapter_file(tensors, folder / WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

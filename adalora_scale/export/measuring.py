@@ -63,8 +63,9 @@ def measure(
     base: BaseCheckpoint,
     quantised: Dequantised | None,
     batches: list[dict[str, Tensor]],
+    written: Path,
 ) -> Fidelity:
-    """Compare what was written to `request.output` with `adapter` on its base, both in float32."""
+    """Compare what was written, still under its hidden name, with `adapter` on its base, both in float32."""
     options: dict[str, Any] = {"trust_remote_code": True} if request.trust_remote_code else {}
     labels = num_labels(adapter)
     head = options | ({"num_labels": labels, "ignore_mismatched_sizes": True} if labels is not None else {})
@@ -74,8 +75,8 @@ def measure(
 
     def load_exported() -> nn.Module:
         if request.format == "merged":
-            return load_float32(request.output, base.model, **options)
-        return _with_peft(load_float32(base.directory, base.model, **head), request.output)
+            return load_float32(written, base.model, **options)
+        return _with_peft(load_float32(base.directory, base.model, **head), written)
 
     def with_adapter(model: nn.Module) -> nn.Module:
         if adapter.method == "LORA":

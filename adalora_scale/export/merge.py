@@ -22,6 +22,7 @@ from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.base_checkpoint import BaseCheckpoint, Source
 from adalora_scale.export.dequantise import Dequantised, Stored
 from adalora_scale.export.tensor_files import DTYPES, FLOATING
+from adalora_scale.finite import is_finite, require_finite
 
 _BLOCK = 4 * 2**20  # elements that are summed at a time: 16 MiB in float32
 
@@ -129,7 +130,15 @@ def check_same_base(adapter: AdapterFile, base: BaseCheckpoint) -> None:
 def copied(source: Source) -> Planned:
     """Plan a tensor that stays as it is."""
     entry = source.file.entries[source.key]
-    return Planned(source.key, entry.dtype, entry.shape, entry.size, lambda: source.file.chunks(source.key))
+
+    def pieces() -> Iterator[bytes]:
+        for chunk in source.file.chunks(source.key):
+            if entry.dtype in FLOATING and chunk:
+                values = torch.frombuffer(bytearray(chunk), dtype=DTYPES[entry.dtype])
+                require_finite({source.key: values}, "the base model")
+            yield chunk
+
+    return Planned(source.key, entry.dtype, entry.shape, entry.size, pieces)
 
 
 def merged(source: Source, key: str, adapter: AdapterFile, module: str, transposed: bool) -> Planned:
@@ -173,11 +182,12 @@ def added(weight: Tensor, delta: Tensor, dtype: str, module: str) -> Tensor:
     """Return weight + delta, summed in at least float32, in the named dtype.
 
     Raises:
-        UserError: the sum does not fit the dtype.
+        UserError: the weight is not finite, or the sum does not fit the dtype.
     """
+    require_finite({module: weight}, "the base model")
     wide = weight if weight.dtype == torch.float64 else weight.float()
     total = (wide + delta).to(DTYPES[dtype])
-    if not bool(torch.isfinite(total).all()):
+    if not is_finite(total):
         raise UserError(f"the merged weight of '{module}' does not fit {DTYPES[dtype]}; merge into a wider base.")
     return total
 
@@ -186,7 +196,13 @@ def replaced(key: str, adapter: AdapterFile, name: str, dtype: str) -> Planned:
     """Plan a tensor of a module that was trained in full, in the base's dtype."""
     shape = adapter.others[name]
     size = math.prod(shape) * DTYPES[dtype].itemsize
-    return Planned(key, dtype, shape, size, lambda: [adapter.other(name).to(DTYPES[dtype])])
+
+    def pieces() -> list[Tensor]:
+        value = adapter.other(name).to(DTYPES[dtype])
+        require_finite({name: value}, f"the adapter in {DTYPES[dtype]}")
+        return [value]
+
+    return Planned(key, dtype, shape, size, pieces)
 
 
 def _touched(

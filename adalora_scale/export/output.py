@@ -1,19 +1,23 @@
-"""The folder an export writes: refused when it holds something, complete or absent, never half."""
+"""The folder an export writes: refused when it holds something, complete or absent, never half.
+
+What an earlier call wrote there is replaced with `--overwrite`, and nothing else: `record.py` says what that is,
+`publishing.py` how it is replaced.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from adalora_scale.errors import UserError
+from adalora_scale.errors import Unsupported, UserError, system_reason
+from adalora_scale.export.publishing import discard, names_beside, publish, tidy
+from adalora_scale.export.record import REPORT_NAME, remove_written, why_kept
+from adalora_scale.files import sync_tree
 
-REPORT_NAME = "export.json"
-_EXPORT_FILES = (REPORT_NAME, "adapter_config.json", "config.json")
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,48 +33,59 @@ _TOKENIZER_FILES = (
 )
 
 
+class Withdrawn(Exception):
+    """Raised inside `output_folder` when what was written is not to be published; goes no further."""
+
+
 @contextlib.contextmanager
 def output_folder(target: Path, *, overwrite: bool, inputs: Sequence[Path], needed_bytes: int = 0) -> Iterator[Path]:
     """Give a temporary folder beside `target` that takes its place when the block ends without an error.
 
+    The block ends with `write_record`. What is measured inside is measured before anything is replaced.
+
     Args:
         target: the folder to write.
-        overwrite: replace what an earlier export wrote there.
+        overwrite: replace what an earlier call wrote there.
         inputs: folders that are read and must survive.
         needed_bytes: room that the result takes on disk.
 
     Raises:
         UserError: the folder holds something, cannot be written, or the disk is too small.
     """
-    target = target.absolute()
-    _check_target(target, overwrite, inputs)
-    temporary, replaced = (target.with_name(f".{target.name}.{kind}-{os.getpid()}") for kind in ("partial", "replaced"))
+    target = Path(os.path.abspath(target))
+    partial, _ = names_beside(target)
     try:
+        for line in tidy(target):
+            _say(line)
+        _check_target(target, overwrite, inputs)
         target.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(target.parent).free
         if free < needed_bytes:
             raise UserError(f"{target} needs {needed_bytes:,} bytes, the disk has {free:,} left; name another disk.")
-        temporary.mkdir()
+        partial.mkdir()
     except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror}.") from None
+        raise UserError(f"{target} cannot be written: {error.strerror}; name another folder.") from None
     try:
-        yield temporary
-        if target.exists():
-            os.rename(target, replaced)
-        os.rename(temporary, target)
-    except OSError as error:
-        raise UserError(f"writing {target} failed: {error.strerror or error}. Nothing was left behind.") from None
+        yield partial
+        if not (partial / REPORT_NAME).is_file():
+            raise RuntimeError(f"nothing in {partial} says what was written; call write_record last")
+        sync_tree(partial)
+        _check_target(target, overwrite, inputs)  # what took an hour to write left an hour to put something there
+        earlier = publish(partial, target)
+    except (UserError, Unsupported):
+        raise
+    except Withdrawn:
+        return
+    except Exception as error:  # the writers of safetensors and tokenizers are Rust's and raise no OSError
+        if (reason := system_reason(error)) is None:
+            raise
+        raise UserError(f"writing {target} failed: {reason}. Nothing was left behind; write to another disk.") from None
+    else:
+        if earlier is not None and not remove_written(earlier):
+            _say(f"{earlier} stays: what was at {target} before, and something that came in meanwhile")
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-
-
-def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write `export.json`; it appears complete or not at all."""
-    temporary = folder / f".{REPORT_NAME}.partial"
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / REPORT_NAME)
+        if partial.exists():
+            discard(partial)
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
@@ -82,14 +97,27 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
 
 
 def _check_target(target: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
-    if target.is_file():
+    if target.is_symlink():
+        raise UserError(f"{target} is a link (to {os.readlink(target)}); name a folder itself to write.")
+    if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; name a folder to write.")
     if not target.exists() or not any(target.iterdir()):
         return
-    if not overwrite:
-        raise UserError(f"{target} holds something already; name another folder, or pass --overwrite.")
     for source in inputs:
-        if source.resolve().is_relative_to(target.resolve()):
+        if overwrite and source.resolve().is_relative_to(target.resolve()):
             raise UserError(f"--overwrite would delete {source}, which is read; name another folder to write.")
-    if target.resolve() in Path.cwd().resolve().parents or not any((target / name).is_file() for name in _EXPORT_FILES):
-        raise UserError(f"{target} does not look like an exported adapter or model; --overwrite leaves it alone.")
+    reason = why_kept(target)
+    if not overwrite:
+        way_out = "or pass --overwrite" if reason is None else f"--overwrite leaves it alone, because it {reason}"
+        raise UserError(f"{target} holds something already; name another folder, {way_out}.")
+    if reason is None and Path.cwd().resolve().is_relative_to(target.resolve()):
+        reason = "is the working folder"
+    if reason is not None:
+        raise UserError(
+            f"{target} {reason}; --overwrite leaves it alone. Name another folder, or remove it by hand if all of it "
+            f"can go."
+        )
+
+
+def _say(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr, flush=True)

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -35,6 +33,7 @@ from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.adalora.masters import keep_in_float32
 from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
 from adalora_scale.engines.full import full_parameter, settle
+from adalora_scale.engines.ranks import rank_and_size, together
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import (
     CONFIG_NAME,
@@ -48,7 +47,8 @@ from adalora_scale.export.adapter_file import (
 )
 from adalora_scale.export.adapter_file import PREFIX as _PREFIX
 from adalora_scale.export.dequantise import quantised_base
-from adalora_scale.export.tensor_files import save_file
+from adalora_scale.export.tensor_files import save_adapter_file
+from adalora_scale.files import replacing
 from adalora_scale.tasks.registry import task_of_model
 
 
@@ -60,17 +60,18 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
     not at all.
 
     With several processes every rank calls it, whatever the engine: parameters are gathered one by one (the fp32
-    masters where an engine keeps such), and rank 0 writes. The files are there when rank 0 returns.
+    masters where an engine keeps such), and rank 0 writes. The files are there when any rank returns.
 
     Raises:
-        UserError: the model has no adapters.
+        UserError: the model has no adapters, or, on all ranks, the disk is full or the folder cannot be written; an
+            adapter that was there before stays then.
     """
     settle(model)
     layers = dict(adapter_layers(model))
     injection = injection_of(model)
     if not layers or injection is None:
         raise UserError("the model has no AdaLoRA layers to save; call inject_adalora(model, config) first.")
-    writes = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    writes = rank_and_size()[0] == 0
     tensors: dict[str, Tensor] = {}
     pattern: dict[str, list[bool]] = {}
     for name, layer in layers.items():
@@ -90,19 +91,15 @@ def save_adapter(model: nn.Module, directory: str | Path) -> None:
         for key, tensor in _whole_tensors(base.get_submodule(name)):
             if (value := _gathered(tensor, model, writes)) is not None:
                 tensors[f"{_PREFIX}{name}.{key}"] = value
-    if not writes:
-        return
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
-    peft_config = _peft_config(base, injection, layers, pattern)
-    text = json.dumps(peft_config, indent=2) + "\n"
-    # Both files are complete before either takes its place: what can fail, fails while the old pair still stands.
-    partial = {name: directory / f".{name}.partial" for name in (WEIGHTS_NAME, CONFIG_NAME)}
-    save_file(tensors, partial[WEIGHTS_NAME], metadata=_record(base, injection))
-    partial[CONFIG_NAME].write_text(text, encoding="utf-8")
-    for name, temporary in partial.items():
-        os.replace(temporary, directory / name)
+
+    def write() -> None:
+        text = json.dumps(_peft_config(base, injection, layers, pattern), indent=2) + "\n"
+        with replacing(Path(directory)) as folder:
+            save_adapter_file(tensors, folder / WEIGHTS_NAME, metadata=_record(base, injection))
+            (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+
+    together(write if writes else lambda: None)
 
 
 @torch.no_grad()

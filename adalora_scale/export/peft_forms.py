@@ -23,7 +23,7 @@ from adalora_scale.export.adapter_file import (
 )
 from adalora_scale.export.lora_config import kept_ranks, lora_config, write_config
 from adalora_scale.export.output import copy_tokenizer
-from adalora_scale.export.tensor_files import save_file
+from adalora_scale.export.tensor_files import save_adapter_file
 
 
 def write_peft_adalora(adapter: AdapterFile, folder: Path, *, base: str | None) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def write_peft_adalora(adapter: AdapterFile, folder: Path, *, base: str | None) 
         factor = peft_scale(adapter.config["init_r"])
         tensors |= {key: value.float() * factor for key, value in tensors.items() if key.endswith(".lora_E")}
         record[PEFT_SCALE] = True
-    save_file(tensors, folder / WEIGHTS_NAME, {RECORD_KEY: json.dumps(record, sort_keys=True)})
+    save_adapter_file(tensors, folder / WEIGHTS_NAME, {RECORD_KEY: json.dumps(record, sort_keys=True)})
     write_config(folder, adapter.config | {"base_model_name_or_path": base or adapter.base})
     copy_tokenizer(adapter.directory, folder)
     return {"ranks": {name: shape.rank for name, shape in adapter.modules.items()}}
@@ -97,7 +97,7 @@ def write_peft_lora(
         ranks = dict.fromkeys(ranks, common)
     # With every alpha equal to its rank PEFT's alpha / r is 1, and so is what tools make of it that ignore patterns.
     config = lora_config(adapter, ranks, dict.fromkeys(ranks, 1.0), base=base, names=names)
-    save_file(tensors, folder / WEIGHTS_NAME, record_of_part(adapter, complete=not left_out))
+    save_adapter_file(tensors, folder / WEIGHTS_NAME, record_of_part(adapter, complete=not left_out))
     write_config(folder, config)
     copy_tokenizer(adapter.directory, folder)
     return {"ranks": ranks, "left_out": left_out}

@@ -18,7 +18,8 @@ from adalora_scale.export.output import copy_tokenizer
 from adalora_scale.export.peft_forms import record_of_part
 from adalora_scale.export.pruning import Cut, Size, cut_by_scores, cut_by_singular_values
 from adalora_scale.export.saved_scores import saved_scores
-from adalora_scale.export.tensor_files import save_file
+from adalora_scale.export.tensor_files import save_adapter_file
+from adalora_scale.files import writing
 
 SINGULAR_VALUES, SCORES = "singular-values", "scores"
 CRITERIA = (SINGULAR_VALUES, SCORES)
@@ -103,7 +104,8 @@ def pruned_adapter(
         by, budget, before, _parameters(kept, costs), sum(ranks.values()), sum(kept.values()), kept, error
     )
     with tempfile.TemporaryDirectory(prefix="adalora_pruned_") as folder:
-        _write(adapter, cuts, Path(folder))
+        with writing(Path(folder)):
+            _write(adapter, cuts, Path(folder))
         yield AdapterFile(folder), figures
 
 
@@ -133,7 +135,7 @@ def _write(adapter: AdapterFile, cuts: dict[str, Cut], folder: Path) -> None:
         pattern = {f"{name}.lora_E": [place in kept for place in range(init_r)] for name, kept in places.items()}
         config = adapter.config | {"rank_pattern": pattern}
         metadata = record_of_part(adapter, complete=True)
-    save_file(tensors, folder / WEIGHTS_NAME, metadata)
+    save_adapter_file(tensors, folder / WEIGHTS_NAME, metadata)
     write_config(folder, config)
     copy_tokenizer(adapter.directory, folder)
 

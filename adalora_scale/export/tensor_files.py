@@ -23,6 +23,7 @@ from torch import Tensor
 
 from adalora_scale.adalora.base_digest import sample_positions
 from adalora_scale.errors import UserError
+from adalora_scale.finite import require_finite
 
 DTYPES = {
     "F64": torch.float64,
@@ -180,6 +181,16 @@ class TensorFileWriter:
                     raise RuntimeError(f"{len(self._sizes)} tensors were not written")
                 self._file.flush()
                 os.fsync(self._file.fileno())
+
+
+def save_adapter_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write an adapter's CPU tensors, as `save_file` does.
+
+    Raises:
+        UserError: one has values that are not finite; nothing is written.
+    """
+    require_finite(tensors, "the adapter")
+    save_file(tensors, path, metadata)
 
 
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

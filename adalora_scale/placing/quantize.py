@@ -14,7 +14,8 @@ from adalora_scale.errors import UserError
 
 _EPILOG = """
 The result is in bitsandbytes' own form: transformers' from_pretrained loads it, and a run loads it by slices at any
-number of ranks (model.model_name_or_path=OUT). OUT appears complete or not at all.
+number of ranks (model.model_name_or_path=OUT). OUT appears complete or not at all, with an export.json that lists what
+was written.
 """
 
 
@@ -51,6 +52,7 @@ def add_verb(verbs: Any, prepare: Callable[[], None]) -> None:
         help="dtype of what is not quantised (default: the checkpoint's)",
     )
     parser.add_argument("--max-shard-gb", type=float, default=2.0, metavar="GB", help="largest file (default 2)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier call wrote to OUT")
     parser.add_argument("--revision", help="branch, tag or commit of a hub model")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run model code that comes with the checkpoint"
@@ -66,6 +68,7 @@ def _quantize(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int
     import torch
 
     from adalora_scale.export.output import output_folder
+    from adalora_scale.export.record import write_record
     from adalora_scale.placing import streaming
     from adalora_scale.quantization.linear import quantized_share
     from adalora_scale.quantization.offline import quantize_checkpoint
@@ -91,7 +94,7 @@ def _quantize(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int
     started = streaming.begin(config, device=device)
     source = _small_files(arguments.model, arguments.revision)
     with (
-        output_folder(arguments.output, overwrite=False, inputs=[source]) as folder,
+        output_folder(arguments.output, overwrite=arguments.overwrite, inputs=[source]) as folder,
         streaming.progress(started) as on_slot,
     ):
         done = quantize_checkpoint(
@@ -104,15 +107,18 @@ def _quantize(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int
             shard_bytes=int(arguments.max_shard_gb * 2**30),
             on_slot=on_slot,
         )
-    quantized, every = quantized_share(started.model)
-    report = {
-        "output": str(arguments.output),
-        "tensors_in_4bit": done.tensors_in_4bit,
-        "share_of_linear_weights": quantized / max(every, 1),
-        "bytes_read": done.bytes_read,
-        "bytes_written": done.bytes_written,
-        "files": done.files,
-    }
+        quantized, every = quantized_share(started.model)
+        report = {
+            "format": "4-bit",
+            "model": arguments.model,
+            "output": str(arguments.output),
+            "tensors_in_4bit": done.tensors_in_4bit,
+            "share_of_linear_weights": quantized / max(every, 1),
+            "bytes_read": done.bytes_read,
+            "bytes_written": done.bytes_written,
+            "files": done.files,
+        }
+        report = write_record(folder, report)
     if arguments.json:
         print(json.dumps(report))
     else:

@@ -121,7 +121,7 @@ def _fill_quantized(
                 in_features=layer.in_features,
                 transposed=layer.transposed,
             )
-            codes, largest = functional.quantize_blocks(weights.to(device, plan.dtype), spec)
+            codes, largest = functional.quantize_blocks(weights.to(device, plan.dtype), spec, slot.name)
             packed[first - start : last - start].copy_(codes)
             absmax[first - start : last - start].copy_(largest)
 

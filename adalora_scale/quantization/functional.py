@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adalora_scale.errors import Unsupported
+from adalora_scale.finite import require_finite
 from adalora_scale.quantization.spec import CODES, NESTED_BLOCK, QuantSpec
 
 
@@ -39,16 +40,21 @@ def bitsandbytes() -> ModuleType:
     return bnb
 
 
-def quantize_blocks(weights: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def quantize_blocks(weights: Tensor, spec: QuantSpec, name: str = "a layer") -> tuple[Tensor, Tensor]:
     """Quantise whole blocks.
 
     Args:
         weights: (n · blocksize,) float32, bfloat16 or float16: consecutive weights of a row-major matrix.
         spec: the options.
+        name: of the matrix, for messages.
 
     Returns:
         packed (n, blocksize / 2) uint8 and absmax (n,) float32.
+
+    Raises:
+        UserError: a weight is not finite.
     """
+    require_finite({name: weights}, "the base model")
     bitsandbytes()
     half = spec.blocksize // 2
     if weights.numel() == 0:  # a rank may own no block
@@ -71,7 +77,7 @@ def encode_scales(absmax: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 def quantize(weight: Tensor, spec: QuantSpec, name: str = "a layer") -> tuple[Tensor, Tensor, Tensor]:
     """Quantise a whole (out_features, in_features) matrix into (packed, scales, nested)."""
     spec.blocks(weight.shape[1], weight.shape[0], name)
-    packed, absmax = quantize_blocks(weight.reshape(-1), spec)
+    packed, absmax = quantize_blocks(weight.reshape(-1), spec, name)
     return packed, *encode_scales(absmax, spec)
 
 

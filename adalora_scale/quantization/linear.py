@@ -73,9 +73,13 @@ class Linear4bit(nn.Module):
         )
 
     @torch.no_grad()
-    def quantize_(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Take an (out_features, in_features) weight, and a bias, into this layer's own tensors."""
-        packed, scales, nested = functional.quantize(weight, self.spec)
+    def quantize_(self, weight: Tensor, bias: Tensor | None = None, name: str = "a layer") -> None:
+        """Take an (out_features, in_features) weight, and a bias, into this layer's own tensors.
+
+        Raises:
+            UserError: a weight is not finite; `name` says whose.
+        """
+        packed, scales, nested = functional.quantize(weight, self.spec, name)
         self.weight.copy_(packed)
         self.scales.copy_(scales)
         self.nested.copy_(nested)
@@ -188,7 +192,7 @@ def quantize_model(model: nn.Module, spec: QuantSpec, skip_modules: list[str] | 
         new = model.get_submodule(name)
         if isinstance(new, Linear4bit) and isinstance(layer.weight, Tensor):
             weight = layer.weight.T if new.transposed else layer.weight
-            new.quantize_(weight, layer.bias if isinstance(layer.bias, Tensor) else None)
+            new.quantize_(weight, layer.bias if isinstance(layer.bias, Tensor) else None, name)
     return model
 
 

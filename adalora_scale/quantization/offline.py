@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adalora_scale.errors import UserError
+from adalora_scale.finite import require_finite
 from adalora_scale.quantization import functional
 from adalora_scale.quantization.base_files import FLOATS, INDEX_NAME, SINGLE_NAME
 from adalora_scale.quantization.linear import Linear4bit
@@ -27,7 +28,7 @@ from adalora_scale.quantization.spec import QuantSpec
 
 COPIED = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.py")
 """Small files that go with the weights: tokenizer, generation config, model code."""
-_NOT_COPIED = {"config.json", INDEX_NAME}
+_NOT_COPIED = {"config.json", INDEX_NAME, "export.json", "run.json", "trainer_state.json"}
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,9 @@ def _stored(plan: LoadingPlan, slot: Slot, device: torch.device) -> dict[str, Te
     layer, checkpoint = slot.module, plan.checkpoint
     if not (slot.quantized and isinstance(layer, Linear4bit)):
         tensor = checkpoint.whole(slot.source)
-        return {slot.name: tensor.to(plan.dtype) if _follows_dtype(slot) else tensor}
+        kept = {slot.name: tensor.to(plan.dtype) if _follows_dtype(slot) else tensor}
+        require_finite(kept, "the base model")
+        return kept
     count = layer.in_features * layer.out_features
     flat = checkpoint.weights(
         slot.source, 0, count, in_features=layer.in_features, transposed=layer.transposed

@@ -16,6 +16,7 @@ import yaml
 
 from adalora_scale.config import apply_override, check_value, config_from_tree, read_tree
 from adalora_scale.errors import INTERRUPTED_EXIT_CODE, UserError
+from adalora_scale.files import replace_text
 from adalora_scale.sweep.local import Local
 from adalora_scale.sweep.report import Results, at_the_edge, best_of, duration, table, winning_config
 from adalora_scale.sweep.search import Listed, Optuna, Source, grid_of, require_optuna
@@ -23,7 +24,6 @@ from adalora_scale.sweep.slurm import Slurm
 from adalora_scale.sweep.space import Choices, Range, around, choices, grid, number_range
 from adalora_scale.sweep.trial import Outcome, Trial, finished, known_trials
 from adalora_scale.training.arguments import DEFAULT_LEARNING_RATE, check_training_section
-from adalora_scale.training.records import replace_text
 
 _BASE, _TRIALS = "config.yaml", "trials"
 
@@ -190,7 +190,7 @@ class _Progress:
         best = best_of(self.results, self._goal)
         words = outcome.reason if outcome.value is None else f"{outcome.value:.4f}"
         if outcome.diverged:
-            words = "but diverged"
+            words = f"but given up: {outcome.why}" if outcome.reason else "but diverged"
         if outcome.earlier:
             words += " (an earlier call)"
         if best == trial and not trial.again:

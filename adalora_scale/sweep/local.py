@@ -135,8 +135,12 @@ class Local:
                 env=environment,
                 start_new_session=True,
             )
-            note_group(lock, child.pid)
             self._groups.add(child.pid)
+            try:
+                note_group(lock, child.pid)
+            except UserError:
+                _send(child.pid, signal.SIGTERM)  # nobody else would know that it trains
+                raise
             if self.stopping.is_set():  # the signal came while it was started
                 _send(child.pid, signal.SIGTERM)
             code = child.wait()

@@ -61,9 +61,13 @@ def _order(outcome: Outcome, goal: str) -> tuple[bool, float]:
 
 
 def _shown(outcome: Outcome) -> str:
-    if outcome.value is None:
-        return (f"{outcome.state} ({outcome.reason})" if outcome.reason else outcome.state).replace("|", "\\|")
-    return "diverged" if outcome.diverged else f"{outcome.value:.4f}"
+    if outcome.finite is not None:
+        return f"{outcome.finite:.4f}"
+    if outcome.diverged:
+        said = f"given up ({outcome.why})" if outcome.reason else "diverged"
+    else:
+        said = f"{outcome.state} ({outcome.reason})" if outcome.reason else outcome.state
+    return said.replace("|", "\\|")
 
 
 def at_the_edge(best: Trial, dimensions: Iterable[Choices | Range], results: Results) -> list[str]:

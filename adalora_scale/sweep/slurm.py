@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adalora_scale.errors import UserError
+from adalora_scale.files import replace_text
 from adalora_scale.sweep.search import Source
 from adalora_scale.sweep.trial import SLURM_NOTE, Outcome, Trial, claimed, finished
 
@@ -63,7 +64,7 @@ class Slurm:
                 *self._options, str(_SCRIPT), "--config", str(self._config), *trial.overrides(folder),
             ]  # fmt: skip
             job = _call(command).split(";")[0].strip()
-            note.write_text(job + "\n", "utf-8")
+            replace_text(note, job + "\n")
             return Outcome("queued", reason=f"job {job}, submitted now")
 
 

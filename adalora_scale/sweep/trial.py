@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adalora_scale.errors import UserError
+from adalora_scale.files import writing
 from adalora_scale.sweep.space import Settings, number_or_text
-from adalora_scale.training.records import write_json
+from adalora_scale.training.records import WRONG_END_NAME, write_json
 
 State = Literal["done", "failed", "stopped", "queued", "running elsewhere", "not tried"]
 _NOTE = "trial.json"
@@ -98,17 +99,25 @@ class Outcome:
         return self.value if self.value is not None and math.isfinite(self.value) else None
 
     @property
+    def why(self) -> str:
+        """The first sentence of the reason."""
+        return self.reason.split(". ")[0]
+
+    @property
     def diverged(self) -> bool:
         """Whether it is done and its metric is not a number."""
         return self.value is not None and self.finite is None
 
 
 def finished(folder: Path, metric: str) -> Outcome | None:
-    """Read a finished run's figures; None where there is none.
+    """Read a finished run's figures; None where there is none. One that training gave up has no number for a metric.
 
     Raises:
         UserError: the final evaluation has no such metric.
     """
+    if (folder / WRONG_END_NAME).exists():
+        reason = json.loads((folder / WRONG_END_NAME).read_text("utf-8"))["reason"]
+        return Outcome("done", math.nan, reason=reason)
     try:
         summary: dict[str, Any] = json.loads((folder / "run.json").read_text("utf-8"))
     except FileNotFoundError:
@@ -130,7 +139,8 @@ def claimed(trial: Trial, folder: Path) -> Iterator[Path | None]:
     The lock's file is given; who starts processes writes their group there (`note_group`), because a launcher's ranks
     may outlive it and hold no lock.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     file = folder / ".lock"
     with file.open("a+") as lock:
         try:
@@ -147,7 +157,8 @@ def claimed(trial: Trial, folder: Path) -> Iterator[Path | None]:
 
 def note_group(lock: Path, group: int) -> None:
     """Write down which process group trains in a claimed folder."""
-    lock.write_text(f"{socket.gethostname()} {group}\n", "utf-8")
+    with writing(lock):  # in place: the lock is the file, not its name
+        lock.write_text(f"{socket.gethostname()} {group}\n", "utf-8")
 
 
 def group_lives(group: int) -> bool:

@@ -22,6 +22,7 @@ OWN_KEYS = {
     "resume_allow_changed": list[str] | None,
     "resume_compact": bool | None,
     "global_batch_size": int,
+    "max_skipped_steps": int,
 }
 """Keys of the section that are not transformers'."""
 
@@ -42,8 +43,15 @@ _MANAGED = {
     "fsdp_config": "engine.config",
 }
 
-_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_COUNTS = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "max_skipped_steps",
+)
 
+_FINITE = ("learning_rate", "weight_decay", "adam_", "warmup", "num_train_epochs", "label_smoothing")
+"""How keys begin that mean nothing at infinity; others do (max_grad_norm: measure, and never clip)."""
 DEFAULT_LEARNING_RATE = 2e-4
 """TRL's 2e-5 suits full fine-tuning. The default begins as LoRA does, and this is LoRA's usual rate; the published
 method (`preset: paper`) was run at 5e-4 to 2e-3."""
@@ -92,6 +100,11 @@ def convert_training_section(config: RunConfig) -> dict[str, Any]:
     for key in _COUNTS:
         if checked.get(key, 1) < 1:
             raise UserError(f"training.{key} is {checked[key]}; it must be at least 1.")
+    for key, value in checked.items():
+        if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and key.startswith(_FINITE))):
+            raise UserError(f"training.{key} is {value}; it must be a finite number.")
+    if checked.get("learning_rate", 1.0) <= 0:
+        raise UserError(f"training.learning_rate is {checked['learning_rate']:g}; it must be positive.")
     return checked
 
 
@@ -130,6 +143,8 @@ def training_arguments(config: RunConfig, engine: Engine) -> TrainingArguments:
         "save_strategy": "steps",
         "save_total_limit": 2,
         "logging_steps": 10,
+        # transformers writes down 0.0 for a loss that is not a number.
+        "logging_nan_inf_filter": False,
         "disable_tqdm": not sys.stderr.isatty(),
         # accelerate starts a process group on CPU only when told that CPU is meant.
         "use_cpu": not torch.cuda.is_available(),

@@ -15,6 +15,7 @@ from adalora_scale.controller import RankAllocator
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter
 from adalora_scale.training.records import JsonLines
+from adalora_scale.training.soundness import MAX_SKIPPED_STEPS, Soundness
 
 METRICS_NAME = "metrics.jsonl"
 RANKS_NAME = "ranks.jsonl"
@@ -25,12 +26,21 @@ class AdaLoraCallback(TrainerCallback):
 
     The model must have been prepared with `inject_adalora(model, config)` before the trainer was made. Files go to
     `args.output_dir`: `metrics.jsonl`, `ranks.jsonl`, and at the end `adapter_config.json` with
-    `adapter_model.safetensors`; a checkpoint folder that the trainer writes gets the adapter too.
+    `adapter_model.safetensors`; a checkpoint folder that the trainer writes gets the adapter too. Training that would
+    leave nothing right (no numbers, nothing trained, stopped before the final allocation) raises `WrongEnd`, and no
+    adapter is written.
     """
 
-    def __init__(self, *, saves_checkpoints: bool = True) -> None:
-        """Make a callback; a trainer whose checkpoints hold the adapter already passes saves_checkpoints=False."""
+    def __init__(self, *, saves_checkpoints: bool = True, max_skipped_steps: int = MAX_SKIPPED_STEPS) -> None:
+        """Make a callback.
+
+        Args:
+            saves_checkpoints: False in a trainer whose checkpoints hold the adapter already.
+            max_skipped_steps: steps in a row without a finite gradient after which training ends (`WrongEnd`).
+        """
         self._saves_checkpoints = saves_checkpoints
+        self.max_skipped_steps = max_skipped_steps
+        self._soundness: Soundness | None = None
         self.allocator: RankAllocator | None = None
         self.records: dict[str, JsonLines] = {}
         """The files of lines that rank 0 writes."""
@@ -70,6 +80,13 @@ class AdaLoraCallback(TrainerCallback):
             self.records = {
                 name: JsonLines(output_dir / name, keep=kept.get(name, 0)) for name in (METRICS_NAME, RANKS_NAME)
             }
+        self._soundness = Soundness(
+            model,
+            allocator,
+            max_skipped_steps=self.max_skipped_steps,
+            scales_loss=bool(args.fp16),
+            output_dir=Path(args.output_dir or "."),
+        )
         if allocator.last_allocation is not None:
             self._last_written = allocator.last_allocation.step
         self._clock, self._tokens = time.perf_counter(), float(state.num_input_tokens_seen)
@@ -84,12 +101,25 @@ class AdaLoraCallback(TrainerCallback):
         self._guarded_step = -1
         return self.allocator
 
+    @property
+    def skipped_in_a_row(self) -> int:
+        """How many of the last steps had no finite gradient."""
+        return self._soundness.in_a_row if self._soundness is not None else 0
+
     def guard(self) -> None:
-        """Compare ranks, once a step at most and never with guard_every=0; all ranks call it before they save.
+        """See that weights are numbers, and compare ranks, once a step at most and never with guard_every=0.
+
+        All ranks call it before they save.
 
         Raises:
+            WrongEnd: something trained is not finite.
             RanksDisagree: ranks differ: what would be written is not what every rank trains.
         """
+        if self._soundness is not None:
+            self._soundness.require_numbers()
+        self._compare_ranks()
+
+    def _compare_ranks(self) -> None:
         allocator = self.allocator
         if allocator is None or allocator.config.guard_every == 0 or allocator.step == self._guarded_step:
             return
@@ -107,7 +137,10 @@ class AdaLoraCallback(TrainerCallback):
         self.allocator.skip_missed_steps(state.global_step)
         every = self.allocator.config.guard_every
         if every and state.global_step % every == 0:
-            self.guard()
+            self._compare_ranks()
+        if self._soundness is not None:
+            self._soundness.after_step()
+        self._before_save(control)
         allocation = self.allocator.last_allocation
         if allocation is not None and allocation.step != self._last_written:
             self._last_written = allocation.step
@@ -133,6 +166,17 @@ class AdaLoraCallback(TrainerCallback):
             figures.update(self.allocator.metrics())
         self.records[METRICS_NAME].write({"step": state.global_step, **figures})
 
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """See that what the trainer is going to write is sound."""
+        self._before_save(control)
+
+    def _before_save(self, control: TrainerControl) -> None:
+        """Look before the trainer writes its own checkpoint, and deletes an older one for it."""
+        if control.should_save and self._saves_checkpoints and self.allocator is not None:
+            self.guard()
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the adapter beside what the trainer just wrote."""
         if self.allocator is not None and self._saves_checkpoints:
@@ -144,6 +188,8 @@ class AdaLoraCallback(TrainerCallback):
     ) -> None:
         """Save the adapter."""
         if self.allocator is not None:
+            if self._soundness is not None:
+                self._soundness.at_end()
             self.guard()
             save_adapter(kwargs["model"], args.output_dir or ".")
 

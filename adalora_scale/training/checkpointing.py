@@ -25,7 +25,7 @@ from adalora_scale.engines import base_optimizer
 from adalora_scale.engines.ranks import together
 from adalora_scale.errors import Interrupted, UserError
 from adalora_scale.training.loop_state import loop_state, restore_optimizer, restore_sums
-from adalora_scale.training.records import versions, write_json
+from adalora_scale.training.records import WRONG_END_NAME, versions, write_json
 from adalora_scale.training.signals import StopRequest
 
 TRAINER_STATE_NAME = "trainer_state.json"
@@ -125,7 +125,8 @@ class RunCheckpoints:
         """Clear the way for this run's own checkpoints, and agree on the run's name; rank 0 writes."""
 
         def clear() -> str:
-            (self.output_dir / REQUEUE_NAME).unlink(missing_ok=True)
+            for name in (REQUEUE_NAME, WRONG_END_NAME):
+                (self.output_dir / name).unlink(missing_ok=True)
             aside = set_aside(self.output_dir, self.resumed)
             if aside:
                 print(f"not continued, renamed to abandoned-…: {', '.join(aside)}", flush=True)
@@ -225,21 +226,24 @@ class RunCheckpoints:
         if rank_and_size()[0] == 0:
             for lines in records.values():
                 lines.sync()
-            rotate(self.output_dir, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
+            if not trainer.adalora_callback.skipped_in_a_row:  # else the last sound one may be the next to go
+                rotate(self.output_dir, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
 
     def stop_if_asked(self, allocator: RankAllocator) -> None:
         """After a completed step: when a signal asked for it, leave a checkpoint and end training on all ranks.
 
         Raises:
             Interrupted: a signal asked to stop.
+            UserError: the note that says so does not fit on the disk; the checkpoint is there.
         """
         step = self.trainer.state.global_step
         if not self.stop.agreed(step):
             return
         self.trainer.write_checkpoint(allocator)
         said = self.stop.received or "a signal to another rank"
+        note = {"step": step, "signal": said}
+        together(lambda: write_json(self.output_dir / REQUEUE_NAME, note) if rank_and_size()[0] == 0 else None)
         if rank_and_size()[0] == 0:
-            write_json(self.output_dir / REQUEUE_NAME, {"step": step, "signal": said})
             print(f"{said}: checkpoint-{step} is written; resume_from_checkpoint=auto goes on from it", flush=True)
         raise Interrupted(f"stopped by {said} after step {step}")
 

@@ -45,7 +45,7 @@ def loop_state(trainer: Any, base: Optimizer) -> tuple[dict[str, Any], dict[str,
     }
     if trainer.accelerator.scaler is not None:
         state["scaler"] = _plain(trainer.accelerator.scaler.state_dict())
-    if (scaler := _deepspeed_scaler(trainer)) is not None:
+    if (scaler := deepspeed_scaler(trainer)) is not None:
         state["loss_scaler"] = {key: value for key, value in vars(scaler).items() if isinstance(value, int | float)}
     if hasattr(trainer, "_total_train_tokens"):  # SFTTrainer
         state["tokens"] = trainer._total_train_tokens
@@ -80,7 +80,7 @@ def restore_optimizer(trainer: Any, base: Optimizer, state: dict[str, Any], chan
                 inner.step()
     if state["scaler"] is not None and trainer.accelerator.scaler is not None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
-    if state["loss_scaler"] is not None and (scaler := _deepspeed_scaler(trainer)) is not None:
+    if state["loss_scaler"] is not None and (scaler := deepspeed_scaler(trainer)) is not None:
         vars(scaler).update(state["loss_scaler"])
 
 
@@ -101,7 +101,7 @@ def restore_sums(trainer: Any, checkpoint: Checkpoint, rank: int, world_size: in
             trainer._metrics["train"][key] = list(values)
 
 
-def _deepspeed_scaler(trainer: Any) -> Any:
+def deepspeed_scaler(trainer: Any) -> Any:
     """DeepSpeed's own loss scaler where it scales (fp16); bf16 and fp32 have a constant of 1."""
     zero = getattr(getattr(trainer.model_wrapped, "optimizer", None), "loss_scaler", None)
     return zero if zero is not None and hasattr(zero, "cur_scale") else None

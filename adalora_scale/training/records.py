@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from adalora_scale.errors import UserError
+from adalora_scale.files import replace_text, writing
 
+WRONG_END_NAME = "wrong-end.json"
+"""Why a run ended without a result (`WrongEnd`); removed at the next start."""
 _PACKAGES = ("adalora-scale", "torch", "transformers", "accelerate", "trl", "datasets", "deepspeed", "bitsandbytes")
 
 
@@ -24,8 +27,13 @@ class JsonLines:
     """A file of one JSON object a line; every line is on disk when `write` returns, so a crash loses nothing."""
 
     def __init__(self, path: Path, *, keep: int = 0) -> None:
-        """Open `path` for a run; a continued one keeps the first `keep` lines, those of steps it will not repeat."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Open `path` for a run; a continued one keeps the first `keep` lines, those of steps it will not repeat.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
+        """
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep] if keep and path.exists() else []
         if kept and not kept[-1].endswith("\n"):
@@ -41,28 +49,33 @@ class JsonLines:
             UserError: the disk is full or the folder cannot be written any more.
         """
         line = json.dumps({key: _plain(value) for key, value in record.items()}) + "\n"
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError as error:
-            raise UserError(f"{self._path} cannot be written: {error.strerror}.") from None
+        with writing(self._path):
+            before = self._path.stat().st_size if self._path.exists() else 0
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(line)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.truncate(self._path, before)  # half a line is no JSON
+                raise
         self.lines += 1
 
     def sync(self) -> None:
-        """Wait until the lines are on disk."""
-        with self._path.open("a", encoding="utf-8") as file:
+        """Wait until the lines are on disk.
+
+        Raises:
+            UserError: the disk could not take them.
+        """
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             os.fsync(file.fileno())
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file; it appears complete or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write one JSON object; the file appears complete or not at all."""
+    """Write one JSON object; the file appears complete or not at all.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
     replace_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 

@@ -5,6 +5,8 @@ Cheap checks come first (keys, files, rows, schedule), the model is loaded when 
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -12,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from huggingface_hub import is_offline_mode
 from transformers import (
     AutoConfig,
@@ -30,8 +31,10 @@ from adalora_scale.data.preparing import Prepared
 from adalora_scale.data.rows import RawData, load_raw
 from adalora_scale.engines.builds import bounded_build_waits
 from adalora_scale.engines.engine import Engine
+from adalora_scale.engines.ranks import rank_and_size, together
 from adalora_scale.engines.registry import engine_for
-from adalora_scale.errors import UserError
+from adalora_scale.errors import UserError, WrongEnd
+from adalora_scale.export.adapter_file import CONFIG_NAME, WEIGHTS_NAME
 from adalora_scale.export.continual import check_start
 from adalora_scale.placing import streaming
 from adalora_scale.placing.model import place_model
@@ -48,7 +51,14 @@ from adalora_scale.training.console import use_console
 from adalora_scale.training.continuing import rank_fitter, run_identity
 from adalora_scale.training.optimizers import check_optimizer
 from adalora_scale.training.packages import check_packages
-from adalora_scale.training.records import hardware, peak_memory_by_rank, versions, write_json
+from adalora_scale.training.records import (
+    WRONG_END_NAME,
+    hardware,
+    peak_memory_by_rank,
+    versions,
+    write_json,
+)
+from adalora_scale.training.soundness import MAX_SKIPPED_STEPS
 from adalora_scale.training.trainers import AdaLoraSFTTrainer, AdaLoraTrainer, with_adalora
 
 RUN_NAME = "run.json"
@@ -73,13 +83,36 @@ def train(config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: the config, its files or its data cannot be used.
         Unsupported: the config asks for an engine or quantisation that is not there.
+        WrongEnd: training cannot or did not leave an adapter that is right (wrong-end.json says why, too).
     """
     started = time.time()
+    try:
+        return _train(config, started)
+    except WrongEnd as error:
+        if rank_and_size()[0] == 0:
+            _leave_no_result(Path(config.training["output_dir"]), str(error))
+        raise
+
+
+def _leave_no_result(directory: Path, reason: str) -> None:
+    """Write down why there is none, and take away what would look like one: written just now, or by an earlier run."""
+    for name in (RUN_NAME, CONFIG_NAME, WEIGHTS_NAME):
+        (directory / name).unlink(missing_ok=True)
+    with contextlib.suppress(UserError):  # of the two errors this is the lesser
+        write_json(directory / WRONG_END_NAME, {"reason": reason})
+
+
+def _train(config: RunConfig, started: float) -> dict[str, Any]:
     with bounded_build_waits():  # DeepSpeed compiles operators when ranks join and when it takes the optimizer
         inputs = prepare(config)
         trainer = make_trainer(config, inputs)
         trainer.train()
     final = _final_evaluation(trainer) if inputs.data.eval is not None else {}
+    if not math.isfinite(final.get("eval_loss", 0.0)):
+        raise WrongEnd(
+            f"the final evaluation's loss is {final['eval_loss']}: its forward overflows. Look at the rows of "
+            f"data.eval, lower training.learning_rate, or compute in bfloat16 or float32."
+        )
     trainer.save_model()
     return _write_run(config, inputs, trainer, final, started)
 
@@ -148,6 +181,7 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
     trainer.asked_engine = inputs.engine
     trainer.checkpoints.run_identity = run_identity(config)
     trainer.checkpoints.allowed_changes = training.get("resume_allow_changed") or []
+    trainer.adalora_callback.max_skipped_steps = training.get("max_skipped_steps", MAX_SKIPPED_STEPS)
     trainer.checkpoints.resumed = checkpoint
     trainer.args.resume_from_checkpoint = None  # chosen above, for good
     use_console(trainer)
@@ -248,10 +282,8 @@ def _write_run(
         "peak_memory_by_rank": peak_memory_by_rank(),
         "torch_threads": torch.get_num_threads(),
     }
-    if trainer.is_world_process_zero():
-        write_json(Path(config.training["output_dir"]) / RUN_NAME, summary)
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+    path = Path(config.training["output_dir"]) / RUN_NAME
+    together(lambda: write_json(path, summary) if trainer.is_world_process_zero() else None)
     return summary
 
 

@@ -27,10 +27,12 @@ from adalora_scale.engines.registry import check_engine, is_sharded, real_engine
 from adalora_scale.engines.zero_place import refuse_mismatches
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter, saved_values, unwrapped
+from adalora_scale.files import replacing, writing
 from adalora_scale.tasks.registry import task_of_class
 from adalora_scale.training.arguments import refuse_batch_search, require_evaluation_at_budget
 from adalora_scale.training.callback import AdaLoraCallback
 from adalora_scale.training.checkpointing import RunCheckpoints, choose_checkpoint
+from adalora_scale.training.loop_state import deepspeed_scaler
 from adalora_scale.training.optimizers import writes_checkpoints
 
 # The mixin stands in front of a Trainer; telling the type checker so keeps the seams below checked.
@@ -116,6 +118,9 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.engine = check_engine(self.model_wrapped, self.asked_engine, world_size=self.args.world_size)
         allocator = self.adalora_callback.attach(self.model, self.optimizer, max_steps)  # type: ignore[arg-type]
+        scaler = deepspeed_scaler(self)
+        if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
+            scaler.raise_error_at_min_scale = False  # max_skipped_steps ends such a run, and names the cause
         self.state.compute_steps(self.args, max_steps)  # trainer_state.json would bring back the old intervals
         self.checkpoints.start()
         self.checkpoints.load(allocator)
@@ -190,20 +195,31 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         """Put AdaLoRA's figures beside the loss, for every tracker the trainer reports to."""
         if self.allocator is not None and "loss" in logs:
             logs.update({k: v for k, v in self.allocator.metrics().items() if isinstance(v, int | float)})
+        if "loss" in logs:
+            self._tr_loss.zero_()  # transformers subtracts it from itself: one NaN would be every later loss
         if "train_loss" in logs:
             # transformers divides by the steps since the resume; the sum goes back to the run's first step.
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 0.001)
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter (PEFT format) and the tokenizer, never the frozen base; every rank calls it."""
+        """Write the adapter (PEFT format) and the tokenizer, never the frozen base; every rank calls it.
+
+        Raises:
+            UserError: on all ranks: the disk is full or the folder cannot be written; earlier files stay.
+        """
         if self.model is None:
             return
         directory = Path(output_dir or self.args.output_dir or ".")
         self.adalora_callback.guard()
         save_adapter(self.model, directory)
-        if self.args.should_save and self.processing_class is not None:
-            self.processing_class.save_pretrained(directory)
+        tokenizer = self.processing_class
+
+        def write_tokenizer() -> None:
+            with replacing(directory) as folder:
+                tokenizer.save_pretrained(folder)  # type: ignore[union-attr]
+
+        together(write_tokenizer if self.args.should_save and tokenizer is not None else lambda: None)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Compare adapters at their budget only: one from before the final allocation is larger than was asked for."""
@@ -225,7 +241,8 @@ class AdaLoraTrainerMixin(_TrainerSeams):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write everything a run needs to go on; with save_only_model just the adapter, as transformers does."""
         if self.args.save_only_model or self.allocator is None:
-            super()._save_checkpoint(model, trial)
+            with writing(self.checkpoints.output_dir):
+                super()._save_checkpoint(model, trial)
         else:
             self.write_checkpoint(self.allocator)
 

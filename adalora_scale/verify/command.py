@@ -19,6 +19,7 @@ import torch.distributed as dist
 from adalora_scale.cluster.ranks import launched, process_group
 from adalora_scale.config import PRESETS
 from adalora_scale.errors import UserError, nearest
+from adalora_scale.files import replace_text
 from adalora_scale.verify import memory
 from adalora_scale.verify.engines import ENGINES, VARIANTS
 from adalora_scale.verify.matrix import ALL_TOLERANCE, BF16_TOLERANCE, TENSOR_TOLERANCE, Cell, run_matrix
@@ -54,6 +55,8 @@ class Request:
                     raise UserError(f"{option}: '{name}' is not one of {', '.join(known)}.{nearest(name, known)}")
         if self.json_file is not None and not self.json_file.absolute().parent.is_dir():
             raise UserError(f"--json: the folder of '{self.json_file}' does not exist.")
+        if self.json_file is not None and self.json_file.is_dir():
+            raise UserError(f"--json: '{self.json_file}' is a folder; name a file.")
 
     def arguments(self) -> list[str]:
         """Return the command line that asks for the same."""
@@ -117,7 +120,7 @@ def verify_engines(request: Request) -> int:
             print(f"{ran} of {len(cells)} cells ran, {sum(cell.verdict == 'fail' for cell in cells)} failed")
             if request.json_file is not None:
                 rows = {"cells": [cell.as_dict() for cell in cells], "memory": [usage.as_dict() for usage in usages]}
-                request.json_file.write_text(json.dumps(header | rows | {"passed": not failed}, indent=2) + "\n")
+                replace_text(request.json_file, json.dumps(header | rows | {"passed": not failed}, indent=2) + "\n")
         return 1 if failed else 0
 
 

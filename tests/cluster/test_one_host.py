@@ -75,3 +75,15 @@ def test_usr1_to_the_script_reaches_the_ranks_and_not_torchrun(tmp_path):
         end(process)
     assert "SIGUSR1: checkpoint-" in (tmp_path / "said.log").read_text()
     assert (tmp_path / "out" / "requeue").exists()
+
+
+@pytest.mark.full
+def test_a_run_that_was_given_up_has_its_own_exit_code(tmp_path):
+    """torchrun turns every code of its ranks into 1, and what starts failed jobs again would start it for ever."""
+    process = start(tmp_path, "training.learning_rate=1e30", "training.max_skipped_steps=2", GPUS="2")
+    try:
+        assert process.wait(240) == 3, (tmp_path / "said.log").read_text()[-3000:]
+    finally:
+        end(process)
+    assert "the last 2 steps had no finite gradient" in (tmp_path / "said.log").read_text()
+    assert (tmp_path / "out" / "wrong-end.json").exists()

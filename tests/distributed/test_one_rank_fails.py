@@ -41,3 +41,11 @@ def test_every_rank_says_which_file_of_which_rank_is_damaged(tmp_path, llama, re
         assert f"(rank {broken})" in output["said"]
         assert str(tmp_path / f"rank{broken}") in output["said"]
         assert "damaged or truncated" in output["said"] or "cannot be read" in output["said"]
+
+
+def test_a_disk_that_does_not_take_the_adapter_is_said_on_every_rank(tmp_path):
+    """Rank 0 alone writes; the others would go on to the next collective and wait there."""
+    outputs = run_ranks(WORKER, 2, ["save", "ddp", tmp_path], timeout=TIMEOUT)
+    for output in outputs:
+        assert str(tmp_path / "run") in output["said"] and "File too large" in output["said"]
+    assert list((tmp_path / "run").iterdir()) == []

@@ -211,6 +211,26 @@ def test_damaged_base_is_refused_by_name(own, tmp_path, capsys, name):
     assert message in refused(capsys, run, tmp_path / "out", "--base", base, "--format", "merged")
 
 
+@pytest.mark.parametrize("name", ["wte.weight", "h.0.attn.c_attn.weight", "ln_f.bias"])
+def test_base_that_is_not_finite_is_named(own, tmp_path, capsys, name):
+    """A merged model answers NaN to everything; its adapter is not to blame, and no wider dtype helps."""
+    base, run = own
+    tensors = load_file(base / "model.safetensors")
+    key = next(key for key in tensors if key.endswith(name))
+    tensors[key].view(-1)[5] = float("nan")  # the fingerprint of the base has not seen it
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    said = refused(capsys, run, tmp_path / "out", "--base", base, "--format", "merged")
+    assert f"'{key.removesuffix('.weight')}" in said and "of the base model has values that are not finite" in said
+
+
+@pytest.mark.parametrize("form", ["peft-adalora", "peft-lora"])
+def test_adapter_that_is_not_finite_is_not_copied_on(own, tmp_path, capsys, form):
+    """Neither its triplets nor a module that was trained in full."""
+    _, run = own
+    edit_weights(run, lambda tensors: tensors[KEY + "B"].view(-1)[:1].fill_(float("nan")))
+    assert "not finite" in refused(capsys, run, tmp_path / "out", "--format", form)
+
+
 def test_base_that_is_nowhere_is_said(own, tmp_path, capsys):
     """Merging needs it; the name in the adapter may be another machine's path."""
     _, run = own
@@ -243,7 +263,6 @@ def test_taken_folders_are_left_alone(own, tmp_path, capsys):
     export(run, out, *form)  # an empty folder is no reason to refuse
     first = (out / "model.safetensors").read_bytes()
     assert "pass --overwrite" in refused(capsys, run, out, *form)
-    (out / "stale.bin").touch()
     export(run, out, "--base", base, "--format", "peft-lora", "--overwrite", "--no-fidelity")
     assert sorted(p.name for p in out.iterdir()) == [CONFIG, WEIGHTS, "export.json"]
     export(run, out, *form, "--overwrite")

@@ -406,10 +406,11 @@ def test_crash_while_writing_leaves_the_old_adapter(base_of, saved, monkeypatch,
     if moment == "config":
         monkeypatch.setattr(peft_adalora.Path, "write_text", lambda self, *a, **k: fails({}, self))
     else:
-        monkeypatch.setattr(peft_adalora, "save_file", fails)
-    with pytest.raises(OSError, match="No space left"):
+        monkeypatch.setattr(peft_adalora, "save_adapter_file", fails)
+    with pytest.raises(UserError, match="No space left"):
         save_adapter(other, saved)
     monkeypatch.undo()
+    assert sorted(p.name for p in saved.iterdir()) == [CONFIG, WEIGHTS]  # half a file takes room that is needed
     assert {name: (saved / name).read_bytes() for name in (CONFIG, WEIGHTS)} == before
     save_adapter(other, saved)  # and the next attempt succeeds over what the crash left
     assert sorted(p.name for p in saved.iterdir()) == [CONFIG, WEIGHTS]

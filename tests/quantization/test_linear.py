@@ -108,6 +108,16 @@ def test_no_cast_touches_the_bytes(cast):
     assert all(map(torch.equal, before, (layer.weight, layer.scales, layer.nested)))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_that_are_not_finite_are_refused(dtype, value):
+    """In 4 bits they would be numbers like all others, and their block's other weights zeros."""
+    weight = torch.randn(ROWS, COLUMNS).to(dtype)
+    weight[-1, -1] = value
+    with pytest.raises(UserError, match="'up' of the base model has values that are not finite"):
+        functional.quantize(weight, QuantSpec(), "up")
+
+
 def test_slices_of_blocks_quantise_to_the_bytes_of_the_whole():
     """Ranks quantise only their own blocks."""
     spec = QuantSpec()

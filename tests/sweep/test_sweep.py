@@ -183,6 +183,9 @@ if rate == 0.5:
 if rate > 0.5:
     print("error: this rate is refused")
     sys.exit(2)
+if rate == 0.45:
+    open(folder + "/wrong-end.json", "w").write('{"reason": "no finite gradient"}')
+    sys.exit(3)
 loss = math.nan if rate == 0.4 else abs(math.log10(rate) + 2)
 run = {"final": {"eval_loss": loss}, "budget": {"spent": 10, "unit": "params"}, "wall_time_s": 1, "world_size": 1}
 open(folder + "/run.json", "w").write(json.dumps(run))
@@ -227,7 +230,8 @@ def test_what_diverges_fails_or_is_refused_is_told_apart(tmp_path, quick):
     states = {trial["settings"][key]: trial for trial in json.loads(said, parse_constant=pytest.fail)["trials"]}
     assert states["0.4"]["diverged"] and states["0.4"]["value"] is None and states["0.01"]["value"] == 0
     assert "exit code 1: RuntimeError: out of memory" in states["0.5"]["reason"]
-    result = quick(tmp_path / "b", "--grid", f"{key}=0.4", code=1)
+    result = quick(tmp_path / "b", "--grid", f"{key}=0.4,0.45", code=1)
+    assert "no finite gradient" in result.out and "failed" not in result.out
     assert "diverged" in result.err and not (tmp_path / "b" / "best.yaml").exists()
     said = quick(tmp_path / "c", "--grid", f"{key}=0.6,0.7,0.8,0.9,0.01", code=1).out
     assert said.count("this rate is refused") == 2 * 3 and said.count("not tried") == 2 * 2

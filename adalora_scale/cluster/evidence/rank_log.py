@@ -24,7 +24,8 @@ from adalora_scale.cluster.evidence.status import (
     Status,
     starting,
 )
-from adalora_scale.errors import INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE
+from adalora_scale.errors import INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE, UserError
+from adalora_scale.files import writing
 
 _PEER_TROUBLE = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|Connection refused|Timed out waiting"
@@ -41,22 +42,23 @@ def rank_log(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
     """Keep the log and the status of this rank while the body runs; does nothing without ADALORA_LOG_DIR.
 
     An exception is printed, recorded as this rank's failure, and raised on. One that only reports missing peers first
-    gathers every rank's flight record, see `HangWatch`.
+    gathers every rank's flight record, see `HangWatch`. Where the folder takes no files, the exit code is 2.
     """
     if not environment.get(LOG_DIR):
         yield
         return
     folder = Path(environment[LOG_DIR])
-    folder.mkdir(parents=True, exist_ok=True)
     status = starting(environment)
-    status.write(folder)
+    if not _written(status, folder):
+        raise SystemExit(USER_ERROR_EXIT_CODE)
     _redirect(folder / f"{status.name}.log", keep_console=status.rank == 0)
     print(f"== {_now()} rank {status.rank} of {status.world_size} on {status.host}, pid {status.pid}", flush=True)
     watch = HangWatch(folder, status)
     try:
         yield
     except SystemExit as end:
-        _finish(folder, _ended_by_exit(status, end, folder), watch)
+        if not _finish(folder, _ended_by_exit(status, end, folder), watch) and end.code in (None, 0):
+            raise SystemExit(USER_ERROR_EXIT_CODE) from None
         raise
     except BaseException as error:
         traceback.print_exc()
@@ -67,7 +69,8 @@ def rank_log(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
         _finish(folder, status.finished("failed", failure, hang), watch)
         raise SystemExit(1) from None
     else:
-        _finish(folder, status.finished("done"), watch)
+        if not _finish(folder, status.finished("done"), watch):
+            raise SystemExit(USER_ERROR_EXIT_CODE)
 
 
 def describe(error: BaseException) -> Failure:
@@ -107,10 +110,23 @@ def _ended_by_exit(status: Status, end: SystemExit, folder: Path) -> Status:
     return status.finished("failed", Failure(type=f"exit code {code}", message=message, place="", from_peers=False))
 
 
-def _finish(folder: Path, status: Status, watch: HangWatch) -> None:
+def _finish(folder: Path, status: Status, watch: HangWatch) -> bool:
     watch.close()
-    status.write(folder)
+    written = _written(status, folder)
     print(f"== {_now()} rank {status.rank} {status.state}", flush=True)
+    return written
+
+
+def _written(status: Status, folder: Path) -> bool:
+    """Write the status; where that fails, say why in one line and return False."""
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        status.write(folder)
+    except UserError as error:
+        print(f"error: {LOG_DIR}: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 def _redirect(path: Path, *, keep_console: bool) -> None:

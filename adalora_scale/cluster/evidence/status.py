@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import psutil
 
+from adalora_scale.files import replace_text
+
 LOG_DIR = "ADALORA_LOG_DIR"
 HOST = "ADALORA_HOST"
 _SUFFIX = ".status.json"
@@ -60,11 +62,12 @@ class Status:
         return f"{self.host}.{self.rank}"
 
     def write(self, folder: Path) -> None:
-        """Put the status into `folder`; readers see the old or the new one, never half."""
-        path = folder / f"{self.name}{_SUFFIX}"
-        unfinished = folder / f".{self.name}.{self.pid}.partial"
-        unfinished.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        """Put the status into `folder`; readers see the old or the new one, never half.
+
+        Raises:
+            UserError: the disk is full, or the folder cannot be written.
+        """
+        replace_text(folder / f"{self.name}{_SUFFIX}", json.dumps(asdict(self)) + "\n")
 
     def finished(self, state: State, failure: Failure | None = None, hang: str | None = None) -> Status:
         """Return the status with its end."""

@@ -1,10 +1,12 @@
 """One rank's files are damaged, as on one machine of several: what does each rank say?
 
 run_ranks(…, args=[WHEN, ENGINE, FOLDER])    FOLDER/rankN/model is rank N's own copy
-WHEN: begin: headers are read; load: in the middle of reading weights; resume: a checkpoint's pieces
+WHEN: begin: headers are read; load: in the middle of reading weights; resume: a checkpoint's pieces;
+save: rank 0, which writes the adapter, reaches a limit of its disk
 """
 
 import os
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ from adalora_scale.checkpoint.writing import write_checkpoint
 from adalora_scale.config import AdaLoraConfig, DataConfig, EngineConfig, ModelConfig, RunConfig
 from adalora_scale.engines.registry import configured
 from adalora_scale.errors import UserError
+from adalora_scale.export.peft_adalora import save_adapter
 from adalora_scale.placing import streaming
 from adalora_scale.placing.model import place_model
 from adalora_scale.verify.engines import running
@@ -73,6 +76,17 @@ def resume(engine, folder, rank, ranks):
         scatter(Checkpoint(own), model, runner.allocator.sharding, runner.allocator)
 
 
+def save(folder, rank):
+    model = Problem(model=None, device=CPU, ranks=2, preset="default").adapted_model()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        save_adapter(model, folder.parent / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def damaged_copy(checkpoint, folder):
     own = folder / checkpoint.name
     shutil.copytree(checkpoint, own)
@@ -87,7 +101,10 @@ def main(when, engine, folder):
     own = Path(folder) / f"rank{rank}"
     said = ""
     try:
-        resume(engine, own, rank, ranks) if when == "resume" else load(when, engine, own, rank)
+        if when == "save":
+            save(own, rank)
+        else:
+            resume(engine, own, rank, ranks) if when == "resume" else load(when, engine, own, rank)
         dist.barrier()
     except UserError as error:
         said = str(error)
