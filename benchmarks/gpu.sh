@@ -101,12 +101,8 @@ part 70b:4k "$python" benchmarks/qlora_step.py --device cuda --shape 70b --token
 # The methods' comparison, as many runs side by side as the card and the cores take; results are appended, so what is there
 # when the time is over stays. Needs the models and data (--shared).
 quality() {
-    local shares="${ADALORA_QUALITY_SHARES:-12}" share
-    for ((share = 0; share < shares; share++)); do
-        OMP_NUM_THREADS=1 "$python" -m benchmarks.quality run --share "$share/$shares" --results "$out/quality" \
-            --shared "${ADALORA_QUALITY_SHARED:-../shared}" >"$out/quality_$share.log" 2>&1 &
-    done
-    wait
+    OMP_NUM_THREADS=1 "$python" -m benchmarks.quality run --jobs "${ADALORA_QUALITY_JOBS:-12}" --results "$out/quality" \
+        --shared "${ADALORA_QUALITY_SHARED:-../shared}" || return 1
     "$python" -m benchmarks.quality table --results "$out/quality"
 }
 part quality quality

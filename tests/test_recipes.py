@@ -4,7 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DebertaV2Config,
+    LlamaConfig,
+)
 
 from adalora_scale.adalora.injection import adapter_layers, coverage, inject_adalora
 from adalora_scale.config import load_config
@@ -15,7 +21,15 @@ from adalora_scale.training.arguments import check_training_section
 from tests.conftest import ROOT
 
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
-EXPECTED = {"quickstart", "sgd_chat_stories260k", "banking77_minilm", "gsm8k_llama3_8b", "llama3_70b_qadalora"}
+EXPECTED = {
+    "quickstart",
+    "sgd_chat_stories260k",
+    "banking77_minilm",
+    "glue_sst2_deberta",
+    "metamathqa_llama3_3b",
+    "gsm8k_llama3_8b",
+    "llama3_70b_qadalora",
+}
 
 
 def test_the_recipes_of_the_project_are_all_here():
@@ -94,25 +108,42 @@ def test_minilm_takes_its_adapters_and_a_trained_head():
     assert found.other_trainable == 77 * 384 + 77
 
 
-# The published shapes of Llama 3; r = 32 in both recipes.
+def test_deberta_takes_its_adapters_and_a_trained_head():
+    """Sizes by hand, of the published shape: width 768, MLP of 3072, 12 layers, pooler, head of two classes."""
+    shape = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    published = {"relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 256, "share_att_key": True}
+    deberta = DebertaV2Config(vocab_size=128_100, num_labels=2, **shape, **published)
+    model, _ = on_meta("glue_sst2_deberta", deberta)
+    found = coverage(model)
+    assert found.matrices == 12 * 6 + 1
+    assert found.adapter_parameters == 12 * 16 * (4 * 1537 + 2 * 3841) + 16 * 1537
+    assert found.other_trainable == 2 * 768 + 2
+
+
+# The published shapes of Llama 3; r is twice the recipe's target.
+LLAMA_3B = {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24}
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 
 
 @pytest.mark.parametrize(
-    ("recipe", "shape", "matrices", "adapted", "adapter", "total"),
+    ("recipe", "shape", "init_r", "matrices", "adapted", "adapter", "total"),
     [
+        # a layer: q, o 3072²; k, v 3072 x 1024; gate, up 3072 x 8192; down 8192 x 3072 = 100,663,296 weights, and
+        # 64 · (2 · 6145 + 2 · 4097 + 3 · 11265) = 3,473,856 adapter parameters; its head is the embedding
+        ("metamathqa_llama3_3b", LLAMA_3B, 64, 196, 2_818_572_288, 97_267_968, 3_212_749_824),
         # a layer: q, o 4096²; k, v 4096 x 1024; gate, up 4096 x 14336; down 14336 x 4096 = 218,103,808 weights, and
         # 32 · (2 · 8193 + 2 · 5121 + 3 · 18433) = 2,621,664 adapter parameters
-        ("gsm8k_llama3_8b", LLAMA_8B, 224, 6_979_321_856, 83_893_248, 8_030_261_248),
+        ("gsm8k_llama3_8b", LLAMA_8B, 32, 224, 6_979_321_856, 83_893_248, 8_030_261_248),
         # a layer: q, o 8192²; k, v 8192 x 1024; gate, up 8192 x 28672; down 28672 x 8192 = 855,638,016 weights, and
         # 32 · (2 · 16385 + 2 · 9217 + 3 · 36865) = 5,177,568 adapter parameters
-        ("llama3_70b_qadalora", LLAMA_70B, 560, 68_451_041_280, 414_205_440, 70_553_706_496),
+        ("llama3_70b_qadalora", LLAMA_70B, 32, 560, 68_451_041_280, 414_205_440, 70_553_706_496),
     ],
 )
-def test_llama_recipes_adapt_every_linear_layer(recipe, shape, matrices, adapted, adapter, total):
+def test_llama_recipes_adapt_every_linear_layer(recipe, shape, init_r, matrices, adapted, adapter, total):
     """A projection that is left out, or an adapter of another size, shows only in these counts."""
-    llama = LlamaConfig(vocab_size=128_256, num_key_value_heads=8, tie_word_embeddings=False, **shape)
+    tied = shape is LLAMA_3B
+    llama = LlamaConfig(vocab_size=128_256, num_key_value_heads=8, tie_word_embeddings=tied, **shape)
     model, config = on_meta(recipe, llama)
     assert all(parameter.is_meta for parameter in model.parameters())
     found = coverage(model)
@@ -122,4 +153,4 @@ def test_llama_recipes_adapt_every_linear_layer(recipe, shape, matrices, adapted
     assert found.adapter_parameters == adapter
     assert found.other_trainable == 0
     assert sum(p.numel() for p in model.parameters() if not p.requires_grad) == total  # the published size
-    assert ranks(model) == {config.adalora.init_r} == {32}
+    assert ranks(model) == {config.adalora.init_r} == {init_r}

@@ -13,7 +13,8 @@ from pathlib import Path
 from adalora_scale.errors import run_reporting_errors
 from benchmarks import quality
 from benchmarks.quality import curve
-from benchmarks.quality.cell import Results, run_cell
+from benchmarks.quality.cell import Cell, Results
+from benchmarks.quality.jobs import run_side_by_side
 from benchmarks.quality.methods import all_methods
 from benchmarks.quality.search import missing
 from benchmarks.quality.table import markdown, rows_of, short_markdown
@@ -54,7 +55,7 @@ def main() -> int:
         default="validation",
         help="table: what to show; test only when nothing is left to decide (default validation)",
     )
-    parser.add_argument("--share", default="0/1", metavar="I/N", help="run every Nth cell from the Ith: N side by side")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="run: cells side by side (default 1)")
     parser.add_argument("--short", action="store_true", help="table: our default beside LoRA, in one table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="table: also write the rows as JSON")
     arguments = parser.parse_args()
@@ -80,26 +81,15 @@ def _curve(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     sources = Sources(arguments.shared.resolve(), _ROOT)
-    methods = all_methods()
-    number, count = map(int, arguments.share.split("/"))
     tasks = [TASKS[name] for name in arguments.tasks]
     known = Results(arguments.results)
-    # All trials of a method on a task at a budget are one share's: the last ones depend on the first.
-    units = list(itertools.product(arguments.tasks, arguments.methods, arguments.budgets))
-    while True:
-        left = list(missing(tasks, arguments.methods, arguments.budgets, arguments.seeds, known))
-        mine = [cell for cell in left if units.index((cell.task, cell.method, cell.target_r)) % count == number]
-        if not mine:
-            print(f"nothing left for share {number}/{count}; {len(left)} cells are others'", flush=True)
-            return 0
-        cell, work = mine[0], arguments.work / f"share-{number}"
-        figures = run_cell(cell, TASKS[cell.task], methods[cell.method], sources, work)
-        known.add(cell, figures)
-        print(
-            f"{len(mine) - 1} left  {cell}: loss {figures['validation']['loss']:.4f}, "
-            f"parameters {figures['parameters'] / figures['budget']:.3f} of the budget, {figures['seconds']} s",
-            flush=True,
-        )
+
+    def left() -> list[Cell]:
+        return list(missing(tasks, arguments.methods, arguments.budgets, arguments.seeds, known))
+
+    failed = run_side_by_side(left, known, sources, arguments.work, arguments.jobs)
+    print(f"{len(failed)} cells failed; {len(left())} are missing", flush=True)
+    return 1 if failed else 0
 
 
 def _table(arguments: argparse.Namespace) -> int:

@@ -15,9 +15,10 @@ import yaml
 from transformers import Trainer
 
 from adalora_scale.config import RunConfig, load_config
+from adalora_scale.errors import WrongEnd
 from adalora_scale.placing.model import load_model
 from adalora_scale.training.run import Inputs, prepare
-from benchmarks.quality.method import Method, Setting, budget_of
+from benchmarks.quality.method import SCALE, Method, Setting, budget_of
 from benchmarks.quality.tasks import QualityTask, Sources, json_lines, write_splits
 
 DIVERGED = 1e9
@@ -35,12 +36,14 @@ class Cell:
     learning_rate: float
     seed: int
     final: bool
-    """Whether the learning rate was chosen; only then the test split is computed on."""
+    """Whether the setting was chosen; only then the test split is computed on."""
+    scale: float = SCALE
 
     def __str__(self) -> str:
         """Return what progress says."""
         kind = f"seed {self.seed}" if self.final else "trial"
-        return f"{self.task} {self.method} r {self.target_r} lr {self.learning_rate:g} {kind}"
+        scale = f" scale {self.scale:g}" if self.scale != SCALE else ""
+        return f"{self.task} {self.method} r {self.target_r} lr {self.learning_rate:g}{scale} {kind}"
 
 
 class Results:
@@ -53,7 +56,8 @@ class Results:
         """Return a task's results by cell."""
         path = self._folder / f"{task}.jsonl"
         rows = json_lines(path) if path.exists() else []
-        return {Cell(**{key.name: row[key.name] for key in fields(Cell)}): row for row in rows}
+        names = {key.name for key in fields(Cell)}
+        return {Cell(**{key: value for key, value in row.items() if key in names}): row for row in rows}
 
     def add(self, cell: Cell, figures: dict[str, Any]) -> None:
         """Append a result."""
@@ -71,7 +75,12 @@ def run_cell(cell: Cell, task: QualityTask, method: Method, sources: Sources, wo
         work: a folder for splits, tokens and the run, which nothing else writes to.
     """
     started = time.monotonic()
-    trained = train_cell(cell, task, method, sources, work)
+    try:
+        trained = train_cell(cell, task, method, sources, work)
+    except WrongEnd as error:  # our trainers stop a run whose gradients are not numbers any more
+        lost = {"loss": DIVERGED, "accuracy": 0.0, "count": 0}
+        ended = {"validation": lost, "parameters": 0, "budget": 1, "reason": str(error)}
+        return ended | ({"test": lost} if cell.final else {}) | {"seconds": round(time.monotonic() - started, 1)}
     trainer, config, inputs = trained.trainer, trained.config, trained.inputs
     budget = budget_of(load_model(config, label_names=inputs.raw.label_names), config, cell.target_r)
     method.finish(trainer, budget)
@@ -85,6 +94,7 @@ def run_cell(cell: Cell, task: QualityTask, method: Method, sources: Sources, wo
         "steps": trainer.state.global_step,
         "train_tokens": inputs.data.report.get("train_tokens"),
         "seconds": round(time.monotonic() - started, 1),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
     }
 
 
@@ -102,7 +112,7 @@ class Trained:
 def train_cell(cell: Cell, task: QualityTask, method: Method, sources: Sources, work: Path) -> Trained:
     """Train; arguments as `run_cell`."""
     files = write_splits(task, sources, work / "data")
-    setting = Setting(cell.target_r, cell.learning_rate, cell.seed, task.steps)
+    setting = Setting(cell.target_r, cell.learning_rate, cell.seed, task.steps, cell.scale)
     config = config_of(task, method, setting, files, sources, work)
     test = None
     if cell.final:  # before the run's own inputs: preparing sets up accelerate's state anew
@@ -147,6 +157,7 @@ def config_of(
                     "eval_strategy": "no",
                     "logging_steps": setting.steps,
                     "report_to": "none",
+                    "bf16": False,  # also on a GPU, where true is the trainers' default
                     "disable_tqdm": True,
                     **task.training,
                 },

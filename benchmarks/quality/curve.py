@@ -10,6 +10,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from adalora_scale.adalora.injection import adapter_layers
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import Update
 from adalora_scale.export.pruning import cut_by_singular_values
-from benchmarks.quality.cell import Cell, Results, evaluate, train_cell
+from benchmarks.quality.cell import Results, evaluate, train_cell
 from benchmarks.quality.method import Method
-from benchmarks.quality.search import best_rate, final_cells
+from benchmarks.quality.search import best_trial, final_cells
 from benchmarks.quality.tasks import QualityTask, Sources, json_lines
 
 METHOD = "default"
@@ -35,12 +36,12 @@ def run_curve(
     """Train the chosen setting on a seed, evaluate its adapter at ten sizes, append and return a row for each.
 
     Raises:
-        UserError: the learning rate was not chosen yet.
+        UserError: the setting was not chosen yet.
     """
-    rate = best_rate(task, method.name, target_r, Results(results).of(task.name))
-    if rate is None:
-        raise UserError(f"{task.name}: run {method.name} at budget {target_r} first; its learning rate is not chosen.")
-    trained = train_cell(Cell(task.name, method.name, target_r, rate, seed, False), task, method, sources, work)
+    best = best_trial(task, method.name, target_r, Results(results).of(task.name))
+    if best is None:
+        raise UserError(f"{task.name}: run {method.name} at budget {target_r} first; its setting is not chosen.")
+    trained = train_cell(replace(best, seed=seed), task, method, sources, work)
     layers: dict[str, Any] = dict(adapter_layers(trained.trainer.model))  # type: ignore[arg-type]
     updates = {
         name: Update(

@@ -16,7 +16,8 @@ from adalora_scale.tasks.registry import find_task
 from adalora_scale.training.run import Inputs
 
 SCALE = 2.0
-"""alpha / r of every method: LoRA's usual one. What another scale does, another learning rate does."""
+"""alpha / r of every method where the adapter alone is trained, LoRA's usual one: what another scale does, another
+learning rate does. Beside a new head, which shares the learning rate, the scale is tuned, too."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Setting:
     learning_rate: float
     seed: int
     steps: int
+    scale: float = SCALE
+    """alpha / r."""
 
 
 class Method(ABC):

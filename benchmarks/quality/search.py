@@ -1,8 +1,10 @@
-"""Which cells there are: first every learning rate on the validation split, then the best one on every seed."""
+"""Which cells there are: first every trial of a setting on the validation split, then the best one on every seed."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.quality.cell import Cell, Results
@@ -15,24 +17,27 @@ TUNING_SEED = 1000
 
 
 def tuning_cells(task: QualityTask, method: str, target_r: int) -> list[Cell]:
-    """Return the trials of a method: one learning rate each, the same rates for every method."""
-    return [Cell(task.name, method, target_r, rate, TUNING_SEED, False) for rate in task.learning_rates]
+    """Return the trials of a method: the same learning rates and scales for every method."""
+    return [
+        Cell(task.name, method, target_r, rate, TUNING_SEED, False, scale)
+        for scale, rate in itertools.product(task.scales, task.learning_rates)
+    ]
 
 
-def best_rate(task: QualityTask, method: str, target_r: int, known: Known) -> float | None:
-    """Return the learning rate with the lowest validation loss; None before every trial is there."""
+def best_trial(task: QualityTask, method: str, target_r: int, known: Known) -> Cell | None:
+    """Return the trial with the lowest validation loss; None before every trial is there."""
     cells = tuning_cells(task, method, target_r)
     if not all(cell in known for cell in cells):
         return None
-    return min(cells, key=lambda cell: known[cell]["validation"]["loss"]).learning_rate
+    return min(cells, key=lambda cell: known[cell]["validation"]["loss"])
 
 
 def final_cells(task: QualityTask, method: str, target_r: int, seeds: int, known: Known) -> list[Cell]:
     """Return the chosen setting on every seed; empty before it is chosen."""
-    rate = best_rate(task, method, target_r, known)
-    if rate is None:
+    best = best_trial(task, method, target_r, known)
+    if best is None:
         return []
-    return [Cell(task.name, method, target_r, rate, seed, True) for seed in range(seeds)]
+    return [replace(best, seed=seed, final=True) for seed in range(seeds)]
 
 
 def missing(

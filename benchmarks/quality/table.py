@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.quality.cell import Results
-from benchmarks.quality.search import best_rate, final_cells
+from benchmarks.quality.search import final_cells
 from benchmarks.quality.statistics import paired, spread
 from benchmarks.quality.tasks import QualityTask
 
@@ -40,11 +40,13 @@ def rows_of(
                 losses = [cell[split]["loss"] for cell in cells]
                 if method == REFERENCE:
                     reference = losses
+                best = wanted[0]
                 row: dict[str, Any] = {
                     "task": task.name,
                     "target_r": target_r,
                     "method": method,
-                    "learning_rate": best_rate(task, method, target_r, known),
+                    "learning_rate": best.learning_rate,
+                    "scale": best.scale,
                     "seeds": len(cells),
                     "losses": losses,
                     "accuracies": [cell[split]["accuracy"] for cell in cells],
@@ -70,7 +72,7 @@ def markdown(rows: Sequence[dict[str, Any]], labels: dict[str, str]) -> str:
                 "",
                 f"### {place[0]}, parameters of LoRA r = {place[1]}",
                 "",
-                "| method | lr | loss | accuracy | against LoRA, 95 % | parameters / budget | seeds |",
+                "| method | lr, scale | loss | accuracy | against LoRA, 95 % | parameters / budget | seeds |",
                 "|---|---|---|---|---|---|---|",
             ]
         difference = _difference(row)
@@ -78,7 +80,7 @@ def markdown(rows: Sequence[dict[str, Any]], labels: dict[str, str]) -> str:
         if row.get("pairs", row["seeds"]) != row["seeds"]:
             seeds += f", {row['pairs']} pairs"
         lines.append(
-            f"| {labels[row['method']]} | {row['learning_rate']:g} | {spread(row['losses'])} | "
+            f"| {labels[row['method']]} | {row['learning_rate']:g}, {row['scale']:g} | {spread(row['losses'])} | "
             f"{spread(row['accuracies'])} | {difference} | {min(shares):.3f} to {max(shares):.3f} | {seeds} |"
         )
     return "\n".join(lines).strip() + "\n"

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.method import SCALE
+
 Row = dict[str, Any]
 Rows = list[Row]
 SEED = 20260  # of the splits
@@ -49,7 +51,9 @@ class QualityTask:
     steps: int
     batch: int
     learning_rates: tuple[float, ...]
-    """What every method may try."""
+    """What every method may try, each with every scale."""
+    scales: tuple[float, ...] = (SCALE,)
+    """alpha / r that every method may try."""
     kind: str = "causal_lm"
     training: dict[str, Any] = field(default_factory=dict)
     """More of the run's `training` section."""
@@ -159,7 +163,8 @@ def _stories(sources: Sources) -> str:
 
 
 _SMALL = (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)  # a 260 k model takes large steps
-_ENCODER = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+_ENCODER = (3.2e-2, 6.4e-2, 0.128)  # what the new head wants
+_BESIDE_HEAD = (0.5, 0.125, 0.03125, 0.0078125)
 _TEXT = {"format": "prompt_completion", "max_length": 256}
 _BY_LENGTH = {"train_sampling_strategy": "group_by_length"}  # less padding: half the time of an encoder
 _CLASSES = {"format": "classification", "text_column": "text", "label_column": "label", "max_length": 64}
@@ -195,6 +200,7 @@ TASKS = {
             200,
             32,
             _ENCODER,
+            _BESIDE_HEAD,
             kind="sequence_classification",
             training=_BY_LENGTH,
         ),
@@ -206,6 +212,7 @@ TASKS = {
             120,
             32,
             _ENCODER,
+            _BESIDE_HEAD,
             kind="sequence_classification",
             training=_BY_LENGTH,
         ),

@@ -11,8 +11,9 @@ pytest.importorskip("scipy", reason="needs the extra 'quality'")
 from adalora_scale.errors import UserError
 from benchmarks.quality.cell import Cell, Results, run_cell
 from benchmarks.quality.curve import SHARES, curve_markdown, curve_rows, run_curve
+from benchmarks.quality.jobs import run_side_by_side
 from benchmarks.quality.methods import all_methods
-from benchmarks.quality.search import TUNING_SEED, best_rate, final_cells, missing
+from benchmarks.quality.search import TUNING_SEED, best_trial, final_cells, missing
 from benchmarks.quality.statistics import paired
 from benchmarks.quality.table import markdown, rows_of, short_markdown
 from benchmarks.quality.tasks import TASKS, QualityTask, Sources, write_splits
@@ -41,10 +42,10 @@ def test_the_rate_of_the_lowest_validation_loss_runs_on_the_seeds(tmp_path):
     assert [cell.learning_rate for cell in cells] == [1e-3, 1e-2, 1e-1] and not any(cell.final for cell in cells)
     results.add(cells[0], figures(0.1))
     known = results.of("toy")
-    assert best_rate(TASK, "lora", 2, known) is None and final_cells(TASK, "lora", 2, 2, known) == []
+    assert best_trial(TASK, "lora", 2, known) is None and final_cells(TASK, "lora", 2, 2, known) == []
     results.add(cells[1], figures(0.05))
     results.add(cells[2], figures(2.0))
-    assert best_rate(TASK, "lora", 2, results.of("toy")) == 1e-2
+    assert best_trial(TASK, "lora", 2, results.of("toy")).learning_rate == 1e-2
     left = list(missing([TASK], ["lora"], [2], 2, results))
     assert [(cell.seed, cell.final, cell.learning_rate) for cell in left] == [(0, True, 1e-2), (1, True, 1e-2)]
     assert TUNING_SEED not in {cell.seed for cell in left}
@@ -101,6 +102,21 @@ def test_a_cell_ends_within_one_percent_of_the_budget(tmp_path, method):
     assert 0 < found["validation"]["loss"] < 10 and 0 < found["test"]["loss"] < 10
     assert found["validation"]["count"] != found["test"]["count"]
     json.dumps(found)
+
+
+@pytest.mark.full
+def test_a_cell_that_fails_does_not_stop_the_others(tmp_path):
+    """A night's table must not end with its first out-of-memory error, nor try it again for ever."""
+    good, bad = (Cell("quickstart", name, 1, 1e-2, TUNING_SEED, False) for name in ("lora", "no such method"))
+    results = Results(tmp_path / "results")
+
+    def left():
+        return [cell for cell in (bad, good) if cell not in results.of("quickstart")]
+
+    sources = Sources(ROOT / "shared-is-not-needed", ROOT)
+    assert run_side_by_side(left, results, sources, tmp_path / "work", 2) == [bad]
+    assert left() == [bad] and results.of("quickstart")[good]["steps"] == TASKS["quickstart"].steps
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["job-0"]  # the other one never began
 
 
 def test_a_curve_starts_at_the_run_itself_and_falls_off(tmp_path):

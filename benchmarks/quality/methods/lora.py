@@ -13,7 +13,7 @@ from transformers import Trainer
 
 from adalora_scale.config import RunConfig
 from adalora_scale.training.run import Inputs
-from benchmarks.quality.method import SCALE, Method, Setting, base_model, budget_of, heads_of, plain_trainer, sides_of
+from benchmarks.quality.method import Method, Setting, base_model, budget_of, heads_of, plain_trainer, sides_of
 
 _MLP = ("gate_proj", "up_proj", "down_proj", "intermediate.dense", "output.dense", "fc1", "fc2", "c_fc")
 _ATTENTION = ("attention.output.dense",)
@@ -31,7 +31,7 @@ class Lora(Method):
     def options(self, model: nn.Module, config: RunConfig, setting: Setting) -> dict[str, Any]:
         """Return PEFT's options that place ranks."""
         r = round(setting.target_r * self._ratio)
-        return {"r": r, "lora_alpha": SCALE * r, "target_modules": list(sides_of(model, config))}
+        return {"r": r, "lora_alpha": setting.scale * r, "target_modules": list(sides_of(model, config))}
 
     def trainer(self, config: RunConfig, inputs: Inputs, setting: Setting) -> Trainer:
         from peft import LoraConfig, get_peft_model
@@ -65,9 +65,9 @@ class MlpLora(Lora):
         common = max(r, 1)
         return {
             "r": common,
-            "lora_alpha": SCALE * common,
+            "lora_alpha": setting.scale * common,
             "rank_pattern": {name: rank for name, rank in ranks.items() if rank != common},
-            "alpha_pattern": {name: SCALE * rank for name, rank in ranks.items() if rank != common},
+            "alpha_pattern": {name: setting.scale * rank for name, rank in ranks.items() if rank != common},
             "target_modules": list(ranks),
         }
 
@@ -79,7 +79,6 @@ def is_mlp(name: str) -> bool:
 
 METHODS = (
     Lora(),
-    Lora("lora_double", "LoRA, twice the parameters", ratio=2),
     Lora("rslora", "rsLoRA", rank_stabilised=True),
     MlpLora("lora_mlp", "LoRA, MLP only"),
 )

@@ -9,7 +9,7 @@ from transformers import Trainer, set_seed
 from adalora_scale.adalora.injection import adapter_layers
 from adalora_scale.config import AdaLoraConfig, RunConfig
 from adalora_scale.training.run import Inputs, make_trainer
-from benchmarks.quality.method import SCALE, Method, Setting
+from benchmarks.quality.method import Method, Setting
 
 
 class Ours(Method):
@@ -29,7 +29,7 @@ class Ours(Method):
         section = {"target_r": setting.target_r, "deltaT": 1, **self._options}
         if self._init is not None:
             section["init_r"] = max(round(self._init * setting.target_r), setting.target_r + (self._init > 1))
-        return section | {"lora_alpha": SCALE / AdaLoraConfig(**section | {"lora_alpha": 1}).scaling}
+        return section | {"lora_alpha": setting.scale / AdaLoraConfig(**section | {"lora_alpha": 1}).scaling}
 
     def trainer(self, config: RunConfig, inputs: Inputs, setting: Setting) -> Trainer:
         set_seed(setting.seed)
@@ -56,9 +56,5 @@ METHODS = (
     Ours("no_allocation", "no allocation", init=1),
     Ours("double", "from 2 × target_r", init=2),
     Ours("importance", "Ī · Ū", score="sensitivity_uncertainty"),
-    Ours("late", "final allocation at 70 %", tfinal=0.3),
-    Ours("smooth", "final allocation at 70 %, β₁ .95", tfinal=0.3, beta1=0.95),
-    Ours("wide", "from 4 × target_r", init=4),
-    Ours("narrow", "from 1.5 × target_r", init=1.5),
     Ours("one_shot", "pruned in one shot at half the run", tinit=0.499),
 )

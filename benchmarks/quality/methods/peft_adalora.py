@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from adalora_scale.config import RunConfig
 from adalora_scale.training.run import Inputs
-from benchmarks.quality.method import SCALE, Method, Setting, base_model, heads_of, plain_trainer, sides_of
+from benchmarks.quality.method import Method, Setting, base_model, heads_of, plain_trainer, sides_of
 
 
 class _Allocate(TrainerCallback):
@@ -44,7 +44,7 @@ class PeftAdaLora(Method):
         options = AdaLoraConfig(
             init_r=init_r,
             target_r=setting.target_r,
-            lora_alpha=round(SCALE * init_r),
+            lora_alpha=setting.scale * init_r,  # type: ignore[arg-type]  # a float does
             target_modules=list(sides),
             modules_to_save=heads_of(model, config),
             tinit=round(0.1 * setting.steps),
