@@ -20,7 +20,7 @@ from adalora_scale.training.records import JsonLines
 from adalora_scale.verify.command import Request
 from tests.conftest import ROOT
 from tests.disks import fill, small_disk
-from tests.export.adapters import base_folder, copy, export, load, logits, trained
+from tests.export.adapters import base_and_run, copy, export, load, logits, one_error_line
 
 FULL = "No space left on device"
 
@@ -34,10 +34,7 @@ def disk(tmp_path):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, request):
     """A base, and an adapter on it with the base's tokenizer beside it."""
-    folder = tmp_path_factory.mktemp("made")
-    base = base_folder("stories260k", folder, request)
-    trained(base, "stories260k", folder / "run")
-    return base, folder / "run"
+    return base_and_run("stories260k", tmp_path_factory.mktemp("made"), request)
 
 
 def everything(folder):
@@ -46,10 +43,8 @@ def everything(folder):
 
 def one_line(capsys, call, *words):
     """The call ends with exit code 2 and one line that says the words."""
-    capsys.readouterr()
-    assert call() == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(errors) == 1 and all(word in errors[0] for word in words), errors
+    said = one_error_line(capsys, call)
+    assert all(word in said for word in words), said
 
 
 @pytest.mark.parametrize("left", [0, 8192])

@@ -184,10 +184,10 @@ def added(weight: Tensor, delta: Tensor, dtype: str, module: str) -> Tensor:
     Raises:
         UserError: the weight is not finite, or the sum does not fit the dtype.
     """
-    require_finite({module: weight}, "the base model")
     wide = weight if weight.dtype == torch.float64 else weight.float()
     total = (wide + delta).to(DTYPES[dtype])
     if not is_finite(total):
+        require_finite({module: weight}, "the base model")  # looked at only where something is wrong
         raise UserError(f"the merged weight of '{module}' does not fit {DTYPES[dtype]}; merge into a wider base.")
     return total
 

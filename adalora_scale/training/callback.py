@@ -188,9 +188,9 @@ class AdaLoraCallback(TrainerCallback):
     ) -> None:
         """Save the adapter."""
         if self.allocator is not None:
+            self.guard()
             if self._soundness is not None:
                 self._soundness.at_end()
-            self.guard()
             save_adapter(kwargs["model"], args.output_dir or ".")
 
     def _speed(self, logs: dict[str, Any], state: TrainerState) -> dict[str, float]:

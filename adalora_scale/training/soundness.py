@@ -79,12 +79,11 @@ class Soundness:
             self._end(f"at step {self._allocator.step} weights are not numbers any more. {self._cause()}")
 
     def at_end(self) -> None:
-        """See that the run leaves an adapter that was trained and is at its budget.
+        """See that the run leaves an adapter that was trained and is at its budget; after `require_numbers`.
 
         Raises:
             WrongEnd: it does not.
         """
-        self.require_numbers()
         schedule, step, skipped = self._allocator.schedule, self._allocator.step, self.in_a_row
         if step and self._allocator.skipped_steps >= step:
             self._end(f"not one of {step} steps had a finite gradient: nothing was trained. {self._cause()}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,22 @@ def trained(folder: Path, kind: str, adapter: Path, steps: int = TOTAL, load_opt
     train(model, kind, config, steps)
     save_adapter(model, adapter)
     return model.eval()
+
+
+def base_and_run(kind: str, folder: Path, request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    """Make a base and an adapter that was trained on it, and return their folders."""
+    base = base_folder(kind, folder, request)
+    trained(base, kind, folder / "run")
+    return base, folder / "run"
+
+
+def one_error_line(capsys: pytest.CaptureFixture[str], call: Callable[[], int]) -> str:
+    """Make a call that must end with exit code 2 and one line on standard error, and return that line."""
+    capsys.readouterr()
+    assert call() == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1, lines
+    return lines[0]
 
 
 @torch.no_grad()

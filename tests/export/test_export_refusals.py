@@ -16,7 +16,7 @@ from adalora_scale.export import output
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.peft_adalora import load_adapter
 from tests.conftest import ROOT
-from tests.export.adapters import base_folder, copy, edit_json, export, load, trained
+from tests.export.adapters import base_and_run, copy, edit_json, export, load, one_error_line
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = "base_model.model.transformer.h.0.attn.c_attn.lora_"
@@ -25,10 +25,7 @@ KEY = "base_model.model.transformer.h.0.attn.c_attn.lora_"
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, request):
     """A base and an adapter that fit each other."""
-    folder = tmp_path_factory.mktemp("made")
-    base = base_folder("gpt2", folder, request)
-    trained(base, "gpt2", folder / "run")
-    return base, folder / "run"
+    return base_and_run("gpt2", tmp_path_factory.mktemp("made"), request)
 
 
 @pytest.fixture
@@ -40,12 +37,9 @@ def own(made, tmp_path):
 def refused(capsys, run, out, *arguments) -> str:
     """Run an export that must fail, and return its one line."""
     before = sorted(path.name for path in out.parent.iterdir())
-    capsys.readouterr()
-    assert main(["export", str(run), str(out), *map(str, arguments)]) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(lines) == 1
+    said = one_error_line(capsys, lambda: main(["export", str(run), str(out), *map(str, arguments)]))
     assert sorted(path.name for path in out.parent.iterdir()) == before
-    return lines[0]
+    return said
 
 
 def edit_weights(folder, change):

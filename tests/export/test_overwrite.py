@@ -9,16 +9,15 @@ import pytest
 
 from adalora_scale.cli import main
 from tests.conftest import ROOT
-from tests.export.adapters import base_folder, copy, edit_json, export, trained
+from tests.export.adapters import base_and_run, copy, edit_json, export, one_error_line
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, request):
     """A base, an adapter on it, and an export and a quantised model of them."""
     folder = tmp_path_factory.mktemp("made")
-    base = base_folder("stories260k", folder, request)
-    trained(base, "stories260k", folder / "run")
-    export(folder / "run", folder / "export", "--base", base, "--format", "peft-lora", "--no-fidelity")
+    base, run = base_and_run("stories260k", folder, request)
+    export(run, folder / "export", "--base", base, "--format", "peft-lora", "--no-fidelity")
     assert main(["quantize", str(base), str(folder / "quantize")]) == 0
     return base, folder
 
@@ -50,10 +49,8 @@ def everything(folder):
 def refused(capsys, call, out, *words):
     """The call ends with exit code 2 and one line that has the words, and nothing changes."""
     before = everything(out.parent)
-    capsys.readouterr()
-    assert call(out) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(lines) == 1 and all(word in lines[0] for word in words), lines
+    said = one_error_line(capsys, lambda: call(out))
+    assert all(word in said for word in words), said
     assert everything(out.parent) == before
 
 
