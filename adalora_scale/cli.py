@@ -6,7 +6,6 @@ Heavy imports wait until a verb needs them, so `--help` and mistakes in the conf
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -15,14 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adalora_scale.cluster.launching.command import add_launch_check
+from adalora_scale.cluster.place import launched
 from adalora_scale.cluster.plan.arguments import add_parser as add_plan
 from adalora_scale.cluster.preflight.arguments import add_parser as add_preflight
 from adalora_scale.config import RunConfig, load_config
 from adalora_scale.config.command_line import add_config_arguments
 from adalora_scale.errors import Interrupted, Unsupported, UserError, run_reporting_errors
 from adalora_scale.export.command import add_verbs as add_export_verbs
+from adalora_scale.messages import say, say_json
 from adalora_scale.placing.quantize import add_verb as add_quantize_verb
 from adalora_scale.sweep.arguments import add_parser as add_sweep
+from adalora_scale.training.lease import Lease
+from adalora_scale.training.output_dir import hold_output_dir
+from adalora_scale.training.stopping import a_run
 
 _OVERRIDES = """
 overrides: any key of the config file as section.key=value, for example
@@ -136,24 +140,31 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    config = _config(arguments)
+    with a_run():
+        config = _config(arguments)
+        launched()  # srun's variables become those that everything else reads
+        with hold_output_dir(config.training) as lease:
+            return _train_as(config, lease, skip_preflight=arguments.skip_preflight)
+
+
+def _train_as(config: RunConfig, lease: Lease | None, *, skip_preflight: bool) -> int:
     _quiet_start()
     from adalora_scale.cluster.preflight.quick import Unhealthy, quick_check
 
     try:
         # The store must live as long as the process group that meets there.
-        store = None if arguments.skip_preflight else quick_check(config.training["output_dir"])
+        store = None if skip_preflight else quick_check(config.training["output_dir"])
     except Unhealthy:
         return 1
     from adalora_scale.cluster.leaving import leave_process_group
     from adalora_scale.training.run import train
 
     try:
-        summary = train(config)
+        summary = train(config, lease)
         if os.environ.get("RANK", "0") == "0":
             ranks = list(summary["ranks"].values())
             final = "".join(f", {key} {value:.4f}" for key, value in summary["final"].items() if key in _SHOWN)
-            print(
+            say(
                 f"done: {sum(ranks)} triplets over {len(ranks)} matrices (ranks {min(ranks)} to {max(ranks)}){final}; "
                 f"adapter in {config.training['output_dir']}"
             )
@@ -185,9 +196,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         extract=arguments.extract,
     )
     if arguments.json:
-        print(json.dumps({"exact_match": result.value, "matches": result.matches, "examples": result.examples}))
+        say_json({"exact_match": result.value, "matches": result.matches, "examples": result.examples})
     else:
-        print(f"exact match {result.value:.1%} ({result.matches} of {result.examples})")
+        say(f"exact match {result.value:.1%} ({result.matches} of {result.examples})")
     return 0
 
 

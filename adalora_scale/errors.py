@@ -16,10 +16,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 
+from adalora_scale.messages import one_line, say
+
 USER_ERROR_EXIT_CODE = 2
 WRONG_END_EXIT_CODE = 3
 INTERRUPTED_EXIT_CODE = 85
-"""A signal stopped the run, a checkpoint is there, and `training.resume_from_checkpoint=auto` goes on from it."""
+"""A signal stopped the run, and `training.resume_from_checkpoint=auto` goes on from the last checkpoint."""
+KEYBOARD_EXIT_CODE = 130
+"""The same by SIGINT; shells give it to what Ctrl-C ended."""
 
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -39,10 +43,10 @@ class WrongEnd(RuntimeError):
 
 
 class Interrupted(SystemExit):
-    """A signal stopped training after a checkpoint; uncaught, it ends the process with `INTERRUPTED_EXIT_CODE`."""
+    """A signal stopped a run; uncaught, it ends the process with `INTERRUPTED_EXIT_CODE`, or `KEYBOARD_EXIT_CODE`."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(INTERRUPTED_EXIT_CODE)
+    def __init__(self, message: str, code: int = INTERRUPTED_EXIT_CODE) -> None:
+        super().__init__(code)
         self.message = message
 
     def __str__(self) -> str:
@@ -99,7 +103,7 @@ def run_reporting_errors(main: Callable[[], int | None]) -> int:
         if rank != 0:
             time.sleep(5)
             prefix = f"error (rank {rank})"
-        print(f"{prefix}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        say(f"{prefix}: {one_line(message)}", to=sys.stderr)
         return WRONG_END_EXIT_CODE if isinstance(error, WrongEnd) else USER_ERROR_EXIT_CODE
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from adalora_scale.errors import Unsupported, UserError, full_disk, system_reason
 
@@ -59,6 +61,15 @@ def replace_text(path: Path, text: str) -> None:
             raise
 
 
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write one JSON object; the file appears complete or not at all.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    replace_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
 @contextlib.contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
     """Give a hidden folder whose files take their places in `directory` when the block ends without an error.
@@ -86,6 +97,14 @@ def replacing(directory: Path) -> Iterator[Path]:
             sync(directory)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_probe(path: Path) -> None:
+    """Write a small file through to the disk: some file systems notice only then that they are full."""
+    with open(path, "wb") as file:
+        file.write(bytes(4096))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync(path: Path) -> None:

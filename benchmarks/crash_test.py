@@ -1,174 +1,108 @@
-"""Kill a run again and again, inside saving too, resume it each time, and compare with a run that nobody disturbed.
-
-    python benchmarks/crash_test.py                                   20 kills of 2 ranks, DDP
-    python benchmarks/crash_test.py --engine zero3 --kills 8          any engine: ddp fsdp2 zero2 zero3
-
-Every kill is SIGKILL, to all processes of the run or to one rank alone, at a random moment: after a random number of
-steps, or a few milliseconds after a checkpoint was begun. Prints one line a kill and the tally; exit code 1 unless the
-final adapter, the metrics and the allocations are those of the undisturbed run, bit for bit.
-"""
+"""The chaos command; `python benchmarks/crash_test.py --help` says what it does, benchmarks/chaos/ does it."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
-import random
+import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-MARK = "ADALORA_CRASH_TEST"
-ENGINES = {
-    "ddp": [],
-    "fsdp2": ["engine.name=fsdp2"],
-    "zero2": ["--deepspeed", str(ROOT / "configs/deepspeed/zero2.json")],
-    "zero3": ["--deepspeed", str(ROOT / "configs/deepspeed/zero3.json")],
-}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a file, not as a module
 
+from adalora_scale.errors import UserError, run_reporting_errors
+from adalora_scale.files import write_json
+from adalora_scale.training.records import versions
+from benchmarks import chaos
+from benchmarks.chaos.attacks import ATTACKS
+from benchmarks.chaos.rounds import Result, Round, Undisturbed, can_mount, plans, round_run, undisturbed_run
+from benchmarks.chaos.starts import ENGINES
+from benchmarks.chaos.table import markdown, tree
+from benchmarks.chaos.verdict import Failed
 
-class Run:
-    """One start of launch/train.py under torchrun; `folder` is the output_dir that all starts share."""
+TAIL, WIDTH = 20, 240
+"""Lines of a failed start's log that are shown, before the launcher's own, and characters of each."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
-        self.folder = folder
-        arguments = [
-            "--config", "configs/recipes/quickstart.yaml", *ENGINES[options.engine], f"training.output_dir={folder}",
-            f"training.max_steps={options.steps}", "training.logging_steps=3", "training.save_steps=2",
-            "training.save_total_limit=3", "adalora.deltaT=2", "training.resume_from_checkpoint=auto",
-            "training.eval_strategy=no", "data.max_train_samples=400", "data.max_eval_samples=8",
-        ]  # fmt: skip
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-        command = [sys.executable, *launcher, "--nproc-per-node", str(options.ranks), "launch/train.py", *arguments]
-        fixed = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT), MARK: str(folder)}
-        self.log = folder.with_suffix(".log")
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | fixed, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-
-    def processes(self) -> Iterator[int]:
-        """Yield every live process of the run, ranks first started last."""
-        mark = f"{MARK}={self.folder}".encode()
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if mark in (entry / "environ").read_bytes().split(b"\0"):
-                    yield int(entry.name)
-
-    def ranks(self) -> list[int]:
-        """Return the processes that train."""
-        found = []
-        for pid in self.processes():
-            with contextlib.suppress(OSError):
-                if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[2:3] == [b"launch/train.py"]:
-                    found.append(pid)
-        return found
-
-    def kill(self, pids: list[int] | None = None) -> None:
-        """Kill these processes, then whatever is left."""
-        for pid in pids or []:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if pids:
-            time.sleep(0.3)  # the others notice, or are about to
-        while left := list(self.processes()):
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.05)
-        self.process.wait()
-
-    def partial(self) -> list[str]:
-        """Return the checkpoints in the making."""
-        return [path.name for path in self.folder.glob(".checkpoint-*.partial")]
-
-    def newest(self) -> int:
-        """Return the step of the newest complete checkpoint, 0 for none."""
-        names = [p.parent.name for p in self.folder.glob("checkpoint-*/manifest.json")]
-        return max((int(name.removeprefix("checkpoint-")) for name in names), default=0)
-
-
-def kill_at_random(run: Run, draw: random.Random, options: argparse.Namespace) -> str | None:
-    """Kill a started run at a random moment and say where; None when it ended before."""
-    inside, alone = draw.random() < 0.5, draw.random() < 0.3
-    begin, steps = run.newest(), draw.randrange(1, 4)
-    while run.process.poll() is None and run.newest() < begin + 2 * steps - 1:
-        if inside and run.newest() >= begin + 2 * (steps - 1) and run.partial():
-            break
-        time.sleep(0.0005)
-    time.sleep(draw.random() * (0.02 if inside else 0.5))
-    if run.process.poll() is not None:
-        return None
-    ranks = run.ranks()
-    run.kill([draw.choice(ranks)] if alone and ranks else None)
-    where = f"inside saving {run.partial()[0]}" if run.partial() else "between checkpoints"
-    return f"{where} ({'one rank' if alone else 'all ranks'}); newest complete: {run.newest()}"
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines without what the clock decides."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k} for row in rows]
+LAUNCHER = r"^[WE]\d{4} .*torch/distributed/elastic"
+"""Where torchrun begins to report on its ranks."""
 
 
 def main() -> int:
-    """Run the test and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--engine", choices=ENGINES, default="ddp")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where to work; by default a temporary folder")
-    options = parser.parse_args()
+    """Play the rounds, print a line each and the table, and return the exit code."""
+    options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # starts end and disks go on the way out
     work = options.folder or Path(tempfile.mkdtemp(prefix="crash_test_"))
+    work = work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    draw, inside, kills = random.Random(options.seed), 0, 0
-    run = Run(work / "undisturbed", options)
-    try:
-        if run.process.wait() != 0:
-            print(f"the undisturbed run failed, see {run.log}")
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(work / "torch_extensions"))  # ZeRO's operators build once
+    attacks = list(options.attacks)
+    if "disk" in attacks and not can_mount(work / "disk"):
+        if options.attacks != list(ATTACKS):
+            raise UserError("--attacks disk needs the right to mount a small disk; run as root or leave it out.")
+        attacks.remove("disk")
+        print("left out: disk, which needs the right to mount one", flush=True)
+    undisturbed: dict[str, Undisturbed] = {}
+    results: list[Result] = []
+    drawn = plans(options.seed, options.rounds, options.engines, attacks, options.chain)
+    for plan in drawn:
+        if options.only not in (None, plan.number):
+            continue
+        try:
+            if plan.engine not in undisturbed:
+                found = undisturbed_run(plan.engine, work, steps=options.steps, timeout=options.timeout)
+                undisturbed[plan.engine] = found
+                print(f"undisturbed {plan.engine}: {found.seconds:.0f} s", flush=True)
+        except Failed as error:
+            print(f"error: {error}", file=sys.stderr)
             return 1
-        while True:
-            run = Run(work / "killed", options)
-            said = kill_at_random(run, draw, options) if kills < options.kills else None
-            if said is None:
-                break
-            kills += 1
-            inside += "inside" in said
-            print(f"kill {kills:2}: {said}", flush=True)
-        code = run.process.wait()
-    finally:
-        run.kill()
-    if code != 0:
-        print(f"the run failed after {kills} kills, see {run.log}")
-        return 1
-    one, other = work / "undisturbed", work / "killed"
-    name = "adapter_model.safetensors"
-    same = {
-        "adapter": (one / name).read_bytes() == (other / name).read_bytes(),
-        "metrics": records(one / "metrics.jsonl") == records(other / "metrics.jsonl"),
-        "allocations": records(one / "ranks.jsonl") == records(other / "ranks.jsonl"),
-    }
-    verdicts = ", ".join(f"{key} {'equal' if value else 'DIFFERENT'}" for key, value in same.items())
-    print(f"{options.engine} on {options.ranks} ranks, {options.steps} steps: {kills} kills, {inside} inside saving")
-    print(f"against the undisturbed run, bit for bit: {verdicts}")
-    if all(same.values()) and kills == options.kills:
-        if options.folder is None:
-            shutil.rmtree(work)
-        return 0
-    if kills != options.kills:
-        print(f"the run ended after {kills} of {options.kills} kills; give it more --steps")
-    return 1
+        run = round_run(plan, work, steps=options.steps, timeout=options.timeout)
+        result = Round(run, undisturbed[plan.engine], plan, options.seed).play(ATTACKS)
+        results.append(result)
+        _show(result)
+        if options.json:
+            words = ["python", "benchmarks/crash_test.py", *sys.argv[1:]]
+            write_json(options.json, tree(results, command=" ".join(words), versions=versions()))
+    print("\n" + markdown(results))
+    failed = [result.plan.number for result in results if result.verdict == "failed"]
+    if failed:
+        print(f"\nfailed: {', '.join(map(str, failed))} (again: the same command with --only N); logs in {work}")
+    elif options.folder is None:
+        shutil.rmtree(work)
+    return int(bool(failed))
+
+
+def _show(result: Result) -> None:
+    plan = result.plan
+    print(f"round {plan.number}: {plan.engine}, {' + '.join(plan.attacks)}: {result.verdict} ({result.seconds:.0f} s)")
+    for line in result.said:
+        print(f"    {line}")
+    if result.reason:
+        print(f"    => {result.reason}")
+    if result.verdict == "failed" and Path(result.log).exists():
+        text = Path(result.log).read_text(errors="replace")
+        ranks = re.split(LAUNCHER, text, maxsplit=1, flags=re.MULTILINE)[0].splitlines()
+        print("\n".join(f"    | {line[:WIDTH]}" for line in [result.log, *ranks[-TAIL:]]))
+    sys.stdout.flush()
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=chaos.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=12, help="how many (default: 12)")
+    parser.add_argument("--seed", type=int, default=0, help="what everything is drawn from (default: 0)")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=["one", "fsdp2", "zero2", "zero3"], help=(
+        "one is one process, the others are 2 ranks under torchrun (default: one fsdp2 zero2 zero3)"))  # fmt: skip
+    parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), help="default: all")
+    parser.add_argument("--chain", type=int, help="attacks a round (default: 1 to 3, drawn)")
+    parser.add_argument("--only", type=int, metavar="N", help="play the Nth round alone")
+    parser.add_argument("--steps", type=int, default=16, help="optimizer steps of a run (default: 16)")
+    parser.add_argument("--timeout", type=float, default=240, help="seconds a start may take (default: 240)")
+    parser.add_argument("--folder", type=Path, help="where to work; by default a temporary folder")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there, too")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_reporting_errors(main))

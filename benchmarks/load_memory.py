@@ -42,12 +42,13 @@ from adalora_scale.config import AdaLoraConfig, DataConfig, EngineConfig, ModelC
 from adalora_scale.engines import zero_place
 from adalora_scale.engines.registry import engine_for
 from adalora_scale.errors import UserError, run_reporting_errors
+from adalora_scale.files import write_json
 from adalora_scale.placing import model as placing
 from adalora_scale.placing import streaming
 from adalora_scale.quantization.base_files import INDEX_NAME
 from adalora_scale.quantization.functional import bitsandbytes
 from adalora_scale.training.arguments import training_arguments
-from adalora_scale.training.records import hardware, versions, write_json
+from adalora_scale.training.records import hardware, versions
 from adalora_scale.verify.memory import storage_bytes
 
 ENGINES = ("fsdp2", "zero3", "ddp")

@@ -34,12 +34,13 @@ from adalora_scale.adalora.injection import coverage, inject_adalora
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
 from adalora_scale.errors import UserError, run_reporting_errors
+from adalora_scale.files import write_json
 from adalora_scale.quantization import functional
 from adalora_scale.quantization.functional import check_kernels
 from adalora_scale.quantization.linear import Linear4bit, quantization_targets, quantized_share, replace_linears
 from adalora_scale.quantization.materialize import materialize
 from adalora_scale.quantization.spec import QuantSpec
-from adalora_scale.training.records import hardware, peak_memory_by_rank, versions, write_json
+from adalora_scale.training.records import hardware, peak_memory_by_rank, versions
 
 TIE = 2e-5  # of a block's absmax: float32 means of thousands of scales; codes lie 100 times further apart
 WARM_UP = 2  # the first steps allocate optimizer state and choose kernels

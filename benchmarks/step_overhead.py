@@ -25,7 +25,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adalora_scale import AdaLoraConfig, RankAllocator, inject_adalora
-from adalora_scale.training.records import hardware, versions, write_json
+from adalora_scale.files import write_json
+from adalora_scale.training.records import hardware, versions
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

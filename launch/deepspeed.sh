@@ -56,6 +56,7 @@ esac
 status=$?
 
 if [[ "$output_dir/requeue" -nt "$started" ]]; then exit 85; fi
+if ((status)) && done_all_the_same "$started" "$output_dir"; then exit 0; fi
 if ((status)); then explain_end "$started"; fi
 if [[ "$output_dir/wrong-end.json" -nt "$started" ]]; then exit 3; fi  # training was given up, docs/resume.md
 exit "$status"

@@ -57,8 +57,8 @@ run_ranks() {
     : >"$log"
     (trap '' USR1; exec "$@") > >(trap '' USR1 TERM INT; tee -a "$log") 2>&1 &
     launcher=$!
-    trap 'kill -TERM "$launcher" 2>/dev/null' TERM INT
-    trap 'kill -USR1 $(cat "/proc/$launcher/task/"*/children) 2>/dev/null' USR1
+    trap 'asked=1; kill -TERM "$launcher" 2>/dev/null' TERM INT
+    trap 'asked=1; kill -USR1 $(cat "/proc/$launcher/task/"*/children) 2>/dev/null' USR1
     while true; do  # a trapped signal ends wait, not the launcher
         wait "$launcher"
         status=$?
@@ -67,6 +67,10 @@ run_ranks() {
     trap - TERM INT USR1
     return "$status"
 }
+
+# done_all_the_same STARTED OUTPUT_DIR: whether a run that was asked to end had only its end left, and reached it. Launchers
+# call their own signal a failure then.
+done_all_the_same() { [[ -n "${asked:-}" && "$2/run.json" -nt "$1" ]]; }
 
 # explain_end STARTED: prints host, rank and first exception of a failed run that began when the file STARTED was made.
 explain_end() {

@@ -8,9 +8,12 @@ With ADALORA_LOG_DIR set (the launch scripts set it) every rank keeps its log an
 
 import sys
 
-from adalora_scale.cli import train_main
-from adalora_scale.cluster.evidence.rank_log import rank_log
+from adalora_scale.training.stopping import SIGNALS, stopping
 
 if __name__ == "__main__":
-    with rank_log():
-        sys.exit(train_main())
+    with stopping.listening(SIGNALS, until_exit=True):  # from the first line on
+        from adalora_scale.cli import train_main
+        from adalora_scale.cluster.evidence.rank_log import rank_log
+
+        with rank_log():
+            sys.exit(train_main())

@@ -12,7 +12,12 @@ from adalora_scale.checkpoint import format as files
 from adalora_scale.checkpoint.format import Checkpoint, CheckpointError
 from adalora_scale.checkpoint.writing import agree, rank_and_size
 from adalora_scale.errors import UserError
+from adalora_scale.messages import say
 
+_NO_NEW_START = (
+    "Starting anew would overwrite the run: move it away, or pass training.resume_from_checkpoint=false with "
+    "training.overwrite_output_dir=true."
+)
 NOTHING_TO_RESUME = (
     "training.resume_from_checkpoint=true, but {} holds no complete checkpoint; with auto a run starts anew then."
 )
@@ -36,9 +41,15 @@ def find_checkpoint(asked: str | bool | None, output_dir: Path) -> Checkpoint | 
         return _verified(Path(asked))
     found = _from_rank_0([str(path) for path in files.checkpoints(output_dir)])
     if not found:
-        if asked == "auto":
-            return None
-        raise UserError(NOTHING_TO_RESUME.format(output_dir))
+        if asked is True:
+            raise UserError(NOTHING_TO_RESUME.format(output_dir))
+        unusable = _from_rank_0([str(path) for path in files.numbered(output_dir)])
+        if unusable:
+            raise CheckpointError(
+                f"{unusable[-1]} has no manifest.json: it is half deleted, or holds an adapter alone "
+                f"(training.save_only_model), which cannot be gone on from. {_NO_NEW_START}"
+            )
+        return None
     if asked is True:
         return _verified(Path(found[0]))
     problem = ""
@@ -48,7 +59,7 @@ def find_checkpoint(asked: str | bool | None, output_dir: Path) -> Checkpoint | 
         except CheckpointError as error:
             problem = problem or str(error)
             if rank_and_size()[0] == 0:
-                print(f"skipped: {error}", flush=True)
+                say(f"skipped: {error}")
     raise CheckpointError(
         f"no checkpoint of {output_dir} can be used, and starting anew would overwrite the run: {problem}"
     )
@@ -58,7 +69,8 @@ def set_aside(output_dir: Path, taken: Checkpoint | None) -> list[str]:
     """Rename checkpoints that the run does not continue and clear what a crash left of others; rank 0 calls it.
 
     A run that goes on from step 8 will write its own checkpoint-12; one from before, damaged or of a branch that is
-    left, must not be found by the next `auto`. It is renamed to `abandoned-checkpoint-12`, not deleted.
+    left, must not be found by the next `auto`. It is renamed to `abandoned-checkpoint-12`, not deleted; of a link the
+    link is renamed. The one that the run goes on from stays, whatever its name says.
 
     Returns:
         The names that were set aside.
@@ -67,13 +79,11 @@ def set_aside(output_dir: Path, taken: Checkpoint | None) -> list[str]:
         shutil.rmtree(partial, ignore_errors=True)
     step = -1 if taken is None else int(taken.manifest["step"])
     renamed = []
-    for path in output_dir.glob("checkpoint-*"):
-        number = path.name.removeprefix("checkpoint-")
+    for path in files.numbered(output_dir):
+        named = int(path.name.removeprefix("checkpoint-"))
         same = taken is not None and path.resolve() == taken.directory.resolve()
-        if number.isdigit() and (int(number) > step or (int(number) == step and not same)):
-            target = path.with_name(f"abandoned-{path.name}")
-            shutil.rmtree(target, ignore_errors=True)
-            path.rename(target)
+        if not same and max(named, files.step_of(path)) >= max(step, 0):
+            files.abandon(path)
             renamed.append(path.name)
     return sorted(renamed)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -31,8 +32,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adalora_scale.adalora.adaptables import FACTORS
+from adalora_scale.checkpoint.errors import CheckpointError
+from adalora_scale.checkpoint.tables import Places, places
 from adalora_scale.errors import UserError
 from adalora_scale.files import sync
+from adalora_scale.reading.checksums import file_checksum
+from adalora_scale.reading.folders import own_file
+from adalora_scale.reading.headers import Entry, read_header
+from adalora_scale.reading.json_text import file_size, parse_json, read_bytes, read_object, shown
+from adalora_scale.reading.schemas import Manifest, TrainerState, checked
 
 MANIFEST_NAME = "manifest.json"
 VERSION = 1
@@ -40,13 +49,13 @@ VERSION = 1
 
 _FORMAT = "adalora_scale checkpoint"
 _TABLE = "intervals"
+_TRAINER_STATE = "trainer_state.json"
+_MAX_TRAINER_STATE = 256 * 2**20
+"""It grows with every line that was logged."""
 _NO_CHECKSUM = "0" * 64
 _CHECKSUM = re.compile(rb'"checksum": "([0-9a-f]{64})"')
+_PLAIN = re.compile(r"\w[\w.\-]*", re.ASCII)
 _FOLDER = re.compile(r"checkpoint-(\d+)")
-
-
-class CheckpointError(UserError):
-    """A checkpoint cannot be used: the message names the file and what is wrong with it."""
 
 
 @dataclass
@@ -111,10 +120,22 @@ def write_manifest(directory: Path, content: Mapping[str, Any]) -> None:
     sync(path)
 
 
+def require_readable(directory: Path, content: Mapping[str, Any]) -> None:
+    """See that a manifest will be read back: a state that no reader knows is told at the first one.
+
+    Raises:
+        RuntimeError: it will not.
+    """
+    tree = json.loads(json.dumps({"format": _FORMAT, "version": VERSION, **content}))
+    try:
+        checked(Manifest, tree, directory / MANIFEST_NAME, way_out="report it")
+    except UserError as problem:
+        raise RuntimeError(f"a checkpoint would be written that nobody can read: {problem}") from None
+
+
 def file_entry(path: Path) -> dict[str, Any]:
     """Return a file's size and checksum, as the manifest lists them."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_checksum(path)}
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -129,54 +150,96 @@ def publish(partial: Path, final: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Delete a checkpoint; killed in the middle, what is left is no longer taken for one."""
+    """Delete a checkpoint; killed in the middle, what is left is no longer taken for one. Of a link the link goes."""
+    if directory.is_symlink():
+        directory.unlink(missing_ok=True)
+        return
     (directory / MANIFEST_NAME).unlink(missing_ok=True)
     shutil.rmtree(directory, ignore_errors=True)
+
+
+def abandon(path: Path) -> None:
+    """Rename a checkpoint to `abandoned-…`, under a name that nothing has."""
+    target, number = path.with_name(f"abandoned-{path.name}"), 1
+    while target.exists() or target.is_symlink():
+        number += 1
+        target = path.with_name(f"abandoned-{path.name}-{number}")
+    path.rename(target)
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """Return the folders of `output_dir` that end in a manifest, the newest (highest step) first."""
-    found = []
-    for path in Path(output_dir).glob("checkpoint-*"):
-        match = _FOLDER.fullmatch(path.name)
-        if match and (path / MANIFEST_NAME).is_file():
-            found.append((int(match.group(1)), path))
-    return [path for _, path in sorted(found, reverse=True)]
+    """Return the folders of `output_dir` that end in a manifest, the newest (highest step) first.
+
+    What counts is the step that the manifest tells: folders are copied and renamed.
+    """
+    found = [path for path in numbered(output_dir) if (path / MANIFEST_NAME).is_file()]
+    steps = {path: step_of(path) for path in found}
+    return sorted(found, key=lambda path: (steps[path], path.name == f"checkpoint-{steps[path]}"), reverse=True)
+
+
+def numbered(output_dir: str | Path) -> list[Path]:
+    """Return everything in `output_dir` that is named as a checkpoint, whatever it is."""
+    return sorted(path for path in Path(output_dir).glob("checkpoint-*") if _FOLDER.fullmatch(path.name))
+
+
+def step_of(directory: Path) -> int:
+    """Return a checkpoint's step; where its manifest cannot be used, the one that its name tells."""
+    try:
+        return int(read_manifest(directory)["step"])
+    except CheckpointError:
+        return int(directory.name.rpartition("-")[2])
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:
-    """Read manifest.json after its checksum was compared.
+    """Read manifest.json after its checksum was compared, and check all of it that is used here.
+
+    Whoever writes a file can write its checksum too, so that proves nothing about what the file says.
 
     Raises:
         CheckpointError: it is missing, damaged, of something else, or of a newer version.
     """
     path = Path(directory) / MANIFEST_NAME
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        reason = "is not complete (it has no manifest.json)" if isinstance(error, FileNotFoundError) else error.strerror
-        raise CheckpointError(f"the checkpoint {directory} {reason}; name another one.") from None
+    if not path.exists():
+        raise CheckpointError(
+            f"the checkpoint {directory} is not complete (it has no manifest.json); name another one."
+        )
+    content = read_bytes(own_file(path, path.parent, error=CheckpointError), error=CheckpointError)
     match = _CHECKSUM.search(content)
     blank = content.replace(match.group(1), _NO_CHECKSUM.encode(), 1) if match else content
     if match is None or hashlib.sha256(blank).hexdigest().encode() != match.group(1):
         raise CheckpointError(f"{path} is damaged (its checksum does not fit); resume from another checkpoint.")
-    tree = json.loads(content)
-    if tree.get("format") != _FORMAT:
+    tree = parse_json(content, path, finite=False, error=CheckpointError)
+    if not isinstance(tree, dict) or tree.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of adalora_scale.")
-    if tree["version"] > VERSION:
+    if type(version := tree.get("version")) is int and version > VERSION:
         raise CheckpointError(
-            f"{path} has version {tree['version']}, this adalora_scale reads up to {VERSION}; install a newer one."
+            f"{path} has version {version}, this adalora_scale reads up to {VERSION}; install a newer one."
         )
-    return dict(tree)
+    checked(Manifest, tree, path, error=CheckpointError, way_out="resume from another checkpoint")
+    _require_factors(tree, path)
+    expected = {pieces_name(rank, tree["world_size"]) for rank in range(tree["world_size"])}
+    pieces = {name for name in tree["files"] if name.startswith("pieces-")}
+    if pieces != expected or any(not _PLAIN.fullmatch(name) for name in tree["files"]):
+        raise CheckpointError(f"{path} does not list the files of {tree['world_size']} ranks; take another checkpoint.")
+    return tree
+
+
+def _require_factors(tree: dict[str, Any], path: Path) -> None:
+    """See that every module of the mask has its factors among the tensors; one without a triplet may have none."""
+    shapes = tree["tensors"].get("adapter", {})
+    for module, bits in (tree.get("allocator") or {}).get("mask", {}).items():
+        found = [len(shapes.get(f"{module}.{factor}", ())) for factor in FACTORS]
+        if found != [2, 1, 2] and ("1" in bits or any(found)):
+            raise CheckpointError(f"{path} has no A, E and B of {shown(module)}; resume from another checkpoint.")
 
 
 @dataclass(frozen=True)
 class _Opened:
     handle: Any
-    keys: frozenset[str]
+    keys: dict[str, Entry]
 
 
 class Checkpoint:
@@ -193,7 +256,7 @@ class Checkpoint:
         self.directory = Path(directory)
         self.manifest = read_manifest(directory)
         self._files: dict[str, _Opened] = {}
-        self._places: dict[str, dict[str, list[tuple[int, int, str, int]]]] = {}
+        self._places: dict[str, Places] = {}
 
     @property
     def files(self) -> list[str]:
@@ -212,23 +275,23 @@ class Checkpoint:
     def kinds(self, group: str) -> set[str]:
         """Return the kinds that some rank wrote for a group."""
         prefix = f"{group}."
-        keys = frozenset[str]().union(*(self._open(name).keys for name in self._piece_files()))
+        keys = set[str]().union(*(self._open(name).keys for name in self._piece_files()))
         return {key.removeprefix(prefix) for key in keys if key.startswith(prefix)} - {_TABLE}
 
     def verify(self, files: Iterable[str] | None = None) -> None:
         """Compare sizes and checksums of `files` (all of them by default) with the manifest.
 
         Raises:
-            CheckpointError: one is missing or damaged; the message names it.
+            CheckpointError: one is missing or damaged, or leads out of the folder; the message names it.
         """
         for name in self.files if files is None else files:
             entry, path = self.manifest["files"][name], self.directory / name
-            if not path.is_file():
+            if not path.exists():
                 raise CheckpointError(f"{path} is missing; copy it back or resume from another checkpoint.")
-            if path.stat().st_size != entry["bytes"]:
+            size = file_size(own_file(path, self.directory, error=CheckpointError), error=CheckpointError)
+            if size != entry["bytes"]:
                 raise CheckpointError(
-                    f"{path} is damaged ({path.stat().st_size} of {entry['bytes']} bytes); resume from another "
-                    f"checkpoint."
+                    f"{path} is damaged ({size} of {entry['bytes']} bytes); resume from another checkpoint."
                 )
             try:
                 same = file_entry(path) == entry
@@ -236,12 +299,15 @@ class Checkpoint:
                 raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
             if not same:
                 raise CheckpointError(f"{path} is damaged (its checksum does not fit); resume from another checkpoint.")
+            if name == _TRAINER_STATE:  # transformers reads it without a check
+                state = read_object(path, limit=_MAX_TRAINER_STATE, finite=False, error=CheckpointError)
+                checked(TrainerState, state, path, error=CheckpointError, way_out="resume from another checkpoint")
 
     def read(self, group: str, kind: str, name: str, start: int, length: int) -> Tensor | None:
         """Return elements [start, start + length) of a tensor, (length,), or None where none of them was written.
 
         Raises:
-            CheckpointError: only a part of them was written.
+            CheckpointError: only a part of them was written, or the files' tables are wrong.
         """
         result: Tensor | None = None
         covered = 0
@@ -278,23 +344,27 @@ class Checkpoint:
 
     def _open(self, name: str) -> _Opened:
         if name not in self._files:
-            path = self.directory / name
+            path = own_file(self.directory / name, self.directory, error=CheckpointError)
+            header = read_header(path, error=CheckpointError)
             try:
-                handle = safe_open(path, framework="pt")
-                self._files[name] = _Opened(handle, frozenset(handle.keys()))
+                self._files[name] = _Opened(safe_open(path, framework="pt"), header.entries)
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path} cannot be read ({error}); resume from another checkpoint.") from None
         return self._files[name]
 
-    def _intervals(self, group: str) -> dict[str, list[tuple[int, int, str, int]]]:
-        """name → (start, length, file, offset in the file's flat tensors), read once from all files."""
+    def _intervals(self, group: str) -> Places:
+        """name → (start, length, file, offset in the file's flat tensors), read once from all files and checked."""
         if group not in self._places:
-            names = list(self.manifest["tensors"][group])
-            places: dict[str, list[tuple[int, int, str, int]]] = {}
+            tables: dict[str, Tensor] = {}
+            flat: dict[str, dict[str, int]] = {}
+            key = f"{group}.{_TABLE}"
             for file in self._piece_files():
-                offset = 0
-                for index, start, length in self._open(file).handle.get_tensor(f"{group}.{_TABLE}").tolist():
-                    places.setdefault(names[index], []).append((start, length, file, offset))
-                    offset += length
-            self._places[group] = places
+                opened = self._open(file)
+                table = opened.keys.get(key)
+                if table is None or table.dtype != "I64" or len(table.shape) != 2 or table.shape[1] != 3:
+                    raise CheckpointError(f"{self.directory / file} has no table '{key}'; take another checkpoint.")
+                kinds = {name: entry for name, entry in opened.keys.items() if name.startswith(f"{group}.")}
+                flat[file] = {name: math.prod(entry.shape) for name, entry in kinds.items() if name != key}
+                tables[file] = opened.handle.get_tensor(key)
+            self._places[group] = places(self.directory, self.shapes(group), tables, flat)
         return self._places[group]

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adalora_scale.checkpoint.errors import CheckpointError
+
 
 def rng_state() -> dict[str, Tensor]:
     """Return the states of Python's, numpy's, torch's and the current GPU's generators."""
@@ -28,7 +30,19 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(state: dict[str, Tensor]) -> None:
-    """Put back what `rng_state` returned; a GPU's state is left alone where it was not saved."""
+    """Put back what `rng_state` returned; a GPU's state is left alone where it was not saved.
+
+    Raises:
+        CheckpointError: it is not what `rng_state` returns.
+    """
+    try:
+        _set(state)
+    except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"the checkpoint's states of random numbers cannot be used ({reason}).") from None
+
+
+def _set(state: dict[str, Tensor]) -> None:
     version, has_gauss, gauss = state["rng.python_rest"].tolist()
     words = tuple(int(word) for word in _words(state["rng.python"]))
     random.setstate((int(version), words, gauss if has_gauss else None))

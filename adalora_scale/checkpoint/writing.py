@@ -23,7 +23,7 @@ from adalora_scale.checkpoint.format import CheckpointError
 from adalora_scale.checkpoint.state import Gathered, merged_scalars
 from adalora_scale.engines.ranks import everywhere, on_all_ranks, rank_and_size
 from adalora_scale.errors import UserError
-from adalora_scale.files import sync
+from adalora_scale.files import sync, write_probe
 
 _SETTLES_S = 20.0
 """How long a network file system may take to show one machine what another wrote."""
@@ -76,7 +76,11 @@ def write_checkpoint(
             entries[name] = files.file_entry(partial / name)
         optimizer = content.get("optimizer", {}) | {"scalars": merged_scalars([part["scalars"] for part in everyone])}
         whole = {"step": step, "world_size": world_size, **content, "optimizer": optimizer}
-        files.write_manifest(partial, whole | {"tensors": gathered.shapes, "files": entries})
+        content_of_manifest = whole | {"tensors": gathered.shapes, "files": entries}
+        files.require_readable(final, content_of_manifest)
+        files.write_manifest(partial, content_of_manifest)
+        if final.exists() or final.is_symlink():  # what the run went on from, under this name
+            files.abandon(final)
         files.publish(partial, final)
 
     try:
@@ -160,14 +164,6 @@ def probe_shared(output_dir: Path) -> None:
     finally:
         if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def write_probe(path: Path) -> None:
-    """Write a small file through to the disk: some file systems notice only then that they are full."""
-    with open(path, "wb") as file:
-        file.write(bytes(4096))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:

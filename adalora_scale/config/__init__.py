@@ -19,6 +19,7 @@ from adalora_scale.config.reading import (
     load_config,
     read_tree,
 )
+from adalora_scale.config.yaml_text import read_yaml
 
 __all__ = [
     "PRESETS",
@@ -36,4 +37,5 @@ __all__ = [
     "fsdp2_config_from_dict",
     "load_config",
     "read_tree",
+    "read_yaml",
 ]

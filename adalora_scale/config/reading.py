@@ -12,7 +12,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from adalora_scale.config import options
 from adalora_scale.config.options import AdaLoraConfig, Fsdp2Config, RunConfig
+from adalora_scale.config.yaml_text import parse_yaml, read_yaml
 from adalora_scale.errors import UserError, nearest
+from adalora_scale.messages import quoted
 
 _SECTIONS = "model, data, adalora, training, engine, task"
 
@@ -41,19 +43,7 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     Raises:
         UserError: the file is missing or not YAML, or an override is not of the form section.key=value.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}. Pass a file to --config.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not a UTF-8 text file. Pass a YAML file to --config.") from None
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line} is not valid YAML: {getattr(error, 'problem', error)}.") from None
+    tree = read_yaml(path, "--config:")
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping with the sections {_SECTIONS}.")
     for override in overrides:
@@ -84,7 +74,7 @@ def check_value(key: str, value: Any, annotation: Any) -> Any:
     try:
         return TypeAdapter(annotation).validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{key}: {error.errors()[0]['msg']} (got {value!r}).") from None
+        raise UserError(f"{key}: {error.errors()[0]['msg']} (got {quoted(value)}).") from None
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:
@@ -97,7 +87,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UserError(f"override '{override}' is not of the form section.key=value.")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         raise UserError(f"the value in override '{override}' is not valid YAML; quote it.") from None
     node = tree
@@ -138,7 +128,8 @@ def _explain(cls: type[Any], error: ValidationError, prefix: str) -> str:
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
     choices = problem["ctx"]["expected"].split("'")[1::2] if problem["type"] == "literal_error" else []
-    return f"{key}: {problem['msg']} (got {problem['input']!r}).{nearest(str(problem['input']), choices)}"
+    near = nearest(str(problem["input"]), choices) if choices else ""
+    return f"{key}: {problem['msg']} (got {quoted(problem['input'])}).{near}"
 
 
 def _owner(cls: type[Any], path: Sequence[str]) -> type[Any]:

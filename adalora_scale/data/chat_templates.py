@@ -11,7 +11,9 @@ The built-in templates (``plain``, ``chatml``) carry the marks and need nothing 
 
 from __future__ import annotations
 
+import json
 import logging
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,10 @@ from trl.chat_template_utils import (
 )
 
 from adalora_scale.config import DataConfig
+from adalora_scale.data.rendering import LimitReached, Renderer, Span, is_known
 from adalora_scale.data.rows import Layout, loss_target
 from adalora_scale.errors import UserError, nearest
+from adalora_scale.reading.text import MAX_TEXT_BYTES, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +75,79 @@ def resolve_chat_template(tokenizer: Any, config: DataConfig, *, layout: Layout 
             "a loss on assistant turns needs a fast tokenizer (tokenizer.json), which maps tokens to characters; "
             "convert the tokenizer, or set data.loss_on=all."
         )
-    if not is_chat_template_stop_token_trained(tokenizer, chat_template=template):
+    if not _trains_the_end(tokenizer, template):
         logger.warning(
             "the chat template leaves the token that ends an assistant turn out of the loss, so the model may not "
             "learn to stop; move it inside {%% generation %%}, or use %s.",
             _offer(),
         )
     return template
+
+
+def _trains_the_end(tokenizer: Any, template: str) -> bool:
+    """Ask TRL whether the token that ends an assistant turn is marked."""
+    if is_known(template):
+        return is_chat_template_stop_token_trained(tokenizer, chat_template=template)
+    limited: Any = _Limited(tokenizer)
+    trains = is_chat_template_stop_token_trained(limited, chat_template=template)
+    if limited.failure is not None:  # which that function takes for an answer
+        raise limited.failure
+    return trains
+
+
+class _Limited:
+    """What TRL's check asks of a tokenizer, its conversation rendered under limits."""
+
+    failure: LimitReached | None = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.get_added_vocab = tokenizer.get_added_vocab
+        self.decode = tokenizer.decode
+        self._tokenizer = tokenizer
+
+    def apply_chat_template(self, messages: list[Any], *, chat_template: str, **_: Any) -> dict[str, list[int]]:
+        """Return `input_ids` and `assistant_masks` of one conversation."""
+        variables = json.dumps(self._tokenizer.special_tokens_map, default=str, sort_keys=True)
+        try:
+            text, spans = _rendered_once(chat_template, variables, json.dumps(messages))
+        except LimitReached as error:
+            self.failure = error
+            raise
+        ids, [mask] = assistant_masks(self._tokenizer, [text], [spans])
+        return {"input_ids": ids[0], "assistant_masks": mask}
+
+
+@lru_cache(maxsize=4)
+def _rendered_once(template: str, variables: str, messages: str) -> tuple[str, list[Span]]:
+    with Renderer(template, json.loads(variables)) as renderer:
+        return renderer.render([json.loads(messages)], ["a conversation of three short turns"])[0]
+
+
+def assistant_masks(
+    tokenizer: Any, texts: list[str], spans: list[list[Span]]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Tokenise rendered conversations and mark the tokens of assistant turns, as `apply_chat_template` does.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        texts: rendered conversations.
+        spans: of each, the characters of its assistant turns (start, end).
+
+    Returns:
+        token ids and masks (1 for a token of an assistant turn), a list a text.
+    """
+    encoded = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)
+    masks = []
+    for row, (ids, own) in enumerate(zip(encoded["input_ids"], spans, strict=True)):
+        mask = [0] * len(ids)
+        for start, end in own:
+            first, last = encoded.char_to_token(row, start), encoded.char_to_token(row, end - 1)
+            if first is None:
+                break
+            stop = last + 1 if last else len(ids)
+            mask[first:stop] = [1] * (stop - first)
+        masks.append(mask)
+    return encoded["input_ids"], masks
 
 
 def _named(name: str) -> str:
@@ -88,12 +158,14 @@ def _named(name: str) -> str:
     if not path.is_file():
         hint = nearest(name, builtin_chat_templates())
         raise UserError(f"data.chat_template={name} is neither a built-in template nor a Jinja file.{hint} {_known()}")
-    template = path.read_text(encoding="utf-8")
+    template = read_text(path, "data.chat_template")
     try:
         # The markers are tags of transformers' own Jinja extension; a plain parser has to be told to accept them.
         jinja2.Environment(extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]).parse(template)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{name}:{error.lineno}: not a Jinja template: {error.message}") from None
+    except RecursionError:
+        raise UserError(f"{name}: not a Jinja template: it nests too deeply.") from None
     return template
 
 
@@ -103,6 +175,10 @@ def _own(tokenizer: Any, marked: bool) -> str:
         template = template.get("default")
     if not template:
         raise UserError(f"the rows are messages and the tokenizer has no chat template; use {_offer()}.")
+    if not isinstance(template, str) or len(template) > MAX_TEXT_BYTES:
+        raise UserError(
+            f"the tokenizer's chat template is no text of at most {MAX_TEXT_BYTES:,} characters; use {_offer()}."
+        )
     if not marked or has_generation_markers(template):
         return str(template)
     try:

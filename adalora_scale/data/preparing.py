@@ -21,6 +21,8 @@ import numpy as np
 from adalora_scale.config import DataConfig
 from adalora_scale.data.digests import dataset_digest, digest, tokenizer_digest
 from adalora_scale.data.packing import pack
+from adalora_scale.data.row_checks import longest_row
+from adalora_scale.data.row_limits import MAX_ROW_BYTES
 from adalora_scale.data.rows import RawData
 from adalora_scale.data.token_cache import build_once, default_cache_dir
 from adalora_scale.errors import UserError
@@ -107,6 +109,7 @@ def _prepare_part(
     tokens = dataset.map(
         tokenize,
         batched=True,
+        batch_size=_rows_at_once(dataset),
         with_indices=True,
         remove_columns=dataset.column_names,
         num_proc=config.preprocessing_num_workers,
@@ -134,6 +137,13 @@ def _prepare_part(
         tokens = pack(tokens, config.max_length, seed=seed if name == "train" else None, work_dir=work_dir, name=name)
         counts["packed_sequences"] = len(tokens)
     return tokens, counts
+
+
+def _rows_at_once(dataset: datasets.Dataset) -> int:
+    """Return how many rows to tokenise together: 1,000, fewer where rows are so long that they would not fit."""
+    texts = [name for name in dataset.column_names if name != "label"]
+    longest = max(1, sum(longest_row(dataset, name) for name in texts))
+    return max(1, min(1000, 2 * MAX_ROW_BYTES // longest))
 
 
 def _named_counts(counts: dict[str, int], name: str) -> dict[str, int]:

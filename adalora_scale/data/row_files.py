@@ -7,27 +7,43 @@ row in Python only to find the line to name; CSV files are always walked, becaus
 
 from __future__ import annotations
 
+import codecs
 import csv
+import hashlib
 import json
-import sys
+import os
+import re
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
 from datasets.packaged_modules.json.json import JsonConfig
 
+from adalora_scale.data.row_limits import (
+    MAX_COLUMNS,
+    MAX_ROW_BYTES,
+    bounded_lines,
+    check_shape,
+    parse_row,
+    refuse_hostile,
+    refuse_special,
+)
+from adalora_scale.data.token_cache import build_once, default_cache_dir
 from adalora_scale.errors import UserError
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Extension of a data file -> builder of the datasets library."""
+_LARGE = 2**20
+"""Bytes of a file that is worth remembering as looked at; some 25 ms."""
 
 
 def is_local(source: str) -> bool:
     """Tell a path from a hub id: a known extension, an existing path, or a form no hub id can have."""
-    path = Path(source).expanduser()
+    path = _path(source)
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
-    return path.suffix.lower() in BUILDERS or looks_like_path or path.exists()
+    return path.suffix.lower() in BUILDERS or looks_like_path or os.path.lexists(path)
 
 
 def read_file(source: str) -> datasets.Dataset:
@@ -39,18 +55,18 @@ def read_file(source: str) -> datasets.Dataset:
     Raises:
         UserError: the file is missing, empty, of an unknown kind, or holds a row that cannot be read.
     """
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise UserError(f"data file {source} does not exist (looked in {Path.cwd()}).")
-    if path.is_dir():
-        raise UserError(f"{source} is a directory; name its files instead, as a list.")
+    path = _path(source)
+    size = refuse_special(source, path)
     builder = BUILDERS.get(path.suffix.lower())
     if builder is None:
         raise UserError(f"{source} has an unknown extension '{path.suffix}'; supported: {', '.join(BUILDERS)}.")
-    if path.stat().st_size == 0:
+    if size == 0:
         raise UserError(f"data file {source} is empty.")
+    _look_once(source, path, builder)
     if builder == "csv" and not _walk(source):
         raise UserError(f"data file {source} has a header but no rows.")
+    if builder == "json" and _is_array(path) and not _walk(source):  # its builder keeps the last of two equal keys
+        raise UserError(f"data file {source} has no rows.")
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the builders log what is raised below in one line
     try:
@@ -64,13 +80,24 @@ def read_file(source: str) -> datasets.Dataset:
         datasets.logging.set_verbosity(verbosity)
 
 
+def _look_once(source: str, path: Path, builder: str) -> None:
+    """Pass over a large file once for all processes and starts, until it changes."""
+    status = path.stat()
+    if status.st_size < _LARGE:
+        refuse_hostile(source, path, builder)
+        return
+    what = (str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino, version("adalora-scale"))
+    key = hashlib.sha256(repr(what).encode()).hexdigest()
+    build_once(default_cache_dir() / "looked_at", key, lambda folder: refuse_hostile(source, path, builder))
+
+
 def iterate_rows(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield (``file:line``, row) in file order; Parquet files and JSON arrays count rows in place of lines.
 
     Raises:
         UserError: a row cannot be read; names file and line.
     """
-    path = Path(source).expanduser()
+    path = _path(source)
     match BUILDERS[path.suffix.lower()]:
         case "csv":
             yield from _csv_rows(source, path)
@@ -84,6 +111,18 @@ def iterate_rows(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message."""
     return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def _path(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        raise UserError(f"{source}: there is no such user; write the whole path.") from None
+
+
+def _is_array(path: Path) -> bool:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        return file.read(4096).lstrip()[:1] == "["
 
 
 def _walk(source: str) -> int:
@@ -106,23 +145,26 @@ def _build(builder: str, path: Path) -> datasets.Dataset:
 
 
 def _csv_header(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:  # whose rows are known to have bounded lines
         names = next((fields for fields in csv.reader(file) if fields), [])
     # pandas' own name for a column without one, which its `to_csv` writes for the row index.
     return [name or f"Unnamed: {i}" for i, name in enumerate(names)]
 
 
 def _csv_rows(source: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    limit = csv.field_size_limit(sys.maxsize)  # a document may be longer than the default 128 KiB field
-    line = 1
+    limit = csv.field_size_limit(MAX_ROW_BYTES)  # a document may be longer than the default 128 KiB field
+    line, size = 1, [0]
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
+        with path.open("rb") as file:
+            reader = csv.reader(_text_lines(bounded_lines(source, file, size)))
             header = next((fields for fields in reader if fields), [])
             if len(set(header)) < len(header):
                 raise UserError(f"{source}:{reader.line_num}: two columns have the same name ({', '.join(header)}).")
-            line = reader.line_num + 1
+            if len(header) > MAX_COLUMNS:
+                raise UserError(f"{source}:1: has {len(header):,} columns; a table may have {MAX_COLUMNS:,}.")
+            line, size[0] = reader.line_num + 1, 0
             for fields in reader:
+                size[0] = 0
                 if fields and len(fields) != len(header):
                     hint = "quote fields that contain a comma, a quote or a line break"
                     raise UserError(
@@ -141,19 +183,17 @@ def _csv_rows(source: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]
 
 def _json_rows(source: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            start = file.read(1)
-            while start.isspace():
-                start = file.read(1)
-            file.seek(0)
-            if start == "[":
-                yield from _json_array(source, file.read())
-                return
-            for line, text in enumerate(file, start=1):
+        if _is_array(path):
+            yield from _json_array(source, path.read_text(encoding="utf-8-sig"))
+            return
+        with path.open("rb") as file:
+            size = [0]
+            for line, text in enumerate(codecs.iterdecode(bounded_lines(source, file, size), "utf-8-sig"), start=1):
+                size[0] = 0
                 if not text.strip():
                     continue
                 try:
-                    row = json.loads(text)
+                    row = parse_row(f"{source}:{line}", text)
                 except json.JSONDecodeError as error:
                     raise UserError(f"{source}:{line}: broken JSON: {error.msg} (column {error.colno}).") from None
                 yield _mapping(f"{source}:{line}", row)
@@ -163,11 +203,19 @@ def _json_rows(source: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]
 
 def _json_array(source: str, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
-        rows = json.loads(text)
+        rows = parse_row(source, text)
     except json.JSONDecodeError as error:
         raise UserError(f"{source}:{error.lineno}: broken JSON: {error.msg} (column {error.colno}).") from None
     for index, row in enumerate(rows, start=1):
-        yield _mapping(f"{source} row {index}", row)
+        check_shape(f"{source} row {index}", row)
+        # The builder of datasets gives a list of texts the column `text`.
+        yield _mapping(f"{source} row {index}", {"text": row} if isinstance(row, str) else row)
+
+
+def _text_lines(lines: Iterator[bytes]) -> Iterator[str]:
+    """Decode lines, those ended by a lone carriage return apart."""
+    for text in codecs.iterdecode(lines, "utf-8-sig"):
+        yield from re.split(r"(?<=\r)(?!\n)", text) if "\r" in text[:-2] else (text,)
 
 
 def _mapping(where: str, row: Any) -> tuple[str, Mapping[str, Any]]:

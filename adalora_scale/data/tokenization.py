@@ -15,8 +15,9 @@ import jinja2
 from trl.data_utils import common_prefix_length
 
 from adalora_scale.config import DataConfig
-from adalora_scale.data.chat_templates import resolve_chat_template
+from adalora_scale.data.chat_templates import assistant_masks, resolve_chat_template
 from adalora_scale.data.preparing import Batch, Prepared, prepare
+from adalora_scale.data.rendering import Renderer, is_known
 from adalora_scale.data.rows import Layout, LossTarget, RawData, loss_target
 from adalora_scale.errors import UserError
 
@@ -54,7 +55,10 @@ def prepare_language_model(
         max_length=config.max_length,
     )
     options = ["language_model", raw.layout, loss, template, config.max_length, config.packing, seed]
-    return prepare(raw, tokenizer, tokenize, config, options, seed, cache_dir)
+    if template is None or is_known(template):
+        return prepare(raw, tokenizer, tokenize, config, options, seed, cache_dir)
+    with Renderer(template, {name: str(token) for name, token in tokenizer.special_tokens_map.items()}) as renderer:
+        return prepare(raw, tokenizer, partial(tokenize, renderer=renderer), config, options, seed, cache_dir)
 
 
 def prepare_classification(
@@ -91,8 +95,11 @@ def _tokenize_language(
     layout: Layout,
     loss: LossTarget,
     max_length: int,
+    renderer: Renderer | None = None,
 ) -> Batch:
     match layout:
+        case "messages" if renderer is not None:
+            ids, masks = _tokenize_rendered(batch["messages"], indices, tokenizer, renderer, loss)
         case "messages":
             ids, masks = _tokenize_messages(batch["messages"], indices, tokenizer, template, loss)
         case "prompt_completion":
@@ -140,6 +147,18 @@ def _tokenize_messages(
         raise UserError(f"the chat template cannot be rendered: {error}") from None
     ids = output["input_ids"]
     return ids, output["assistant_masks"] if loss == "assistant" else [[1] * len(row) for row in ids]
+
+
+def _tokenize_rendered(
+    conversations: list[Any], indices: list[int], tokenizer: Any, renderer: Renderer, loss: LossTarget
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Do what `_tokenize_messages` does with a template that needs limits."""
+    rendered = renderer.render(conversations, [f"row {index + 1}" for index in indices])
+    texts, spans = [text for text, _ in rendered], [spans for _, spans in rendered]
+    if loss == "assistant":
+        return assistant_masks(tokenizer, texts, spans)
+    ids = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)["input_ids"]
+    return ids, [[1] * len(row) for row in ids]
 
 
 def _tokenize_classification(batch: Batch, indices: list[int], *, tokenizer: Any, max_length: int) -> Batch:

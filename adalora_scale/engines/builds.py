@@ -16,6 +16,7 @@ from pathlib import Path
 from torch.utils.file_baton import FileBaton
 
 from adalora_scale.errors import UserError
+from adalora_scale.messages import say
 
 NOTE_AFTER_S = 30.0
 STALE_AFTER_S = 300.0
@@ -92,4 +93,4 @@ def _held_here(lock: Path) -> bool:
 
 def _note(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
+        say(line, to=sys.stderr)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -27,6 +25,9 @@ from adalora_scale.engines.planned import Part, Reading, Traffic, Work
 from adalora_scale.engines.zero import ZeroSharding
 from adalora_scale.engines.zero_plan import zero_memory, zero_traffic
 from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.messages import quoted
+from adalora_scale.reading.json_text import parse_json
+from adalora_scale.reading.text import read_text
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -263,28 +264,27 @@ def at_stage(configuration: dict[str, Any]) -> Zero:
     Raises:
         Unsupported: it is at stage 0, which is what DeepSpeed takes where none is stated.
     """
-    stage = configuration.get("zero_optimization", {}).get("stage", 0)
+    stage = (configuration.get("zero_optimization") or {}).get("stage", 0)
     for engine in (Zero1, Zero2, Zero3):
         if engine.stage == stage:
             return engine(configuration)
-    raise Unsupported(_STAGES.format(stage))
+    raise Unsupported(_STAGES.format(quoted(stage)))
 
 
 def deepspeed_config(source: str | dict[str, Any] | None) -> dict[str, Any]:
     """Read DeepSpeed's configuration, and let the training section fill in what it leaves out."""
     if source is None:
         raise UserError("engine.name=deepspeed needs engine.config (or --deepspeed FILE), see configs/deepspeed/.")
-    if isinstance(source, str):
-        try:
-            tree = json.loads(Path(source).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"engine.config={source} cannot be read: {error.strerror}.") from None
-        except ValueError as error:
-            raise UserError(f"engine.config={source} is not valid JSON ({error}).") from None
-    else:
-        tree = source
+    tree = (
+        parse_json(read_text(source, "engine.config="), f"engine.config={source}")
+        if isinstance(source, str)
+        else source
+    )
     if not isinstance(tree, dict) or "zero_optimization" not in tree:
         raise UserError("engine.config has no zero_optimization section; see configs/deepspeed/zero2.json.")
+    for name in ("zero_optimization", "compile"):
+        if not isinstance(tree.get(name) or {}, dict):
+            raise UserError(f"engine.config: {name} is {quoted(tree[name])}; it must be a mapping.")
     if (tree.get("compile") or {}).get("deepcompile"):
         raise Unsupported(
             "compile.deepcompile is not supported under AdaLoRA; switch it off in DeepSpeed's configuration."

@@ -6,10 +6,7 @@ Only JSON and safetensors are read. Pickled weights can run code when they are o
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +16,18 @@ from torch import Tensor
 
 from adalora_scale.adalora.adaptables import MATRIX, FileForm, block, module_of_factor, namings
 from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.export.adapter_record import PEFT_SCALE, checked_record
 from adalora_scale.export.tensor_files import FLOATING, TensorFile
+from adalora_scale.reading.folders import PICKLES, own_file
+from adalora_scale.reading.json_text import as_object, read_object, shown
+from adalora_scale.reading.patterns import Patterns
+from adalora_scale.reading.schemas import AdapterConfig, checked
 from adalora_scale.tasks.registry import task_of_peft
 from adalora_scale.tasks.task import Task
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-RECORD_KEY = "adalora_scale"
-"""Entry of the weight file's metadata with what PEFT's config has no key for."""
-PEFT_SCALE = "peft_scale"
-"""Key of the record: λ was multiplied by `peft_scale(init_r)`, so that PEFT's function is exact."""
 _NOT_PLAIN = (
     "use_dora",
     "lora_bias",
@@ -98,6 +96,9 @@ class AdapterFile:
         self.method: str = self.config["peft_type"]
         self._file = TensorFile(weights_path(self.directory))
         self._refuse_variants()
+        self.record: dict[str, Any] = checked_record(self._file)
+        """What this project wrote beside PEFT's keys; empty for adapters of others."""
+        self._ranks, self._alphas = self._patterns()
         self._scalings: dict[str, float] = {}
         self.modules: dict[str, ModuleShape] = {}
         """Adapted module → shape, in the order of the file."""
@@ -148,11 +149,6 @@ class AdapterFile:
     def saved(self) -> list[str]:
         """Names of the modules that were trained in full."""
         return sorted({name.rpartition(".")[0] for name in self.others})
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What this project wrote beside PEFT's keys; empty for adapters of others."""
-        return parse_record(self._file.metadata)
 
     def update(self, module: str) -> Update:
         """Read one matrix's update.
@@ -212,13 +208,20 @@ class AdapterFile:
         if self.method == "ADALORA":
             s = self.config["lora_alpha"] / self.config["init_r"]
             return float(s / peft_scale(self.config["init_r"]) if self.record.get(PEFT_SCALE) else s)
-        r = _by_pattern(self.config.get("rank_pattern"), module, self.config["r"])
+        r = self._ranks.value(module, self.config["r"])
         if r != rank:
-            raise UserError(f"{self._file.path}: '{module}' has rank {rank}, {CONFIG_NAME} says {r}.")
-        alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
-        if not isinstance(alpha, int | float) or alpha <= 0:
-            raise UserError(f"{self._file.path}: alpha_pattern gives '{module}' {alpha!r}; it must be positive.")
+            raise UserError(f"{self._file.path}: '{module}' has rank {rank}, {CONFIG_NAME} says {shown(r)}.")
+        alpha = self._alphas.value(module, self.config["lora_alpha"])
         return float(alpha / (r**0.5 if self.config.get("use_rslora") else r))
+
+    def _patterns(self) -> tuple[Patterns, Patterns]:
+        """PEFT's rank_pattern and alpha_pattern; an AdaLoRA's rank_pattern is masks by exact names."""
+        if self.method == "ADALORA":
+            return Patterns({}, CONFIG_NAME), Patterns({}, CONFIG_NAME)
+        path = self.directory / CONFIG_NAME
+        keys = ("rank_pattern", "alpha_pattern")
+        ranks, alphas = (Patterns(self.config.get(key) or {}, f"{path}: {key}") for key in keys)
+        return ranks, alphas
 
     def _refuse_variants(self) -> None:
         path = self.directory / CONFIG_NAME
@@ -243,23 +246,25 @@ def read_adapter_config(directory: Path, *, methods: tuple[str, ...] = ("ADALORA
         Unsupported: the adapter is of a method that is not in `methods`.
     """
     path = directory / CONFIG_NAME
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+    if not path.exists():
         way = "pass the folder that training wrote"
         if any(directory.glob("manifest.json")):
             way = f"it is a checkpoint, make an adapter of it first: adalora-scale export {directory} OUT"
-        raise UserError(f"no {CONFIG_NAME} in {directory}; {way}.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}).") from None
-    method = saved.get("peft_type") if isinstance(saved, dict) else None
-    if method not in methods:
-        known = " and ".join(methods)
-        raise Unsupported(f"{path} holds a '{method}' adapter; only {known} adapters load here. Use PEFT for others.")
-    for key in ("init_r" if method == "ADALORA" else "r", "lora_alpha"):
-        if not isinstance(saved.get(key), int | float) or saved[key] <= 0:
-            raise UserError(f"{path}: '{key}' is {saved.get(key)!r}; it must be a positive number.")
-    return dict(saved)
+        raise UserError(f"no {CONFIG_NAME} in {directory}; {way}.")
+    saved = read_object(own_file(path, directory))
+    method = saved.get("peft_type")
+    if not isinstance(method, str) or method not in methods:
+        known, found = " and ".join(methods), method if method is None or isinstance(method, str) else shown(method)
+        raise Unsupported(f"{path} holds a '{found}' adapter; only {known} adapters load here. Use PEFT for others.")
+    checked(AdapterConfig, saved, path)
+    rank = "init_r" if method == "ADALORA" else "r"
+    if saved.get(rank) is None:
+        raise UserError(f"{path}: '{rank}' is missing; it must be a positive number.")
+    if method == "ADALORA":
+        for name, mask in as_object(saved.get("rank_pattern") or {}, path).items():
+            if not isinstance(mask, list):
+                raise UserError(f"{path}: 'rank_pattern' holds no mask for {shown(name)}; save the adapter again.")
+    return saved
 
 
 def weights_path(directory: Path) -> Path:
@@ -269,9 +274,9 @@ def weights_path(directory: Path) -> Path:
         UserError: there are none, or only pickled ones.
     """
     path = directory / WEIGHTS_NAME
-    if path.is_file():
-        return path
-    if pickles := sorted(p.name for suffix in ("bin", "pt", "pth") for p in directory.glob(f"adapter_model.{suffix}")):
+    if path.exists():
+        return own_file(path, directory)
+    if pickles := sorted(p.name for suffix in PICKLES for p in directory.glob(f"adapter_model{suffix}")):
         raise UserError(
             f"{directory / pickles[0]} is a pickle, which can run code when it is opened, so it is not read. Let "
             f"whoever made it save the adapter as {WEIGHTS_NAME}."
@@ -279,26 +284,6 @@ def weights_path(directory: Path) -> Path:
     raise UserError(f"no {WEIGHTS_NAME} in {directory}; pass the folder that training wrote.")
 
 
-def parse_record(metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    """Return what `save_adapter` put into a weight file's metadata; empty when there is nothing readable."""
-    try:
-        record = json.loads((metadata or {}).get(RECORD_KEY, "{}"))
-    except ValueError:
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
 def peft_scale(init_r: int) -> float:
     """Return what PEFT's AdaLoRA divides an update by beyond init_r: it divides by (init_r + 1e-5)."""
     return (init_r + 1e-5) / init_r
-
-
-def _by_pattern(pattern: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule for rank_pattern and alpha_pattern (peft.utils.other.get_pattern_key)."""
-    for key, value in (pattern or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except re.error as error:
-            raise UserError(f"{CONFIG_NAME}: the pattern '{key}' is no regular expression ({error}).") from None
-    return default

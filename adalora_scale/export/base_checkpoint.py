@@ -6,7 +6,6 @@ model's. The renaming is asked of transformers itself, on a model without memory
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,9 @@ from adalora_scale.adalora.injection import is_digested, is_inside
 from adalora_scale.errors import UserError
 from adalora_scale.export.tensor_files import FLOATING, TensorFile
 from adalora_scale.quantization.base_files import INDEX_NAME, SINGLE_NAME, BaseFiles
+from adalora_scale.reading.base_config import check_base, foreign
+from adalora_scale.reading.json_text import read_object
+from adalora_scale.reading.written import check_written
 from adalora_scale.tasks.building import build_on_meta
 from adalora_scale.tasks.task import Task
 
@@ -61,7 +63,9 @@ class BaseCheckpoint:
         self, directory: Path, *, task: Task | None, num_labels: int | None, trust_remote_code: bool = False
     ) -> None:
         self.directory = directory
-        self.config: dict[str, Any] = _read_json(directory / "config.json")
+        check_base(str(directory))
+        check_written(str(directory))
+        self.config: dict[str, Any] = read_object(directory / "config.json", finite=False)
         self.quantization: dict[str, Any] | None = self.config.get("quantization_config")
         self.checkpoint = _open(directory)
         files = {path: TensorFile(path) for path in dict.fromkeys(t.file for t in self.checkpoint.tensors.values())}
@@ -166,25 +170,19 @@ def local_base(name: str, revision: str | None = None) -> Path:
 
 
 def _open(directory: Path) -> BaseFiles:
-    if not (directory / INDEX_NAME).is_file() and not (directory / SINGLE_NAME).is_file():
-        if any(directory.glob("pytorch_model*.bin")):
-            raise UserError(
-                f"{directory} holds pickled weights, which can run code when they are opened; only safetensors are "
-                f"read. Save the model with transformers' save_pretrained where you trust it."
-            )
+    if not any((directory / name).exists() for name in (INDEX_NAME, SINGLE_NAME)) and not any(
+        directory.glob("pytorch_model*.bin")
+    ):
         raise UserError(f"no {SINGLE_NAME} or {INDEX_NAME} in {directory}; pass the base model's folder to --base.")
     return BaseFiles.open(str(directory))
 
 
 def _meta_model(directory: Path, task: Task | None, num_labels: int | None, trust_remote_code: bool) -> nn.Module:
     options: dict[str, Any] = {"num_labels": num_labels} if num_labels is not None else {}
-    try:
+    with foreign(f"the base model in {directory} cannot be built"):
         config: PretrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
         config.dtype = torch.float32
         return build_on_meta(task, config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the base model in {directory} cannot be built: {reason}") from None
 
 
 def _aliases(model: nn.Module) -> dict[str, list[str]]:
@@ -192,15 +190,3 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return {name: group for group in names.values() if len(group) > 1 for name in group}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}).") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold a JSON object.")
-    return tree

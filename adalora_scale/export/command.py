@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from adalora_scale.messages import say, say_json, say_text
 
 FORMATS = ("peft-adalora", "peft-lora", "merged", "rank-pattern")
 
@@ -90,14 +91,14 @@ def _export(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int:
     fields = {key: value for key, value in vars(arguments).items() if key not in ("run", "json")}
     report = export_adapter(Request(**fields))
     if arguments.json:
-        print(json.dumps(report))
+        say_json(report)
     else:
-        print(report["what"])
+        say(report["what"])
         for note in report["notes"]:
-            print(f"note: {note}")
+            say(f"note: {note}")
         if "pruning_text" in report:
-            print(report["pruning_text"])
-        print(report["fidelity_text"])
+            say_text(report["pruning_text"])
+        say_text(report["fidelity_text"])
     return 1 if report["failed"] else 0
 
 
@@ -106,5 +107,8 @@ def _inspect(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int:
     from adalora_scale.export.inspection import describe, inspect_folder
 
     found = inspect_folder(arguments.directory)
-    print(json.dumps(found) if arguments.json else describe(found))
+    if arguments.json:
+        say_json(found)
+    else:
+        say_text(describe(found))
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,13 @@ from adalora_scale.quantization.linear import Linear4bit, is_quantizable
 from adalora_scale.quantization.materialize import materialize
 from adalora_scale.quantization.naming import match_names
 from adalora_scale.quantization.plan import make_plan
-from adalora_scale.quantization.prequantized import stored_blocks, stored_nested, stored_spec
+from adalora_scale.quantization.prequantized import (
+    check_stored,
+    stored_blocks,
+    stored_dtype,
+    stored_nested,
+    stored_spec,
+)
 from adalora_scale.quantization.spec import QuantSpec
 
 
@@ -112,10 +117,12 @@ def _prequantised(base: BaseCheckpoint, heads: list[str]) -> Dequantised:
     weights: dict[str, Stored] = {}
     companions: set[str] = set()
     for parameter, parts in names.states.items():
+        if parameter not in names.tensors or parameter not in base.parameters:
+            raise UserError(f"{base.directory} holds a 4-bit state of '{parameter}' but not its weight; get it again.")
         key = names.tensors[parameter]
         spec, shape = stored_spec(checkpoint, parameter, parts, torch.float32)
-        state = next(name for part, name in parts.items() if part.startswith("quant_state."))
-        dtype = str(json.loads(bytes(checkpoint.whole(state).tolist()))["dtype"])  # readable, stored_spec has seen it
+        dtype = stored_dtype(checkpoint, parameter, parts)
+        check_stored(checkpoint, key, parts, spec, spec.blocks(shape[1], shape[0], parameter))
         transposed = base.transposed(parameter.removesuffix(".weight"))
 
         def load(
@@ -149,6 +156,8 @@ def _requantised(record: dict[str, Any], base: BaseCheckpoint, heads: list[str])
         )
         kept = [str(name) for name in record["kept"]]
         name = record["weight_dtype"]
+        if name is not None and not isinstance(name, str):
+            raise TypeError(name)
     except (KeyError, TypeError) as error:
         raise UserError(f"the adapter's record of its 4-bit base is damaged ({error!r}); export it again.") from None
     dtype = getattr(torch, name) if name in ("float32", "bfloat16", "float16") else DTYPES[base.dtype()]

@@ -19,8 +19,8 @@ from adalora_scale.checkpoint.identity import saved_identity
 from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from adalora_scale.export.adapter_record import save_adapter_file
 from adalora_scale.export.output import copy_tokenizer
-from adalora_scale.export.tensor_files import save_adapter_file
 from adalora_scale.files import writing
 from adalora_scale.tasks.registry import TASKS
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from math import prod
 from pathlib import Path
@@ -12,6 +11,9 @@ from adalora_scale.checkpoint.format import MANIFEST_NAME, Checkpoint, checkpoin
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import CONFIG_NAME, AdapterFile
 from adalora_scale.export.from_checkpoint import adalora_options, masks
+from adalora_scale.messages import printable
+from adalora_scale.reading.folders import own_file
+from adalora_scale.reading.json_text import read_object
 
 _LAYER = re.compile(r"^(?P<before>.*?)\.(?P<index>\d+)\.(?P<type>.+)$")
 _NO_LAYER = "–"
@@ -46,7 +48,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     position = manifest["allocator"]
     ranks = {module: sum(mask) for module, mask in masks(checkpoint).items()}
     shapes, others = checkpoint.shapes("adapter"), checkpoint.shapes("other")
-    sides = {name: shapes[f"{name}.lora_A"][0] + shapes[f"{name}.lora_B"][0] + 1 for name in ranks}
+    # Adapters that were built at their pruned ranks are not there where no triplet is left.
+    sides = {name: shapes[f"{name}.lora_A"][0] + shapes[f"{name}.lora_B"][0] + 1 for name in ranks if ranks[name]}
     total = position["total_step"]
     # As the adapter saved from it says it: in PEFT's form, where lora_alpha / init_r is the scale.
     method = options.peft_fields(total)
@@ -58,7 +61,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "final": position["frozen"],
         "ranks": ranks,
         "triplets": sum(ranks.values()),
-        "parameters": sum(rank * sides[name] for name, rank in ranks.items()),
+        "parameters": sum(ranks[name] * side for name, side in sides.items()),
         "stored_parameters": sum(prod(shape) for shape in shapes.values()),
         "trained_in_full": {name: list(shape) for name, shape in others.items()},
         "trained_in_full_parameters": sum(prod(shape) for shape in others.values()),
@@ -132,7 +135,7 @@ def describe(found: dict[str, Any]) -> str:
     extra = found["trained_in_full_parameters"]
     also = f", and {extra:,} in {len(found['trained_in_full'])} tensors trained in full" if extra else ""
     lines.append(f"  parameters  {found['parameters']:,}{also}")
-    return "\n".join([*lines, "", rank_table(ranks)])
+    return "\n".join([*map(printable, lines), "", rank_table(ranks)])
 
 
 def rank_table(ranks: dict[str, int]) -> str:
@@ -142,7 +145,7 @@ def rank_table(ranks: dict[str, int]) -> str:
     """
     stacks: dict[str, dict[str, dict[str, int]]] = {}
     for name, rank in ranks.items():
-        match = _LAYER.match(name)
+        match = _LAYER.match(name := printable(name))
         before, index, kind = (match["before"], match["index"], match["type"]) if match else ("", _NO_LAYER, name)
         stacks.setdefault(before, {}).setdefault(index, {})[kind] = rank
     return "\n\n".join(_stack_table(before, rows) for before, rows in stacks.items())
@@ -182,10 +185,10 @@ def _step_beside(directory: Path) -> int | None:
     """Read the step off what a run writes beside an adapter: a checkpoint's trainer state, or a finished run's."""
     for name, key in (("trainer_state.json", "global_step"), ("run.json", "total_step")):
         try:
-            step = json.loads((directory / name).read_text(encoding="utf-8"))[key]
-        except (OSError, ValueError, KeyError, TypeError):
+            step = read_object(own_file(directory / name, directory), finite=False).get(key)
+        except UserError:  # there is none, or it is no file of a run
             continue
-        if isinstance(step, int):
+        if type(step) is int:
             return step
     return None
 

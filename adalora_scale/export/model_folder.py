@@ -16,6 +16,8 @@ from adalora_scale.export.base_checkpoint import BaseCheckpoint
 from adalora_scale.export.merge import Plan, Planned
 from adalora_scale.export.output import copy_tokenizer
 from adalora_scale.export.tensor_files import DTYPES, TensorFileWriter
+from adalora_scale.reading.base_config import foreign
+from adalora_scale.reading.folders import own_file
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _NOT_COPIED = re.compile(r"config\.json|.*\.index\.json|adapter_.*|run\.json|export\.json|trainer_state\.json")
@@ -60,7 +62,7 @@ def write_companions(adapter: AdapterFile, base: BaseCheckpoint, plan: Plan, fol
     for path in sorted(base.directory.iterdir()):
         licence = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"))
         if path.is_file() and (licence or path.suffix in _COPIED) and not _NOT_COPIED.fullmatch(path.name):
-            shutil.copyfile(path, folder / path.name)
+            shutil.copyfile(own_file(path, base.directory), folder / path.name)
     copy_tokenizer(adapter.directory, folder)
     config = dict(base.config)
     config["architectures"] = [type(base.model).__name__]
@@ -99,6 +101,7 @@ def _add_padding(config: dict[str, Any], folder: Path) -> None:
     if config.get("pad_token_id") is None and (folder / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer
 
-        pad = AutoTokenizer.from_pretrained(folder).pad_token_id
+        with foreign(f"the tokenizer in {folder}"):
+            pad = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).pad_token_id
         if pad is not None:
             config["pad_token_id"] = pad

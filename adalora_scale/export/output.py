@@ -17,6 +17,8 @@ from adalora_scale.errors import Unsupported, UserError, system_reason
 from adalora_scale.export.publishing import discard, names_beside, publish, tidy
 from adalora_scale.export.record import REPORT_NAME, remove_written, why_kept
 from adalora_scale.files import sync_tree
+from adalora_scale.messages import say
+from adalora_scale.reading.folders import own_file
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -89,10 +91,14 @@ def output_folder(target: Path, *, overwrite: bool, inputs: Sequence[Path], need
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy the tokenizer's files and return whether there were any."""
+    """Copy the tokenizer's files and return whether there were any.
+
+    Raises:
+        UserError: one leads out of the folder.
+    """
     found = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
     for name in found:
-        shutil.copyfile(source / name, target / name)
+        shutil.copyfile(own_file(source / name, source), target / name)
     return bool(found)
 
 
@@ -120,4 +126,4 @@ def _check_target(target: Path, overwrite: bool, inputs: Sequence[Path]) -> None
 
 
 def _say(line: str) -> None:
-    print(f"note: {line}", file=sys.stderr, flush=True)
+    say(f"note: {line}", to=sys.stderr)

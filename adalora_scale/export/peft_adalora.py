@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from adalora_scale.adalora.adaptables import FACTORS, adaptable_of, module_of_factor
@@ -37,17 +36,15 @@ from adalora_scale.engines.ranks import rank_and_size, together
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import (
     CONFIG_NAME,
-    PEFT_SCALE,
-    RECORD_KEY,
     WEIGHTS_NAME,
-    parse_record,
     peft_scale,
     read_adapter_config,
     weights_path,
 )
 from adalora_scale.export.adapter_file import PREFIX as _PREFIX
+from adalora_scale.export.adapter_record import PEFT_SCALE, RECORD_KEY, checked_record, save_adapter_file
 from adalora_scale.export.dequantise import quantised_base
-from adalora_scale.export.tensor_files import save_adapter_file
+from adalora_scale.export.tensor_files import TensorFile
 from adalora_scale.files import replacing
 from adalora_scale.tasks.registry import task_of_model
 
@@ -158,7 +155,10 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
             parameter: nn.Parameter = getattr(layer, factor)
             parameter.copy_(value)
             parameter.requires_grad_(trainable)
-        layer.keep_mask = pattern.get(f"{name}.lora_E")
+        mask = pattern.get(f"{name}.lora_E")
+        if mask is not None and e.numel() not in (len(mask), sum(mask)):
+            raise UserError(f"{directory / CONFIG_NAME}: the mask of '{name}' does not fit its {e.numel()} triplets.")
+        layer.keep_mask = mask
         wrappers[layer.base_layer] = layer
     replace_modules(model, wrappers)
     keep_in_float32(model, modules_to_save(model, config))
@@ -276,12 +276,9 @@ def _record(base: nn.Module, injection: Injection) -> dict[str, str]:
 
 
 def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    path = weights_path(directory)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, parse_record(file.metadata())  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again.") from None
+    file = TensorFile(weights_path(directory))
+    record = checked_record(file)
+    return {key: file.tensor(key) for key in file.entries}, record
 
 
 def _base_of(model: nn.Module, name: str, directory: Path) -> nn.Module:

@@ -13,17 +13,18 @@ from torch import Tensor
 from adalora_scale.adalora.adaptables import MATRIX
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import (
-    PEFT_SCALE,
     PREFIX,
-    RECORD_KEY,
     WEIGHTS_NAME,
     AdapterFile,
     Update,
     peft_scale,
 )
+from adalora_scale.export.adapter_record import PEFT_SCALE, RECORD_KEY, save_adapter_file
 from adalora_scale.export.lora_config import kept_ranks, lora_config, write_config
 from adalora_scale.export.output import copy_tokenizer
-from adalora_scale.export.tensor_files import save_adapter_file
+
+_SELECTS = {"exclude_modules", "layers_to_transform", "layers_pattern"}
+"""Keys of PEFT's config that choose modules beside target_modules."""
 
 
 def write_peft_adalora(adapter: AdapterFile, folder: Path, *, base: str | None) -> dict[str, Any]:
@@ -45,7 +46,9 @@ def write_peft_adalora(adapter: AdapterFile, folder: Path, *, base: str | None) 
         tensors |= {key: value.float() * factor for key, value in tensors.items() if key.endswith(".lora_E")}
         record[PEFT_SCALE] = True
     save_adapter_file(tensors, folder / WEIGHTS_NAME, {RECORD_KEY: json.dumps(record, sort_keys=True)})
-    write_config(folder, adapter.config | {"base_model_name_or_path": base or adapter.base})
+    # Exact names: a stranger's regular expression would be run by PEFT, which does not bound it.
+    targets = {"target_modules": list(adapter.modules), **dict.fromkeys(_SELECTS & adapter.config.keys())}
+    write_config(folder, adapter.config | targets | {"base_model_name_or_path": base or adapter.base})
     copy_tokenizer(adapter.directory, folder)
     return {"ranks": {name: shape.rank for name, shape in adapter.modules.items()}}
 

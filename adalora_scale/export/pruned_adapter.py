@@ -13,12 +13,12 @@ from torch import Tensor
 
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import PREFIX, WEIGHTS_NAME, AdapterFile
+from adalora_scale.export.adapter_record import save_adapter_file
 from adalora_scale.export.lora_config import lora_config, write_config
 from adalora_scale.export.output import copy_tokenizer
 from adalora_scale.export.peft_forms import record_of_part
 from adalora_scale.export.pruning import Cut, Size, cut_by_scores, cut_by_singular_values
 from adalora_scale.export.saved_scores import saved_scores
-from adalora_scale.export.tensor_files import save_adapter_file
 from adalora_scale.files import writing
 
 SINGULAR_VALUES, SCORES = "singular-values", "scores"

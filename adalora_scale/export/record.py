@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from adalora_scale.errors import UserError
 from adalora_scale.files import replace_text
+from adalora_scale.reading.checksums import file_checksum
+from adalora_scale.reading.json_text import read_object
+from adalora_scale.reading.written import RECORD_NAME, TOOL
 
-REPORT_NAME = "export.json"
-TOOL = "adalora-scale"
+REPORT_NAME = RECORD_NAME
 _RUN_FILES = ("run.json", "metrics.jsonl", "ranks.jsonl")
 _HASHED = 2**20  # bytes: what people edit by hand is small; reading 140 GB again takes minutes
 _SHOWN = 3
 
 
-def write_record(folder: Path, report: dict[str, Any]) -> dict[str, Any]:
+def write_record(folder: Path, report: dict[str, Any], *, every_digest: bool = False) -> dict[str, Any]:
     """Write `export.json` as the last file of a folder, and return what it holds.
 
     Beside the report these are the tool, its version, and every file of the folder with its size (small ones also with
     their SHA-256): `written`, relative name → {bytes, sha256}.
 
+    Args:
+        folder: complete but for its record.
+        report: what was done.
+        every_digest: give large files their SHA-256 too: a base that is read far more often than written.
+
     Raises:
         UserError: the disk is full.
     """
-    files = {name: _entry(folder / name) for name in sorted(_contents(folder)) if name != REPORT_NAME}
+    files = {name: _entry(folder / name, every_digest) for name in sorted(_contents(folder)) if name != REPORT_NAME}
     content = {**report, "tool": TOOL, "tool_version": _version(), "written": files}
     replace_text(folder / REPORT_NAME, json.dumps(content, indent=2) + "\n")
     return content
@@ -77,10 +84,10 @@ def _written(folder: Path) -> dict[str, Any] | str:
         runs = [*(name for name in _RUN_FILES if (folder / name).exists()), *folder.glob("checkpoint-*")]
         return "is a run's output_dir" if runs else f"holds no {REPORT_NAME} of {TOOL}, which wrote none of it"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict) or (content.get("tool") != TOOL and "format" not in content):
+        content = read_object(path)
+    except UserError:
+        content = {}
+    if not content or (content.get("tool") != TOOL and "format" not in content):
         return f"holds an {REPORT_NAME} that {TOOL} did not write"
     if "tool" not in content:
         return f"was written by an earlier version of {TOOL}, whose {REPORT_NAME} does not list the files"
@@ -102,17 +109,17 @@ def _contents(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _entry(path: Path) -> dict[str, Any]:
+def _entry(path: Path, every_digest: bool = False) -> dict[str, Any]:
     size = path.stat().st_size
-    if size > _HASHED:
+    if size > _HASHED and not every_digest:
         return {"bytes": size}
-    return {"bytes": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return {"bytes": size, "sha256": file_checksum(path)}
 
 
 def _is_as_written(path: Path, entry: dict[str, Any]) -> bool:
     if not _is_plain(path) or path.stat().st_size != entry.get("bytes"):
         return False
-    return "sha256" not in entry or _entry(path) == entry
+    return "sha256" not in entry or path.stat().st_size > _HASHED or _entry(path) == entry
 
 
 def _is_plain(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """safetensors files read and written by ranges, so that memory does not grow with a tensor or a file.
 
-The library checks a file's header; the bytes are read here with plain reads, because a memory map counts every page it
-touched as resident, and `save_file` wants all tensors of a file at once.
+Headers are checked by `reading/headers.py`; the bytes are read here with plain reads, because a memory map counts every
+page it touched as resident, and `save_file` wants all tensors of a file at once.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -11,19 +11,17 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from adalora_scale.adalora.base_digest import sample_positions
 from adalora_scale.errors import UserError
-from adalora_scale.finite import require_finite
+from adalora_scale.reading.headers import Entry, read_header
 
 DTYPES = {
     "F64": torch.float64,
@@ -43,23 +41,6 @@ FLOATING = ("F64", "F32", "F16", "BF16")
 _CHUNK = 16 * 2**20
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where a tensor lies in its file."""
-
-    dtype: str
-    """The format's own name, such as BF16."""
-    shape: tuple[int, ...]
-    begin: int
-    """First byte, counted from the start of the file."""
-    end: int
-
-    @property
-    def size(self) -> int:
-        """Bytes of the tensor."""
-        return self.end - self.begin
-
-
 class TensorFile:
     """One safetensors file; nothing but what is asked for enters memory.
 
@@ -69,23 +50,16 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with safe_open(path, framework="pt"):  # the library refuses truncated files and overlapping tensors
-                pass
-            with path.open("rb") as file:
-                (length,) = struct.unpack("<Q", file.read(8))
-                header: dict[str, Any] = json.loads(file.read(length))
-        except (SafetensorError, OSError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{path} is missing or damaged ({reason}); copy it again.") from None
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
-        self.entries: dict[str, Entry] = {}
-        for name, entry in header.items():
-            begin, end = (offset + 8 + length for offset in entry["data_offsets"])
-            self.entries[name] = Entry(entry["dtype"], tuple(entry["shape"]), begin, end)
+        header = read_header(path)
+        self.metadata: dict[str, str] = header.metadata
+        self.entries: dict[str, Entry] = header.entries
 
     def tensor(self, name: str) -> Tensor:
-        """Read a whole tensor."""
+        """Read a whole tensor.
+
+        Raises:
+            UserError: torch has no such dtype, or the file became shorter.
+        """
         entry = self.entries[name]
         return self._elements(entry, entry.begin, entry.end).reshape(entry.shape)
 
@@ -118,6 +92,8 @@ class TensorFile:
                 yield file.read(min(_CHUNK, entry.end - start))
 
     def _elements(self, entry: Entry, begin: int, end: int) -> Tensor:
+        if entry.dtype not in DTYPES:
+            raise UserError(f"{self.path} holds values of {entry.dtype}, which are not read here; save it in another.")
         dtype = DTYPES[entry.dtype]
         buffer = bytearray(end - begin)
         if not buffer:
@@ -181,16 +157,6 @@ class TensorFileWriter:
                     raise RuntimeError(f"{len(self._sizes)} tensors were not written")
                 self._file.flush()
                 os.fsync(self._file.fileno())
-
-
-def save_adapter_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write an adapter's CPU tensors, as `save_file` does.
-
-    Raises:
-        UserError: one has values that are not finite; nothing is written.
-    """
-    require_finite(tensors, "the adapter")
-    save_file(tensors, path, metadata)
 
 
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

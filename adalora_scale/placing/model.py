@@ -17,17 +17,24 @@ from adalora_scale.adalora.injection import inject_adalora, modules_to_save
 from adalora_scale.config import AdaLoraConfig, RunConfig
 from adalora_scale.engines.blocks import transformer_blocks
 from adalora_scale.engines.engine import Engine, Loader, Partition, Shard
-from adalora_scale.engines.ranks import together
+from adalora_scale.engines.ranks import rank_and_size, together
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.continual import check_start, start_from_adapter
+from adalora_scale.messages import say
 from adalora_scale.placing import streaming
+from adalora_scale.quantization.base_files import BaseFiles
+from adalora_scale.reading.base_config import foreign, said_of
+from adalora_scale.reading.written import check_written
 from adalora_scale.tasks.registry import find_task
 
 
 def load_model(config: RunConfig, label_names: list[str] | None = None) -> nn.Module:
     """Load the base model whole, in the dtype, with the attention and in the 4 bits that `config.model` names."""
     model_config = config.model
-    if streaming.is_streamed(model_config):
+    streamed = streaming.is_streamed(model_config)  # looks at the folder before transformers does
+    with said_of(model_config.model_name_or_path):
+        BaseFiles.open(model_config.model_name_or_path, model_config.revision)  # names, headers, no pickles
+    if streamed:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         started = streaming.begin(config, device=device, label_names=label_names, new_heads=partial(new_heads, config))
         return streaming.load_whole(started)
@@ -35,6 +42,7 @@ def load_model(config: RunConfig, label_names: list[str] | None = None) -> nn.Mo
         "dtype": model_config.torch_dtype,
         "revision": model_config.revision,
         "trust_remote_code": model_config.trust_remote_code,
+        "use_safetensors": True,
     }
     if model_config.attn_implementation:
         options["attn_implementation"] = model_config.attn_implementation
@@ -43,25 +51,26 @@ def load_model(config: RunConfig, label_names: list[str] | None = None) -> nn.Mo
     # transformers tables what does not fit over many lines; here it is one line, as an error or as a note.
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity(hf_logging.CRITICAL)
+    what = f"model.model_name_or_path={model_config.model_name_or_path}"
     try:
         model, loaded = factory.from_pretrained(model_config.model_name_or_path, output_loading_info=True, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if isinstance(error, SafetensorError):
-            reason = f"damaged weights ({reason}); download the model again."
-        raise UserError(f"model.model_name_or_path={model_config.model_name_or_path}: {reason}") from None
-    except RuntimeError as error:
-        if "mismatched_sizes" not in str(error):
+    except SafetensorError as error:
+        raise UserError(f"{what}: damaged weights ({error}); download the model again.") from None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        if "mismatched_sizes" in str(error):
+            raise UserError(
+                f"{what}: the weights have other shapes than its config.json says; use a config.json and weights that "
+                f"belong together."
+            ) from None
+        with foreign(what):
             raise
-        raise UserError(
-            f"model.model_name_or_path={model_config.model_name_or_path}: the weights have other shapes than its "
-            f"config.json says; use a config.json and weights that belong together."
-        ) from None
     finally:
         hf_logging.set_verbosity(verbosity)
     if missing := sorted(loaded["missing_keys"]):
         rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        print(f"not in the checkpoint, newly initialised: {', '.join(missing[:3])}{rest}", flush=True)
+        say(f"not in the checkpoint, newly initialised: {', '.join(missing[:3])}{rest}")
     return model
 
 
@@ -102,6 +111,7 @@ def _prepared(
     fit_ranks: Callable[[nn.Module], None] | None,
 ) -> Loader:
     """Build the model with its adapters; no collective."""
+    check_written(config.model.model_name_or_path, *rank_and_size())
     streams = engine.streams or streaming.is_streamed(config.model)
     started = _begin_streaming(config, arguments, label_names) if streams else None
     if started is None:
@@ -177,7 +187,7 @@ def _begin_streaming(
         if streaming.is_streamed(config.model):
             raise
         if arguments.process_index == 0:
-            print(f"every rank loads the base whole: {reason}", flush=True)
+            say(f"every rank loads the base whole: {reason}")
         return None
 
 

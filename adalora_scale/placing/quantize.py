@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from adalora_scale.config import AdaLoraConfig, DataConfig, ModelConfig, RunConfig
 from adalora_scale.errors import UserError
+from adalora_scale.messages import say, say_json
 
 _EPILOG = """
 The result is in bitsandbytes' own form: transformers' from_pretrained loads it, and a run loads it by slices at any
@@ -118,14 +117,13 @@ def _quantize(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int
             "bytes_written": done.bytes_written,
             "files": done.files,
         }
-        report = write_record(folder, report)
+        report = write_record(folder, report, every_digest=True)
     if arguments.json:
-        print(json.dumps(report))
+        say_json(report)
     else:
-        print(
+        say(
             f"{streaming.describe(started.model)}; {done.bytes_read / 2**20:,.1f} MiB became "
             f"{done.bytes_written / 2**20:,.1f} MiB in {arguments.output}",
-            file=sys.stdout,
         )
     return 0
 

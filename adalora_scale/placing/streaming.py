@@ -38,6 +38,7 @@ from adalora_scale.config import AdaLoraConfig, ModelConfig, RunConfig
 from adalora_scale.engines.ranks import together
 from adalora_scale.errors import UserError
 from adalora_scale.export.tensor_files import TensorFile
+from adalora_scale.messages import say
 from adalora_scale.quantization.base_files import FLOATS, BaseFiles
 from adalora_scale.quantization.fill import copy_rows, draw_fresh, fill
 from adalora_scale.quantization.functional import check_kernels
@@ -46,6 +47,7 @@ from adalora_scale.quantization.materialize import materialize, materialize_shar
 from adalora_scale.quantization.memory import give_back_freed
 from adalora_scale.quantization.plan import LoadingPlan, Slot, make_plan
 from adalora_scale.quantization.spec import QuantSpec
+from adalora_scale.reading.base_config import check_base, foreign, said_of
 from adalora_scale.tasks import building
 from adalora_scale.tasks.registry import find_task
 
@@ -89,12 +91,14 @@ def begin(
         Unsupported: the architecture's weights have to be converted; bitsandbytes lacks a kernel.
     """
     model_config = _model_config(config.model)
-    checkpoint = BaseFiles.open(config.model.model_name_or_path, config.model.revision)
+    with said_of(config.model.model_name_or_path):
+        checkpoint = BaseFiles.open(config.model.model_name_or_path, config.model.revision)
     dtype = _dtype(config.model, model_config, checkpoint)
     spec = quant_spec(config.model) if is_streamed(config.model) else None
     if spec is not None:
         check_kernels(spec, device, dtype)
-    model = build_on_meta(config, model_config, dtype, label_names)
+    with foreign(f"model.model_name_or_path={config.model.model_name_or_path}"):
+        model = build_on_meta(config, model_config, dtype, label_names)
     heads = new_heads(model)
     plan = make_plan(
         model,
@@ -311,7 +315,7 @@ def _filled_buffers(modules: list[nn.Module]) -> Iterator[Tensor]:
 
 def _note(line: str) -> None:
     """Say something that is no result: standard output may be somebody's JSON."""
-    print(line, file=sys.stderr, flush=True)
+    say(line, to=sys.stderr)
 
 
 def _samples(loading: Loading, adalora: AdaLoraConfig) -> Iterator[WeightSample]:
@@ -335,13 +339,12 @@ def _samples(loading: Loading, adalora: AdaLoraConfig) -> Iterator[WeightSample]
 
 
 def _model_config(config: ModelConfig) -> PretrainedConfig:
-    try:
+    with said_of(config.model_name_or_path):
+        check_base(config.model_name_or_path, config.revision, attention=config.attn_implementation)
+    with foreign(f"model.model_name_or_path={config.model_name_or_path}"):
         found: PretrainedConfig = AutoConfig.from_pretrained(
             config.model_name_or_path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.model_name_or_path={config.model_name_or_path}: {reason}") from None
     return found
 
 

@@ -7,7 +7,6 @@ memory until the map is closed.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,10 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.reading.folders import named_file, own_file
+from adalora_scale.reading.headers import read_header
+from adalora_scale.reading.json_text import read_object
+from adalora_scale.reading.schemas import Index, checked
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -73,24 +76,29 @@ class BaseFiles:
 
         Raises:
             UserError: there is no checkpoint, or it is incomplete.
-            Unsupported: there are weights, but not as safetensors.
+            Unsupported: there are weights, but only as pickles, which are not opened.
         """
         folder = Path(path)
         if folder.is_dir():
             index = folder / INDEX_NAME
-            if index.is_file():
-                return cls._from_index(index, {name: folder / name for name in _index_files(index)})
-            if (folder / SINGLE_NAME).is_file():
-                return cls([folder / SINGLE_NAME])
+            if index.exists():
+                tree = _index_map(own_file(index, folder))
+                located = {name: named_file(name, folder, source=index) for name in sorted(set(tree.values()))}
+                return cls._from_index(index, tree, located)
+            if (folder / SINGLE_NAME).exists():
+                return cls([own_file(folder / SINGLE_NAME, folder)])
             if any(folder.glob("pytorch_model*.bin")):
                 raise _pickled(path)
             raise UserError(f"model.model_name_or_path={path} holds neither {SINGLE_NAME} nor {INDEX_NAME}.")
         try:
             found = cached_file(path, INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
             if found is not None:
-                names = _index_files(Path(found))
+                index, tree = Path(found), _index_map(Path(found))
+                names = sorted(set(tree.values()))
+                for name in names:
+                    named_file(name, index.parent, source=index)
                 located = {name: Path(str(cached_file(path, name, revision=revision))) for name in names}
-                return cls._from_index(Path(found), located)
+                return cls._from_index(index, tree, located)
             single = cached_file(path, SINGLE_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
             if single is None and any(
                 cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
@@ -102,9 +110,9 @@ class BaseFiles:
             raise UserError(f"model.model_name_or_path={path}: {str(error).strip().splitlines()[0]}") from None
 
     @classmethod
-    def _from_index(cls, index: Path, files: dict[str, Path]) -> BaseFiles:
+    def _from_index(cls, index: Path, tree: dict[str, str], files: dict[str, Path]) -> BaseFiles:
         expected: dict[Path, set[str]] = {path: set() for path in files.values()}
-        for tensor, name in _index_map(index).items():
+        for tensor, name in tree.items():
             expected[files[name]].add(tensor)
         for path in expected:
             if not path.is_file():
@@ -112,12 +120,15 @@ class BaseFiles:
         return cls(expected, expected)
 
     def _add(self, file: Path, expected: set[str] | None) -> None:
-        with _opened(file) as reader:
-            for name in reader.keys():  # noqa: SIM118 (not a mapping)
-                piece = reader.get_slice(name)
-                self.tensors[name] = StoredTensor(file, tuple(piece.get_shape()), piece.get_dtype())
-        if expected and (missing := sorted(expected - self.tensors.keys())):
+        found: dict[str, StoredTensor] = {}
+        for name, entry in read_header(file).entries.items():
+            found[name] = StoredTensor(file, entry.shape, entry.dtype)
+        if expected and (missing := sorted(expected - found.keys())):
             raise UserError(f"{file} does not hold '{missing[0]}', which the index says it does; download it again.")
+        if twice := sorted(found.keys() & self.tensors.keys()):
+            first = self.tensors[twice[0]].file
+            raise UserError(f"'{twice[0]}' is in {first} and in {file.name}; download the model again.")
+        self.tensors |= found
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read rows start to stop of a tensor, on the CPU, into memory of its own."""
@@ -159,18 +170,13 @@ class BaseFiles:
 
 def _pickled(path: str) -> Unsupported:
     return Unsupported(
-        f"{path} holds pytorch_model.bin files, which cannot be read in slices; save the model once with "
-        f"save_pretrained (safetensors)."
+        f"{path} holds pickled weights (pytorch_model.bin), which can run code when they are opened; only safetensors "
+        f"are read. Save the model with transformers' save_pretrained where you trust it."
     )
 
 
 def _index_map(index: Path) -> dict[str, str]:
-    try:
-        tree = json.loads(index.read_text(encoding="utf-8"))
-        return {str(name): str(file) for name, file in tree["weight_map"].items()}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index} cannot be read ({error}); download it again.") from None
-
-
-def _index_files(index: Path) -> list[str]:
-    return sorted(set(_index_map(index).values()))
+    """Return tensor → file."""
+    tree = read_object(index)
+    checked(Index, tree, index, way_out="download it again")
+    return dict(tree["weight_map"])

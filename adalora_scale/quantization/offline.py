@@ -25,6 +25,7 @@ from adalora_scale.quantization.linear import Linear4bit
 from adalora_scale.quantization.plan import LoadingPlan, Slot
 from adalora_scale.quantization.prequantized import stored_form
 from adalora_scale.quantization.spec import QuantSpec
+from adalora_scale.reading.folders import own_file
 
 COPIED = ("*.json", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.py")
 """Small files that go with the weights: tokenizer, generation config, model code."""
@@ -84,6 +85,7 @@ def quantize_checkpoint(
     for pattern in COPIED:
         for file in source.glob(pattern):
             if file.name not in _NOT_COPIED:
+                own_file(file, source)
                 shutil.copyfile(file, target / file.name)
     stated = config | {"quantization_config": quantization_config(spec, skip_modules)}
     stated["dtype"] = _dtype_name(plan.dtype)

@@ -19,9 +19,22 @@ from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.quantization import functional
 from adalora_scale.quantization.base_files import BaseFiles
 from adalora_scale.quantization.spec import CODES, NESTED_BLOCK, QuantSpec
+from adalora_scale.reading.json_text import parse_json
+from adalora_scale.reading.schemas import QuantState, checked
 
 _STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
 """Bytes an element of the dtypes that packed codes are stored in."""
+_MAX_STATE = 65_536
+"""Bytes of one weight's state; bitsandbytes writes some 200."""
+
+
+def stored_dtype(checkpoint: BaseFiles, weight: str, parts: dict[str, str]) -> str:
+    """Return the name of the dtype that a weight was quantised from.
+
+    Raises:
+        UserError: the state is unreadable.
+    """
+    return str(_state(checkpoint, weight, parts)["dtype"])
 
 
 def stored_spec(
@@ -49,6 +62,9 @@ def stored_spec(
     needed = {"absmax", "quant_map"} | ({"nested_absmax", "nested_quant_map"} if spec.double_quant else set())
     if missing := sorted(needed - parts.keys()):
         raise UserError(f"the checkpoint lacks '{weight}.{missing[0]}' of a 4-bit weight; download it again.")
+    table = checkpoint.tensors[parts["quant_map"]]
+    if (table.dtype, table.shape) != ("F32", (16,)):
+        raise UserError(f"'{parts['quant_map']}' in {table.file} is no code book; download the checkpoint again.")
     code = checkpoint.whole(parts["quant_map"])
     if not torch.equal(code, functional.bitsandbytes().get_4bit_type(spec.quant_type, device="cpu")):
         raise Unsupported(f"'{weight}' was quantised with a {spec.quant_type} code book of its own; quantise it again.")
@@ -147,7 +163,9 @@ def _state(checkpoint: BaseFiles, weight: str, parts: dict[str, str]) -> dict[st
     packed = [key for suffix, key in parts.items() if suffix.startswith("quant_state.")]
     if len(packed) != 1:
         raise UserError(f"the checkpoint has no quant_state of '{weight}'; download it again.")
-    try:
-        return dict(json.loads(bytes(checkpoint.whole(packed[0]).tolist())))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"'{packed[0]}' is damaged ({error}); download the checkpoint again.") from None
+    stored, name = checkpoint.tensors[packed[0]], f"'{packed[0]}' in {checkpoint.tensors[packed[0]].file}"
+    if stored.dtype != "U8" or len(stored.shape) != 1 or stored.shape[0] > _MAX_STATE:
+        raise UserError(f"{name} is damaged (it is no text of bytes); download the checkpoint again.")
+    tree = parse_json(bytes(checkpoint.whole(packed[0]).tolist()), name)
+    checked(QuantState, tree, name, way_out="download the checkpoint again")
+    return dict(tree)

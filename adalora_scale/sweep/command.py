@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 import time
 from copy import deepcopy
@@ -17,6 +16,7 @@ import yaml
 from adalora_scale.config import apply_override, check_value, config_from_tree, read_tree
 from adalora_scale.errors import INTERRUPTED_EXIT_CODE, UserError
 from adalora_scale.files import replace_text
+from adalora_scale.messages import say, say_json, say_text
 from adalora_scale.sweep.local import Local
 from adalora_scale.sweep.report import Results, at_the_edge, best_of, duration, table, winning_config
 from adalora_scale.sweep.search import Listed, Optuna, Source, grid_of, require_optuna
@@ -65,17 +65,17 @@ def run(arguments: argparse.Namespace) -> int:
         where.run(more, after)
         again = after.results
     elif arguments.seeds and not complete:
-        print("the best one runs on other seeds when every trial is done: call again", file=sys.stderr)
+        say("the best one runs on other seeds when every trial is done: call again", to=sys.stderr)
     if best:
         again = _all_known(again, folder / _TRIALS, arguments.metric, again=True)
         again = {t: o for t, o in again.items() if Trial(t.settings, seed) == Trial(best.settings, seed)}
     _write(arguments, tree, dimensions, results, again, goal)
     if isinstance(where, Local) and where.stopping.is_set():
-        print("stopped; the same command goes on", file=sys.stderr)
+        say("stopped; the same command goes on", to=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     failed = any(outcome.state in ("failed", "not tried") for outcome in (*results.values(), *again.values()))
     if best is None and results and all(outcome.state == "done" for outcome in results.values()):
-        print("no trial ended with a finite metric: all of them diverged", file=sys.stderr)
+        say("no trial ended with a finite metric: all of them diverged", to=sys.stderr)
         failed = True
     return int(failed)
 
@@ -199,7 +199,7 @@ class _Progress:
         spent = time.monotonic() - self._started
         rest = f"; about {duration(spent / self._ran * left)} left" if left > 0 and self._ran and spent > 5 else ""
         line = f"[{len(self.results)}/{self._source.total}] {trial}: {outcome.state} {words}{rest}"
-        print(line, file=sys.stderr if self._quiet else sys.stdout, flush=True)
+        say(line, to=sys.stderr if self._quiet else sys.stdout)
 
 
 def _write(
@@ -229,15 +229,13 @@ def _write(
             "best": dict(best.settings) if best else None,
             "trials": rows,
         }
-        print(json.dumps(found))
+        say_json(found)
         return
-    print(f"\n{shown}")
+    say_text(f"\n{shown}")
     if len(ranks := {o.ranks for o in results.values() if o.ranks}) > 1:
-        print(
-            f"note: trials ran on {' and '.join(map(str, sorted(ranks)))} processes; a batch per device differs then."
-        )
+        say(f"note: trials ran on {' and '.join(map(str, sorted(ranks)))} processes; a batch per device differs then.")
     if best:
         for sentence in at_the_edge(best, dimensions, results):
-            print(f"note: {sentence}")
-        print(f"best: {best}; its adapter is in {folder / _TRIALS / best.name}")
-        print(f"once more: adalora-scale train --config {folder / 'best.yaml'}")
+            say(f"note: {sentence}")
+        say(f"best: {best}; its adapter is in {folder / _TRIALS / best.name}")
+        say(f"once more: adalora-scale train --config {folder / 'best.yaml'}")

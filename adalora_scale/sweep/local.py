@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adalora_scale.errors import INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE, UserError
+from adalora_scale.messages import say
 from adalora_scale.sweep.search import Source
 from adalora_scale.sweep.trial import SLURM_NOTE, Outcome, Trial, claimed, finished, group_lives, note_group
 
@@ -89,10 +90,9 @@ class Local:
         self.stopping.set()
         groups = list(self._groups)
         if groups and not again:
-            print(
+            say(
                 f"stopping: {len(groups)} trial(s) asked for a checkpoint; a second signal ends them without",
-                file=sys.stderr,
-                flush=True,
+                to=sys.stderr,
             )
         for group in groups:
             _send(group, signal.SIGKILL if again else signal.SIGTERM)

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from adalora_scale.config import apply_override
+from adalora_scale.messages import printable
 from adalora_scale.sweep.space import Choices, Range
 from adalora_scale.sweep.trial import Outcome, Trial
 
@@ -36,7 +37,7 @@ def table(results: Results, again: Results, metric: str, goal: str) -> str:
         settings = dict(trial.settings)
         time = duration(outcome.seconds) if outcome.seconds is not None else ""
         cells = [*(settings.get(key, "").replace("|", "\\|") for key in keys), _shown(outcome), outcome.spent, time]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(map(printable, cells))} |")
     best = best_of(results, goal)
     if again and best:
         lines += ["", f"The best one, {best}, on other seeds:", "", f"| seed | {metric} |", "|---|---|"]

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adalora_scale.errors import UserError
-from adalora_scale.files import writing
+from adalora_scale.files import write_json, writing
 from adalora_scale.sweep.space import Settings, number_or_text
-from adalora_scale.training.records import WRONG_END_NAME, write_json
+from adalora_scale.training.records import WRONG_END_NAME
 
 State = Literal["done", "failed", "stopped", "queued", "running elsewhere", "not tried"]
 _NOTE = "trial.json"

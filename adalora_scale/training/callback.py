@@ -12,8 +12,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from adalora_scale.adalora.injection import injection_of
 from adalora_scale.controller import RankAllocator
+from adalora_scale.engines.ranks import together
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter
+from adalora_scale.training.lease import Lease, take
 from adalora_scale.training.records import JsonLines
 from adalora_scale.training.soundness import MAX_SKIPPED_STEPS, Soundness
 
@@ -44,6 +46,9 @@ class AdaLoraCallback(TrainerCallback):
         self.allocator: RankAllocator | None = None
         self.records: dict[str, JsonLines] = {}
         """The files of lines that rank 0 writes."""
+        self.lease: Lease | None = None
+        """Rank 0's hold on output_dir, where the trainer took it; else it is taken while training lasts."""
+        self._own_lease: Lease | None = None
         self.kept_lines: dict[str, int] | None = None
         """Of a continued run: how many lines of each of the files stay."""
         self._attached_early = False
@@ -66,6 +71,8 @@ class AdaLoraCallback(TrainerCallback):
                 f"the process group has {dist.get_world_size()} processes, TrainingArguments {args.world_size}: each "
                 f"would train alone. On machines without a GPU pass use_cpu=True."
             )
+        output_dir = Path(args.output_dir or ".")
+        together(lambda: self._hold(output_dir) if state.is_world_process_zero else None)
         allocator = self.allocator
         if allocator is None or not self._attached_early:
             if state.global_step > 0:
@@ -75,21 +82,37 @@ class AdaLoraCallback(TrainerCallback):
                 )
             allocator = self.attach(model, kwargs["optimizer"], state.max_steps)
         self._attached_early = False
-        if state.is_world_process_zero:
-            output_dir, kept = Path(args.output_dir or "."), self.kept_lines or {}
-            self.records = {
-                name: JsonLines(output_dir / name, keep=kept.get(name, 0)) for name in (METRICS_NAME, RANKS_NAME)
-            }
+        together(lambda: self._open(output_dir) if state.is_world_process_zero else None)
         self._soundness = Soundness(
             model,
             allocator,
             max_skipped_steps=self.max_skipped_steps,
             scales_loss=bool(args.fp16),
-            output_dir=Path(args.output_dir or "."),
+            output_dir=output_dir,
         )
         if allocator.last_allocation is not None:
             self._last_written = allocator.last_allocation.step
         self._clock, self._tokens = time.perf_counter(), float(state.num_input_tokens_seen)
+
+    def _hold(self, output_dir: Path) -> None:
+        if self.lease is None:
+            self.lease = self._own_lease = take(output_dir)
+
+    def _open(self, output_dir: Path) -> None:
+        kept = self.kept_lines or {}
+        self.records = {
+            name: JsonLines(output_dir / name, keep=kept.get(name, 0), allowed=self.require_lease)
+            for name in (METRICS_NAME, RANKS_NAME)
+        }
+
+    def require_lease(self) -> None:
+        """See on rank 0 that output_dir is still this run's, before something is written there.
+
+        Raises:
+            UserError: another run has taken it.
+        """
+        if self.lease is not None:
+            self.lease.require()
 
     def attach(self, model: nn.Module, optimizer: object, total_step: int) -> RankAllocator:
         """Build the allocator and hook it into the optimizer; trainers that resume do so before training begins."""
@@ -181,6 +204,7 @@ class AdaLoraCallback(TrainerCallback):
         """Put the adapter beside what the trainer just wrote."""
         if self.allocator is not None and self._saves_checkpoints:
             self.guard()
+            together(self.require_lease)
             save_adapter(kwargs["model"], Path(args.output_dir or ".") / f"checkpoint-{state.global_step}")
 
     def on_train_end(
@@ -191,7 +215,11 @@ class AdaLoraCallback(TrainerCallback):
             self.guard()
             if self._soundness is not None:
                 self._soundness.at_end()
+            together(self.require_lease)
             save_adapter(kwargs["model"], args.output_dir or ".")
+        if self._own_lease is not None:
+            self._own_lease.release()
+            self.lease = self._own_lease = None
 
     def _speed(self, logs: dict[str, Any], state: TrainerState) -> dict[str, float]:
         """Tokens a second over all ranks since the last log; SFTTrainer and Trainer count them in different places."""

@@ -22,15 +22,19 @@ from adalora_scale.checkpoint.writing import agree, probe_shared, rank_and_size,
 from adalora_scale.controller import RankAllocator
 from adalora_scale.data.digests import data_fingerprint
 from adalora_scale.engines import base_optimizer
-from adalora_scale.engines.ranks import together
-from adalora_scale.errors import Interrupted, UserError
+from adalora_scale.engines.ranks import everywhere, together
+from adalora_scale.errors import INTERRUPTED_EXIT_CODE, Interrupted, UserError
+from adalora_scale.files import write_json
+from adalora_scale.messages import say
+from adalora_scale.training.base_weights import KEY as BASE_FILES
+from adalora_scale.training.base_weights import BaseWeights
+from adalora_scale.training.history import best_so_far, bring_lines
 from adalora_scale.training.loop_state import loop_state, restore_optimizer, restore_sums
-from adalora_scale.training.records import WRONG_END_NAME, versions, write_json
+from adalora_scale.training.records import WRONG_END_NAME, versions
 from adalora_scale.training.signals import StopRequest
+from adalora_scale.training.stopping import REQUEUE_NAME, exit_code
 
 TRAINER_STATE_NAME = "trainer_state.json"
-REQUEUE_NAME = "requeue"
-"""A file in output_dir that says: a signal stopped the run, start it again with resume_from_checkpoint=auto."""
 
 # Fields of TrainingArguments that decide what is trained. Batch sizes count together, as the global batch.
 _ARGUMENTS = (
@@ -109,6 +113,8 @@ class RunCheckpoints:
         """What this run goes on from."""
         self.run_identity: dict[str, Any] = {}
         """Further keys of the run's config that must not change (`make_trainer` sets them)."""
+        self.base_weights: BaseWeights | None = None
+        """The files of the base, where `make_trainer` knows them."""
         self.allowed_changes: list[str] = []
         """`training.resume_allow_changed`."""
         self._saved_step = -1
@@ -129,7 +135,11 @@ class RunCheckpoints:
                 (self.output_dir / name).unlink(missing_ok=True)
             aside = set_aside(self.output_dir, self.resumed)
             if aside:
-                print(f"not continued, renamed to abandoned-…: {', '.join(aside)}", flush=True)
+                say(f"not continued, renamed to abandoned-…: {', '.join(aside)}")
+            if self.resumed is not None:
+                source, kept = self.resumed.directory.absolute().parent, self.resumed.manifest["records"]
+                for sentence in bring_lines(source, self.output_dir, kept):
+                    say(f"note: {sentence}; the history begins later")
             return uuid.uuid4().hex  # draws from no generator that training uses
 
         probe_shared(self.output_dir)  # a trainer made by hand has not chosen a checkpoint, which looks too
@@ -147,17 +157,19 @@ class RunCheckpoints:
             return
         trainer = self.trainer
         own = self._identity(allocator)
-        changed = agree(lambda: require_same_run(checkpoint, own, self.allowed_changes), checkpoint.directory)[0]
+        allowed = [key for key in self.allowed_changes if key != BASE_FILES]
+        changed = agree(lambda: require_same_run(checkpoint, own, allowed), checkpoint.directory)[0]
+        if self.base_weights is not None and (saved := checkpoint.manifest.get(BASE_FILES)):
+            self.base_weights.require_same(saved, allowed=BASE_FILES in self.allowed_changes)
         scatter(checkpoint, trainer.model, allocator.sharding, allocator)
         restore_optimizer(trainer, base_optimizer(trainer.optimizer), checkpoint.manifest["loop"], changed)
         if rank_and_size()[0] == 0:
             position = checkpoint.manifest["allocator"]
             built = "; adapters built at their pruned ranks" if allocator.compact else ""
             note = f", although these changed: {', '.join(changed)}" if changed else ""
-            print(
+            say(
                 f"resumed from {checkpoint.directory} (step {position['step']} of {position['total_step']}, written by "
-                f"{checkpoint.manifest['engine']} on {checkpoint.world_size} ranks){built}{note}",
-                flush=True,
+                f"{checkpoint.manifest['engine']} on {checkpoint.world_size} ranks){built}{note}"
             )
 
     def load_weights(self, directory: str, allocator: RankAllocator) -> None:
@@ -172,8 +184,24 @@ class RunCheckpoints:
 
     def load_sums(self) -> None:
         """Restore what the loop has just set to zero."""
-        if (checkpoint := self.resumed) is not None:
-            together(lambda: restore_sums(self.trainer, checkpoint, *rank_and_size()))
+        if (checkpoint := self.resumed) is None:
+            return
+        together(lambda: restore_sums(self.trainer, checkpoint, *rank_and_size()))
+        self._find_best(checkpoint)
+
+    def _find_best(self, checkpoint: Checkpoint) -> None:
+        """Say where the best checkpoint is now; transformers forgets it where it is not at its old path."""
+        state, places = self.trainer.state, [checkpoint.directory.absolute().parent, self.output_dir]
+
+        def look() -> tuple[str | None, str | None]:
+            said = json.loads((checkpoint.directory / TRAINER_STATE_NAME).read_text("utf-8"))["best_model_checkpoint"]
+            return said, best_so_far(said, places)
+
+        said, state.best_model_checkpoint = everywhere(look)[0]
+        if said is not None and state.best_model_checkpoint is None:
+            state.best_metric = state.best_global_step = None
+            if rank_and_size()[0] == 0:
+                say(f"note: the best checkpoint so far, {said}, is gone: the best to come is taken")
 
     def load_rng(self) -> None:
         """Restore this rank's random numbers; ranks that the checkpoint does not know keep their own."""
@@ -202,6 +230,7 @@ class RunCheckpoints:
         if step == self._saved_step:
             return
         trainer.adalora_callback.guard()
+        together(trainer.adalora_callback.require_lease)
         base = base_optimizer(trainer.optimizer)
         loop, tensors = loop_state(trainer, base)
         records = trainer.adalora_callback.records
@@ -218,6 +247,8 @@ class RunCheckpoints:
             "base_model": getattr(injected_module(trainer.model), "name_or_path", None),
             "versions": versions(),
         }
+        if self.base_weights is not None:
+            content[BASE_FILES] = self.base_weights.digests()
         gathered = gather(trainer.model, allocator.sharding, allocator)
         state = json.dumps(dataclasses.asdict(trainer.state), sort_keys=True) + "\n"
         texts = {TRAINER_STATE_NAME: state}
@@ -237,15 +268,20 @@ class RunCheckpoints:
             UserError: the note that says so does not fit on the disk; the checkpoint is there.
         """
         step = self.trainer.state.global_step
-        if not self.stop.agreed(step):
+        if (said := self.stop.agreed(step)) is None:
             return
         self.trainer.write_checkpoint(allocator)
-        said = self.stop.received or "a signal to another rank"
-        note = {"step": step, "signal": said}
-        together(lambda: write_json(self.output_dir / REQUEUE_NAME, note) if rank_and_size()[0] == 0 else None)
+        code = exit_code(said)
+
+        def leave_note() -> None:
+            if rank_and_size()[0] == 0 and code == INTERRUPTED_EXIT_CODE:
+                self.trainer.adalora_callback.require_lease()
+                write_json(self.output_dir / REQUEUE_NAME, {"step": step, "signal": said})
+
+        together(leave_note)
         if rank_and_size()[0] == 0:
-            print(f"{said}: checkpoint-{step} is written; resume_from_checkpoint=auto goes on from it", flush=True)
-        raise Interrupted(f"stopped by {said} after step {step}")
+            say(f"{said}: checkpoint-{step} is written; resume_from_checkpoint=auto goes on from it")
+        raise Interrupted(f"stopped by {said} after step {step}", code)
 
     # ---- what must stay the same --------------------------------------------------------------------------------
 

@@ -8,6 +8,8 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from adalora_scale.messages import printable, say
+
 
 class ConsoleCallback(ProgressCallback):
     """transformers' progress bar with one short line a log instead of a whole dictionary."""
@@ -52,9 +54,9 @@ class ConsoleCallback(ProgressCallback):
         line = describe(state, logs or {})
         if line and state.is_world_process_zero:
             if self._bar:
-                tqdm.write(line)
+                tqdm.write(printable(line))
             else:
-                print(line, flush=True)
+                say(line)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -12,6 +12,7 @@ from adalora_scale.data.rows import load_raw
 from adalora_scale.errors import UserError
 from adalora_scale.export.peft_adalora import load_adapter
 from adalora_scale.placing.model import load_model
+from adalora_scale.reading.written import check_written
 from adalora_scale.tasks.registry import find_task, wanted_rows
 from adalora_scale.training.metrics import ExactMatch, exact_match
 from adalora_scale.training.run import check_model_path, load_tokenizer
@@ -40,6 +41,7 @@ def evaluate_exact_match(
     if raw.eval is None or raw.layout != "prompt_completion":
         raise UserError("evaluate needs prompt/completion rows in data.eval (or data.eval_fraction).")
     tokenizer = load_tokenizer(config)
+    check_written(config.model.model_name_or_path)
     model = load_model(config)
     if adapter is not None:
         load_adapter(model, adapter)

@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,13 @@ _PACKAGES = ("adalora-scale", "torch", "transformers", "accelerate", "trl", "dat
 class JsonLines:
     """A file of one JSON object a line; every line is on disk when `write` returns, so a crash loses nothing."""
 
-    def __init__(self, path: Path, *, keep: int = 0) -> None:
+    def __init__(self, path: Path, *, keep: int = 0, allowed: Callable[[], None] = lambda: None) -> None:
         """Open `path` for a run; a continued one keeps the first `keep` lines, those of steps it will not repeat.
+
+        Args:
+            path: the file.
+            keep: how many of its lines stay.
+            allowed: called before each line; what it raises keeps the line from being written.
 
         Raises:
             UserError: the disk is full or the folder cannot be written.
@@ -35,6 +41,7 @@ class JsonLines:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
+        self._allowed = allowed
         kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep] if keep and path.exists() else []
         if kept and not kept[-1].endswith("\n"):
             kept.pop()  # the machine went down while it was written
@@ -48,6 +55,7 @@ class JsonLines:
         Raises:
             UserError: the disk is full or the folder cannot be written any more.
         """
+        self._allowed()
         line = json.dumps({key: _plain(value) for key, value in record.items()}) + "\n"
         with writing(self._path):
             before = self._path.stat().st_size if self._path.exists() else 0
@@ -68,15 +76,6 @@ class JsonLines:
         """
         with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             os.fsync(file.fileno())
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write one JSON object; the file appears complete or not at all.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
-    """
-    replace_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def versions() -> dict[str, str]:

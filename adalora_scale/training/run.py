@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,20 +23,22 @@ from transformers import (
 )
 
 from adalora_scale.adalora.injection import coverage
-from adalora_scale.checkpoint.writing import write_probe
 from adalora_scale.config import RunConfig
 from adalora_scale.controller import RankAllocator
 from adalora_scale.data.preparing import Prepared
 from adalora_scale.data.rows import RawData, load_raw
 from adalora_scale.engines.builds import bounded_build_waits
 from adalora_scale.engines.engine import Engine
-from adalora_scale.engines.ranks import rank_and_size, together
+from adalora_scale.engines.ranks import together
 from adalora_scale.engines.registry import engine_for
 from adalora_scale.errors import UserError, WrongEnd
 from adalora_scale.export.adapter_file import CONFIG_NAME, WEIGHTS_NAME
 from adalora_scale.export.continual import check_start
+from adalora_scale.files import write_json
+from adalora_scale.messages import say
 from adalora_scale.placing import streaming
 from adalora_scale.placing.model import place_model
+from adalora_scale.reading.base_config import check_base, foreign, said_of
 from adalora_scale.tasks.registry import find_task, wanted_rows
 from adalora_scale.training.arguments import (
     check_training_section,
@@ -46,23 +47,25 @@ from adalora_scale.training.arguments import (
     total_steps,
     training_arguments,
 )
+from adalora_scale.training.base_weights import BaseWeights
 from adalora_scale.training.checkpointing import check_asked_checkpoint, choose_checkpoint
 from adalora_scale.training.console import use_console
 from adalora_scale.training.continuing import rank_fitter, run_identity
+from adalora_scale.training.lease import Lease
 from adalora_scale.training.optimizers import check_optimizer
+from adalora_scale.training.output_dir import hold_output_dir
 from adalora_scale.training.packages import check_packages
 from adalora_scale.training.records import (
     WRONG_END_NAME,
     hardware,
     peak_memory_by_rank,
     versions,
-    write_json,
 )
 from adalora_scale.training.soundness import MAX_SKIPPED_STEPS
+from adalora_scale.training.stopping import a_run, stopping
 from adalora_scale.training.trainers import AdaLoraSFTTrainer, AdaLoraTrainer, with_adalora
 
 RUN_NAME = "run.json"
-_RUN_FILES = (RUN_NAME, "metrics.jsonl", "ranks.jsonl", "adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass
@@ -77,21 +80,30 @@ class Inputs:
     steps: int
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def train(config: RunConfig, lease: Lease | None = None) -> dict[str, Any]:
     """Train an adapter as `config` says, write the run's files, and return the content of run.json.
 
+    Args:
+        config: the run.
+        lease: rank 0's hold on output_dir, where the caller has taken it already.
+
     Raises:
-        UserError: the config, its files or its data cannot be used.
+        UserError: the config, its files or its data cannot be used; or another run holds output_dir.
         Unsupported: the config asks for an engine or quantisation that is not there.
         WrongEnd: training cannot or did not leave an adapter that is right (wrong-end.json says why, too).
+        Interrupted: a signal ended it.
     """
     started = time.time()
-    try:
-        return _train(config, started)
-    except WrongEnd as error:
-        if rank_and_size()[0] == 0:
-            _leave_no_result(Path(config.training["output_dir"]), str(error))
-        raise
+    training = check_training_section(config)
+    directory = training["output_dir"]
+    with a_run(), contextlib.nullcontext(lease) if lease is not None else hold_output_dir(training) as held:
+        try:
+            return _train(config, held, started)
+        except WrongEnd as error:
+            if held is not None:
+                held.require()
+                _leave_no_result(Path(directory), str(error))
+            raise
 
 
 def _leave_no_result(directory: Path, reason: str) -> None:
@@ -102,12 +114,16 @@ def _leave_no_result(directory: Path, reason: str) -> None:
         write_json(directory / WRONG_END_NAME, {"reason": reason})
 
 
-def _train(config: RunConfig, started: float) -> dict[str, Any]:
+def _train(config: RunConfig, lease: Lease | None, started: float) -> dict[str, Any]:
     with bounded_build_waits():  # DeepSpeed compiles operators when ranks join and when it takes the optimizer
         inputs = prepare(config)
         trainer = make_trainer(config, inputs)
+        trainer.adalora_callback.lease = lease
         trainer.train()
-    final = _final_evaluation(trainer) if inputs.data.eval is not None else {}
+    final: dict[str, float] = {}
+    if inputs.data.eval is not None:
+        with stopping.at_once("in the final evaluation"):
+            final = _final_evaluation(trainer)
     if not math.isfinite(final.get("eval_loss", 0.0)):
         raise WrongEnd(
             f"the final evaluation's loss is {final['eval_loss']}: its forward overflows. Look at the rows of "
@@ -126,7 +142,6 @@ def prepare(config: RunConfig) -> Inputs:
     training = check_training_section(config)
     check_optimizer(training)
     check_packages(config, training, engine)
-    _check_output_dir(training)
     check_asked_checkpoint(training.get("resume_from_checkpoint"), Path(training["output_dir"]))
     check_model_path(config)
     if config.model.adapter_path:
@@ -153,6 +168,9 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
     """Load the model, inject the adapters, and build the trainer of the task."""
     arguments = inputs.arguments
     set_seed(arguments.seed)  # a new classifier head and the adapters start equal on every rank
+    base_weights = BaseWeights(
+        config.model.model_name_or_path, config.model.revision, arguments.process_index, arguments.world_size
+    )
     with inputs.engine.loading() as engine:
         training = check_training_section(config)
         asked = training.get("resume_from_checkpoint")
@@ -166,9 +184,9 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
             fit_ranks=rank_fitter(config, arguments, engine, checkpoint),
         )
     if arguments.process_index == 0:
-        print(coverage(model), flush=True)
+        say(coverage(model))
         if streaming.is_streamed(config.model):
-            print(streaming.describe(model), flush=True)
+            say(streaming.describe(model))
     task = find_task(config.task)
     trainer = with_adalora(task.trainer_class())(
         model,
@@ -183,32 +201,10 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
     trainer.checkpoints.allowed_changes = training.get("resume_allow_changed") or []
     trainer.adalora_callback.max_skipped_steps = training.get("max_skipped_steps", MAX_SKIPPED_STEPS)
     trainer.checkpoints.resumed = checkpoint
+    trainer.checkpoints.base_weights = base_weights
     trainer.args.resume_from_checkpoint = None  # chosen above, for good
     use_console(trainer)
     return trainer
-
-
-def _check_output_dir(training: dict[str, Any]) -> None:
-    """Refuse to mix two runs in one folder. Rank 0 alone looks, because it alone writes there later."""
-    directory = Path(training["output_dir"])
-    if os.environ.get("RANK", "0") != "0":
-        return
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"training.output_dir={directory} is a file; name a folder.")
-    found = [name for name in _RUN_FILES if (directory / name).exists()]
-    found += [path.name for path in directory.glob("checkpoint-*")]
-    if found and not training.get("overwrite_output_dir", False) and not training.get("resume_from_checkpoint"):
-        raise UserError(
-            f"training.output_dir={directory} holds another run ({found[0]}). Go on with it by "
-            f"training.resume_from_checkpoint=auto, choose another folder, or pass training.overwrite_output_dir=true."
-        )
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".write-probe"
-        write_probe(probe)
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"training.output_dir={directory} cannot be written: {error.strerror}.") from None
 
 
 def check_model_path(config: RunConfig) -> None:
@@ -216,13 +212,15 @@ def check_model_path(config: RunConfig) -> None:
     path = config.model.model_name_or_path
     if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
         raise UserError(f"model.model_name_or_path={path} is not a folder.")
+    with said_of(path):
+        check_base(path, config.model.revision, attention=config.model.attn_implementation)
     try:
-        AutoConfig.from_pretrained(
-            path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.model_name_or_path={path}: {reason}{_offline_hint(path)}") from None
+        with foreign(f"model.model_name_or_path={path}"):
+            AutoConfig.from_pretrained(
+                path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+            )
+    except UserError as error:
+        raise UserError(f"{error}{_offline_hint(path)}") from None
 
 
 def _offline_hint(path: str) -> str:
@@ -237,12 +235,13 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     path = config.model.tokenizer_name_or_path or config.model.model_name_or_path
     key = "tokenizer_name_or_path" if config.model.tokenizer_name_or_path else "model_name_or_path"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model.{key}={path}: no tokenizer ({reason}){_offline_hint(path)}") from None
+        check_base(path, config.model.revision, attention=config.model.attn_implementation)
+        with foreign("no tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+            )
+    except UserError as error:
+        raise UserError(f"model.{key}={path}: {error}{_offline_hint(path)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -283,7 +282,13 @@ def _write_run(
         "torch_threads": torch.get_num_threads(),
     }
     path = Path(config.training["output_dir"]) / RUN_NAME
-    together(lambda: write_json(path, summary) if trainer.is_world_process_zero() else None)
+
+    def write() -> None:
+        if trainer.is_world_process_zero():
+            trainer.adalora_callback.require_lease()
+            write_json(path, summary)
+
+    together(write)
     return summary
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from adalora_scale.adalora.adaptables import FACTORS
 from adalora_scale.adalora.injection import adapter_layers
-from adalora_scale.checkpoint.format import checkpoints
+from adalora_scale.checkpoint.format import checkpoints, step_of
 from adalora_scale.controller import RankAllocator
 from adalora_scale.engines.full import held_values
 from adalora_scale.engines.ranks import everywhere, on_all_ranks, rank_and_size
@@ -122,7 +122,7 @@ class Soundness:
         said = ""
         if rank_and_size()[0] == 0:
             before = self._allocator.step - self.in_a_row
-            sound = [path for path in checkpoints(self._output_dir) if int(path.name.rpartition("-")[2]) <= before]
+            sound = [path for path in checkpoints(self._output_dir) if step_of(path) <= before]
             said = f" The last sound checkpoint is {sound[0].name}." if sound else " There is no sound checkpoint."
         raise on_all_ranks(WrongEnd(f"{message}{said}"))
 

@@ -32,8 +32,10 @@ from adalora_scale.tasks.registry import task_of_class
 from adalora_scale.training.arguments import refuse_batch_search, require_evaluation_at_budget
 from adalora_scale.training.callback import AdaLoraCallback
 from adalora_scale.training.checkpointing import RunCheckpoints, choose_checkpoint
+from adalora_scale.training.lease import take
 from adalora_scale.training.loop_state import deepspeed_scaler
 from adalora_scale.training.optimizers import writes_checkpoints
+from adalora_scale.training.stopping import SCHEDULERS, stopping
 
 # The mixin stands in front of a Trainer; telling the type checker so keeps the seams below checked.
 if TYPE_CHECKING:
@@ -185,11 +187,27 @@ class AdaLoraTrainerMixin(_TrainerSeams):
             Interrupted: SIGTERM or SIGUSR1 arrived; a checkpoint was written.
         """
         asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        if asked is not None and asked is not False and self.checkpoints.resumed is None:
-            self.checkpoints.resumed = choose_checkpoint(asked, self.checkpoints.output_dir)
-        resumed = self.checkpoints.resumed
-        with self.checkpoints.stop.listening():
+        self.checkpoints.stop.begin()
+        with self._holding(), stopping.listening(SCHEDULERS):
+            if asked is not None and asked is not False and self.checkpoints.resumed is None:
+                self.checkpoints.resumed = choose_checkpoint(asked, self.checkpoints.output_dir)
+            resumed = self.checkpoints.resumed
             return super().train(str(resumed.directory) if resumed else None, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _holding(self) -> Iterator[None]:
+        """Hold output_dir while training lasts, unless who made this trainer does."""
+        callback = self.adalora_callback
+        if callback.lease is not None or not self.is_world_process_zero():
+            together(lambda: None)
+            yield
+            return
+        callback.lease = together(lambda: take(self.checkpoints.output_dir))
+        try:
+            yield
+        finally:
+            callback.lease.release()
+            callback.lease = None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put AdaLoRA's figures beside the loss, for every tracker the trainer reports to."""
@@ -212,6 +230,7 @@ class AdaLoraTrainerMixin(_TrainerSeams):
             return
         directory = Path(output_dir or self.args.output_dir or ".")
         self.adalora_callback.guard()
+        together(self.adalora_callback.require_lease)
         save_adapter(self.model, directory)
         tokenizer = self.processing_class
 
@@ -260,13 +279,17 @@ class AdaLoraTrainerMixin(_TrainerSeams):
 
 
 class _AfterReset(TrainerCallback):
-    """Training begins once the loop has set its sums to zero; a continued run then puts them back."""
+    """Training begins once the loop has set its sums to zero; a continued run then puts them back.
+
+    From here on a signal stops training after a step, with a checkpoint.
+    """
 
     def __init__(self, checkpoints: RunCheckpoints) -> None:
         self._checkpoints = checkpoints
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._checkpoints.load_sums()
+        stopping.defer()
 
 
 class AdaLoraTrainer(AdaLoraTrainerMixin, Trainer):

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from adalora_scale.cluster.ranks import launched, process_group
+from adalora_scale.cluster.place import launched
+from adalora_scale.cluster.ranks import process_group
 from adalora_scale.config import PRESETS
 from adalora_scale.errors import UserError, nearest
 from adalora_scale.files import replace_text
+from adalora_scale.messages import say, say_text
 from adalora_scale.verify import memory
 from adalora_scale.verify.engines import ENGINES, VARIANTS
 from adalora_scale.verify.matrix import ALL_TOLERANCE, BF16_TOLERANCE, TENSOR_TOLERANCE, Cell, run_matrix
@@ -117,7 +119,7 @@ def verify_engines(request: Request) -> int:
         failed = any(cell.verdict == "fail" for cell in cells) or any(usage.verdict == "fail" for usage in usages)
         if dist.get_rank() == 0:
             ran = sum(cell.verdict != "not run" for cell in cells)
-            print(f"{ran} of {len(cells)} cells ran, {sum(cell.verdict == 'fail' for cell in cells)} failed")
+            say(f"{ran} of {len(cells)} cells ran, {sum(cell.verdict == 'fail' for cell in cells)} failed")
             if request.json_file is not None:
                 rows = {"cells": [cell.as_dict() for cell in cells], "memory": [usage.as_dict() for usage in usages]}
                 replace_text(request.json_file, json.dumps(header | rows | {"passed": not failed}, indent=2) + "\n")
@@ -179,4 +181,4 @@ def _print_cell(cell: Cell) -> None:
 
 def _say(line: str) -> None:
     if dist.get_rank() == 0:
-        print(line, flush=True)
+        say_text(line)

@@ -6,6 +6,7 @@ from itertools import combinations, permutations
 
 import pytest
 
+from adalora_scale.cluster.place import Place
 from adalora_scale.cluster.preflight.fabric import Collective, Link, rounds, tournament
 from adalora_scale.cluster.preflight.facts import (
     Facts,
@@ -21,7 +22,7 @@ from adalora_scale.cluster.preflight.gpu import judge_gpu
 from adalora_scale.cluster.preflight.links import judge_collectives, judge_links, slow_pairs
 from adalora_scale.cluster.preflight.storage import judge_throughput
 from adalora_scale.cluster.preflight.thresholds import load_thresholds
-from adalora_scale.cluster.ranks import Place, ranks_text
+from adalora_scale.cluster.ranks import ranks_text
 
 LIMITS = load_thresholds()
 

@@ -196,7 +196,7 @@ def test_a_bad_row_of_a_json_array_or_parquet_file_is_counted(tmp_path):
     datasets.Dataset.from_dict({"text": ["a", None]}).to_parquet(path)
     assert f"{path} row 2: column 'text' is missing" in refusal(str(path))
     path.write_bytes(b"not parquet")
-    assert f"cannot read {path}" in refusal(str(path))
+    assert f"{path} is not a Parquet file" in refusal(str(path))
 
 
 def test_missing_empty_and_unknown_files_are_named(tmp_path):

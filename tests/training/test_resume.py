@@ -13,20 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from adalora_scale.checkpoint.format import Checkpoint, CheckpointError, checkpoints
-from adalora_scale.config import load_config
 from adalora_scale.errors import INTERRUPTED_EXIT_CODE, Interrupted, UserError
 from adalora_scale.training.run import make_trainer, prepare, train
 from tests.conftest import ROOT
-
-RECIPE = ROOT / "configs" / "recipes" / "quickstart.yaml"
-STEPS, FINAL = 14, 10
-BASE = [
-    f"training.max_steps={STEPS}", "training.logging_steps=3", "training.save_steps=2", "training.save_total_limit=20",
-    "training.eval_strategy=no", "adalora.tinit=2", "adalora.tfinal=4", "adalora.deltaT=2", "adalora.init_r=6",
-    "adalora.target_r=4", "adalora.lora_dropout=0.1", "data.max_train_samples=64", "data.max_eval_samples=8",
-    "training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=2",
-]  # fmt: skip
-"""An epoch is 8 steps; log lines lie across checkpoints; dropout draws random numbers."""
+from tests.training.short_run import STEPS, assert_same, config, records
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -35,51 +25,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def config(folder, *overrides):
-    return load_config(RECIPE, [*BASE, f"training.output_dir={folder}", *overrides])
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    """The uninterrupted run's folder, with a checkpoint at every second step."""
-    folder = tmp_path_factory.mktemp("straight") / "out"
-    train(config(folder))
-    return folder
-
-
-@pytest.fixture
-def crashed(straight, tmp_path):
-    """Copy the run as a crash after `step` would have left it: later checkpoints and the end are missing."""
-
-    def copy(step):
-        folder = tmp_path / "out"
-        shutil.copytree(straight, folder)
-        for path in checkpoints(folder):
-            if int(path.name.removeprefix("checkpoint-")) > step:
-                shutil.rmtree(path)
-        for name in ("adapter_config.json", "adapter_model.safetensors", "run.json"):
-            (folder / name).unlink()
-        return folder
-
-    return copy
-
-
-def records(path):
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k} for row in rows]
-
-
-def assert_same(folder, straight):
-    adapter = "adapter_model.safetensors"
-    assert (folder / adapter).read_bytes() == (straight / adapter).read_bytes()
-    for name in ("metrics.jsonl", "ranks.jsonl"):
-        assert records(folder / name) == records(straight / name)
-    last = [Checkpoint(path / f"checkpoint-{STEPS}") for path in (folder, straight)]
-    for kind in last[0].kinds("adapter"):
-        for name in last[0].shapes("adapter"):
-            assert last[0].read_whole("adapter", kind, name).equal(last[1].read_whole("adapter", kind, name))
 
 
 @pytest.mark.parametrize("step", [2, 6, 8, 10, 12, STEPS])
@@ -107,7 +52,7 @@ def test_a_checkpoint_of_another_folder_continues_here(tmp_path, straight):
     adapter = "adapter_model.safetensors"
     assert (tmp_path / "new" / adapter).read_bytes() == (straight / adapter).read_bytes()
     assert sorted(path.name for path in straight.iterdir()) == before
-    assert [row["step"] for row in records(tmp_path / "new" / "metrics.jsonl")][:2] == [9, 12]
+    assert records(tmp_path / "new" / "metrics.jsonl") == records(straight / "metrics.jsonl")
 
 
 def distances(folder, straight):
@@ -257,6 +202,26 @@ def test_nothing_to_resume_is_said_before_the_model_is_loaded(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(UserError, match="not complete"):
         prepare(config(tmp_path / "out", f"training.resume_from_checkpoint={tmp_path}/checkpoint-3"))
+
+
+@pytest.mark.parametrize("place", [0.001, 0.5, 0.999])
+def test_a_byte_of_the_base_that_changed_is_named(place, crashed, straight, tmp_path):
+    """Samples of each weight do not see it, and the run trains on over another base and ends as done."""
+    folder, base = crashed(6), tmp_path / "base"
+    shutil.copytree(ROOT / "launch" / "quickstart" / "base_model", base)
+    weights = base / "model.safetensors"
+    whole = weights.read_bytes()
+    first = 8 + int.from_bytes(whole[:8], "little")
+    at = first + int(place * (len(whole) - first))
+    weights.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    options = (f"model.model_name_or_path={base}", "training.resume_from_checkpoint=auto")
+    with pytest.raises(UserError, match=r"the base's model.safetensors is not the file .*allow_changed=\[base_files\]"):
+        train(config(folder, *options))
+    train(config(folder, *options, "training.resume_allow_changed=[base_files]"))
+    shutil.rmtree(folder)
+    weights.write_bytes(whole)
+    train(config(crashed(6), *options))
+    assert_same(folder, straight)
 
 
 class SendSignal:

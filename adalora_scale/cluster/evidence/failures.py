@@ -10,7 +10,6 @@ a rank that did not come to a collective; and only then the earliest report of a
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from adalora_scale.cluster.evidence.hang import STACKS_SUFFIX
 from adalora_scale.cluster.evidence.launcher_log import LauncherNews, read_launcher_logs
 from adalora_scale.cluster.evidence.status import Status, newest_attempt, read_statuses
 from adalora_scale.errors import UserError, run_reporting_errors
+from adalora_scale.messages import printable, say_json, say_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,10 @@ def summarise(folder: Path, since: float | None = None) -> Summary:
     if states == {"done"} and len(statuses) == statuses[0].world_size:
         return Summary(state="done", details=[f"all {len(statuses)} ranks are done"])
     if "failed" not in states and "checkpointed" in states:
-        return Summary(state="checkpointed", details=["a checkpoint was written on request; start the run again"])
+        return Summary(
+            state="checkpointed",
+            details=["it ended on request; start it again to go on"],
+        )
     if states == {"running"} and not (news.signals or news.lost_hosts or news.ended_by_launcher):
         return Summary(state="running", details=[f"{len(statuses)} ranks have not reported an end"])
     return (
@@ -87,7 +90,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         summary = summarise(arguments.folder, arguments.since.stat().st_mtime if arguments.since else None)
-        print(json.dumps(asdict(summary)) if arguments.json else render(summary))
+        if arguments.json:
+            say_json(asdict(summary))
+        else:
+            say_text(render(summary))
         return int(summary.state == "failed")
 
     return run_reporting_errors(run)
@@ -96,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def render(summary: Summary) -> str:
     """Return the summary as a few lines for a person."""
     head = f"first failure: {summary.reason}" if summary.reason else f"run: {summary.state}"
-    return "\n".join([head, *(f"  {line}" for line in summary.details)])
+    return "\n".join([printable(head), *(f"  {printable(line)}" for line in summary.details)])
 
 
 def _own_exception(folder: Path, statuses: list[Status]) -> Summary | None:

@@ -24,8 +24,9 @@ from adalora_scale.cluster.evidence.status import (
     Status,
     starting,
 )
-from adalora_scale.errors import INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE, UserError
+from adalora_scale.errors import INTERRUPTED_EXIT_CODE, KEYBOARD_EXIT_CODE, USER_ERROR_EXIT_CODE, UserError
 from adalora_scale.files import writing
+from adalora_scale.messages import say
 
 _PEER_TROUBLE = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|Connection refused|Timed out waiting"
@@ -52,7 +53,7 @@ def rank_log(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
     if not _written(status, folder):
         raise SystemExit(USER_ERROR_EXIT_CODE)
     _redirect(folder / f"{status.name}.log", keep_console=status.rank == 0)
-    print(f"== {_now()} rank {status.rank} of {status.world_size} on {status.host}, pid {status.pid}", flush=True)
+    say(f"== {_now()} rank {status.rank} of {status.world_size} on {status.host}, pid {status.pid}")
     watch = HangWatch(folder, status)
     try:
         yield
@@ -65,7 +66,7 @@ def rank_log(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
         failure = describe(error)
         hang = watch.collect(late=bool(_LATE.search(failure.message))) if failure.from_peers else None
         if hang:
-            print(f"hang: {hang}", file=sys.stderr, flush=True)
+            say(f"hang: {hang}", to=sys.stderr)
         _finish(folder, status.finished("failed", failure, hang), watch)
         raise SystemExit(1) from None
     else:
@@ -98,7 +99,7 @@ def _ended_by_exit(status: Status, end: SystemExit, folder: Path) -> Status:
     code = end.code if isinstance(end.code, int) else int(end.code is not None)
     if code == 0:
         return status.finished("done")
-    if code == INTERRUPTED_EXIT_CODE:
+    if code in (INTERRUPTED_EXIT_CODE, KEYBOARD_EXIT_CODE):
         return status.finished("checkpointed")
     message = "see the log"
     if code == USER_ERROR_EXIT_CODE:  # its line was printed by run_reporting_errors
@@ -113,7 +114,7 @@ def _ended_by_exit(status: Status, end: SystemExit, folder: Path) -> Status:
 def _finish(folder: Path, status: Status, watch: HangWatch) -> bool:
     watch.close()
     written = _written(status, folder)
-    print(f"== {_now()} rank {status.rank} {status.state}", flush=True)
+    say(f"== {_now()} rank {status.rank} {status.state}")
     return written
 
 
@@ -124,7 +125,7 @@ def _written(status: Status, folder: Path) -> bool:
             folder.mkdir(parents=True, exist_ok=True)
         status.write(folder)
     except UserError as error:
-        print(f"error: {LOG_DIR}: {error}", file=sys.stderr, flush=True)
+        say(f"error: {LOG_DIR}: {error}", to=sys.stderr)
         return False
     return True
 

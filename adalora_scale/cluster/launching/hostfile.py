@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from adalora_scale.cluster.launching.text import read_lines
 from adalora_scale.errors import UserError
+from adalora_scale.reading.text import read_text
 
 _LINE = re.compile(r"(?P<name>[A-Za-z0-9_][A-Za-z0-9_.:-]*)(?:\s+slots\s*=\s*(?P<slots>\S+))?")
 SSH_TIMEOUT_S = 10
@@ -42,7 +42,7 @@ def read_hostfile(path: Path) -> list[Host]:
         UserError: it cannot be read, has no host, a line that is none, a host twice (by name or by address), a host
             without slots, or hosts with unequal slots.
     """
-    lines = read_lines(path, "the hostfile")
+    lines = read_text(path, "the hostfile").splitlines()
     hosts: list[Host] = []
     for number, line in enumerate(lines, start=1):
         text = line.split("#")[0].strip()
@@ -96,7 +96,7 @@ def _parse(text: str, place: str, number: int) -> Host:
     found = _LINE.fullmatch(text)
     if found is None or found["slots"] is None:
         raise UserError(f"{place}: `{text}` is no host; write `name slots=8`.")
-    if not found["slots"].isdecimal():
+    if not found["slots"].isdecimal() or len(found["slots"]) > 6:
         raise UserError(f"{place}: slots={found['slots']} is no number; write how many GPUs {found['name']} has.")
     if int(found["slots"]) == 0:
         raise UserError(f"{place}: {found['name']} has slots=0; give it its number of GPUs, or remove the line.")
@@ -109,7 +109,7 @@ def _refuse_duplicates(hosts: Sequence[Host], path: Path) -> None:
     for host in hosts:
         try:
             address = socket.gethostbyname(host.name)
-        except OSError:
+        except (OSError, UnicodeError):  # the latter of labels that are too long
             address = host.name  # only ssh's configuration may know it
         same = by_name.get(host.name.lower()) or by_address.get(address)
         if same is not None:

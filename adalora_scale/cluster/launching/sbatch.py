@@ -11,8 +11,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from adalora_scale.cluster.launching.text import read_lines
 from adalora_scale.errors import UserError
+from adalora_scale.reading.text import read_text
 
 _PATTERNS = set("AaJjNnstuxbr%")  # sbatch(1), "filename pattern"; digits may stand between
 _PATHS = ("--output", "-o", "--error", "-e")
@@ -24,7 +24,7 @@ def check_sbatch(path: Path) -> None:
     Raises:
         UserError: naming the first line that SLURM would misread, and what to write.
     """
-    lines = read_lines(path, "the job script")
+    lines = read_text(path, "the job script").splitlines()
     if not lines or not lines[0].startswith("#!"):
         raise UserError(f"{path} line 1: sbatch takes scripts that begin with #!, for example #!/usr/bin/env bash.")
     command = 0

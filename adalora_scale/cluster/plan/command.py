@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import asdict, replace
 from typing import Any
@@ -14,6 +13,7 @@ from adalora_scale.cluster.plan.table import table
 from adalora_scale.config import load_config
 from adalora_scale.engines.registry import fixed_global_batch
 from adalora_scale.errors import UserError
+from adalora_scale.messages import say_json, say_text
 from adalora_scale.training.arguments import check_training_section
 
 
@@ -24,7 +24,10 @@ def run(arguments: argparse.Namespace) -> int:
         UserError: the config or an option cannot be used.
     """
     plan = Planner(_request(arguments)).plan()
-    print(json.dumps(as_dict(plan)) if arguments.json else table(plan), flush=True)
+    if arguments.json:
+        say_json(as_dict(plan))
+    else:
+        say_text(table(plan))
     return 0 if plan.own_row.fits else 1
 
 

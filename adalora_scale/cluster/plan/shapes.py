@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
 from adalora_scale.config import ModelConfig
-from adalora_scale.errors import UserError
+from adalora_scale.reading.base_config import check_base, check_config, foreign
+from adalora_scale.reading.json_text import read_object
 
 _FOLDER = Path(__file__).with_name("shapes")
 SHAPES = {
@@ -30,16 +30,12 @@ def model_config(model: ModelConfig) -> PretrainedConfig:
     name = model.model_name_or_path
     shipped = SHAPES.get(name, name)
     file = Path(name) if name.endswith(".json") else _FOLDER / f"{shipped}.json"
-    try:
+    with foreign(f"model.model_name_or_path={name}: give a folder, a config.json, or one of {', '.join(SHAPES)}"):
         if file.is_file() and (name.endswith(".json") or not Path(name).is_dir()):
-            tree = json.loads(file.read_text(encoding="utf-8"))
-            return AutoConfig.for_model(**tree)
+            check_config(file)
+            return AutoConfig.for_model(**read_object(file, finite=False))
+        check_base(name, model.revision, attention=model.attn_implementation)
         found: PretrainedConfig = AutoConfig.from_pretrained(
             name, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
         return found
-    except (OSError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.model_name_or_path={name}: {reason} Give a folder, a config.json, or one of {', '.join(SHAPES)}."
-        ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adalora_scale.cluster.plan.planner import Plan
+from adalora_scale.messages import printable
 
 
 def table(plan: Plan) -> str:
@@ -15,7 +16,8 @@ def _header(plan: Plan) -> list[str]:
     bits = "4-bit" if config.model.load_in_4bit else config.model.torch_dtype
     nodes = f" on {request.nodes} nodes" if request.nodes > 1 else ""
     return [
-        f"{config.model.model_name_or_path}, {bits} base, {config.adalora.init_r} triplets a matrix at the start",
+        f"{printable(config.model.model_name_or_path)}, {bits} base, {config.adalora.init_r} triplets a matrix at the "
+        "start",
         f"{request.gpus} GPU{'s' * (request.gpus > 1)}{nodes}, {request.sequences} sequences of "
         f"{config.data.max_length} tokens a micro-batch, {request.accumulation} micro-batches a step, activations "
         f"{'recomputed' if request.checkpointing else 'kept'}",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adalora_scale.cluster.place import Place, launched
 from adalora_scale.cluster.preflight import storage
 from adalora_scale.cluster.preflight.facts import (
     Facts,
@@ -23,9 +23,10 @@ from adalora_scale.cluster.preflight.findings import Finding, failed, table
 from adalora_scale.cluster.preflight.gpu import gpu_health, judge_gpu
 from adalora_scale.cluster.preflight.sweep import Measured, judge_fabric, measure_fabric
 from adalora_scale.cluster.preflight.thresholds import Thresholds, load_thresholds
-from adalora_scale.cluster.ranks import Board, Place, RanksSilent, launched
+from adalora_scale.cluster.ranks import Board, RanksSilent
 from adalora_scale.config import load_config
 from adalora_scale.errors import UserError
+from adalora_scale.messages import say, say_json, say_text
 
 _ALONE = Place(rank=0, world_size=1, local_rank=0, local_world_size=1)
 
@@ -78,10 +79,11 @@ def _say(outcome: Outcome, *, as_json: bool) -> bool:
     """Print the table or the JSON object; return whether nothing failed."""
     problems = failed(outcome.findings)
     if as_json:
-        print(json.dumps(_as_json(outcome, passed=not problems)), flush=True)
+        say_json(_as_json(outcome, passed=not problems))
     else:
-        print(_headline(outcome), table(outcome.findings), sep="\n")
-        print(f"FAILED: {len(problems)} of {len(outcome.findings)} lines" if problems else "passed", flush=True)
+        say(_headline(outcome))
+        say_text(table(outcome.findings))
+        say(f"FAILED: {len(problems)} of {len(outcome.findings)} lines" if problems else "passed")
     return not problems
 
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from adalora_scale.cluster.place import Place
 from adalora_scale.cluster.preflight.findings import Finding
 from adalora_scale.cluster.preflight.thresholds import Thresholds
-from adalora_scale.cluster.ranks import Place, ranks_text
+from adalora_scale.cluster.ranks import ranks_text
 from adalora_scale.training.records import versions
 
 _ALSO = ("peft", "numpy", "safetensors", "tokenizers", "triton")

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from adalora_scale.messages import printable
+
 Status = Literal["ok", "FAIL", "note", "skipped"]
 
 
@@ -38,7 +40,7 @@ def failed(findings: Iterable[Finding]) -> list[Finding]:
 def table(findings: list[Finding]) -> str:
     """Return the findings as lines of text, failures last, where the eye is."""
     order = sorted(findings, key=lambda finding: finding.status == "FAIL")
-    rows = [(finding.status, finding.check, finding.where, finding.text) for finding in order]
+    rows = [tuple(map(printable, (found.status, found.check, found.where, found.text))) for found in order]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)), row[3]]).rstrip()

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adalora_scale.cluster.place import launched
 from adalora_scale.cluster.preflight.facts import (
     Facts,
     check_devices,
@@ -23,7 +24,8 @@ from adalora_scale.cluster.preflight.facts import (
 from adalora_scale.cluster.preflight.findings import Finding, failed
 from adalora_scale.cluster.preflight.storage import UNWRITABLE, check_shared_folder
 from adalora_scale.cluster.preflight.thresholds import load_thresholds
-from adalora_scale.cluster.ranks import Board, RanksSilent, launched
+from adalora_scale.cluster.ranks import Board, RanksSilent
+from adalora_scale.messages import say
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -82,9 +84,9 @@ def quick_check(output_dir: str) -> dist.Store | None:
 def _say(findings: list[Finding], problems: list[Finding]) -> None:
     for finding in findings:
         if finding.status == "note" and finding.check in ("shared memory", "open files"):
-            print(f"note: {finding.check} on {finding.where}: {finding.text}", file=sys.stderr, flush=True)
+            say(f"note: {finding.check} on {finding.where}: {finding.text}", to=sys.stderr)
     if problems:
         first = problems[0]
         more = f" (and {len(problems) - 1} more; adalora-scale preflight shows all)" if len(problems) > 1 else ""
         line = f"error: preflight: {first.check}: {first.where}: {first.text}{more}"
-        print(line, file=sys.stderr, flush=True)
+        say(line, to=sys.stderr)

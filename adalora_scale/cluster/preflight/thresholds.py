@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from adalora_scale.config import check_value
+from adalora_scale.config import check_value, read_yaml
 from adalora_scale.errors import UserError, nearest
 
 SHIPPED = Path(__file__).with_name("thresholds.yaml")
@@ -68,12 +68,7 @@ def load_thresholds(path: Path | None = None) -> Thresholds:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--thresholds: cannot read {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise UserError(f"--thresholds: {path} is not a YAML file.") from None
+    tree = read_yaml(path, "--thresholds:")
     if not isinstance(tree, dict):
         raise UserError(f"--thresholds: {path} must hold keys and numbers; copy {SHIPPED}.")
     return tree
@@ -91,6 +86,6 @@ def _merge(known: dict[str, Any], given: dict[str, Any], path: Path, cls: type =
             _merge(known[key], value, path, FabricLimits, f"{name}.")
             continue
         number = check_value(f"--thresholds: {path}: {name}", value, int if types[key] == "int" else float)
-        if not (math.isfinite(number) and number >= 0):
+        if not 0 <= number < math.inf:
             raise UserError(f"--thresholds: {path}: {name} is {number}; it must be zero or more.")
         known[key] = number

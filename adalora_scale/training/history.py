@@ -1,0 +1,68 @@
+"""What a run that goes on brings along beside its checkpoint: the lines of its history, the best checkpoint so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from adalora_scale.files import replace_text
+
+
+def bring_lines(source: Path, output_dir: Path, kept: Mapping[str, int]) -> list[str]:
+    """See that output_dir has the lines of the steps before a checkpoint; rank 0 calls it.
+
+    Args:
+        source: the folder that the checkpoint lies in; lines come from there where it is another one and has some.
+            What was in output_dir under their name is renamed to `abandoned-…`.
+        output_dir: the run's folder.
+        kept: file → how many lines it had when the checkpoint was written.
+
+    Returns:
+        What cannot be brought, a sentence a file.
+
+    Raises:
+        UserError: the lines do not fit on the disk.
+    """
+    missing = []
+    elsewhere = source.resolve() != output_dir.resolve()
+    for name, count in kept.items():
+        lines = _complete_lines(source / name)[:count] if elsewhere else []
+        own = _complete_lines(output_dir / name)[:count]
+        if lines and lines != own:
+            _set_aside(output_dir / name)
+            replace_text(output_dir / name, "".join(lines))
+            own = lines
+        if len(own) < count:
+            missing.append(f"{output_dir / name} has {len(own)} of the {count} lines before this checkpoint")
+    return missing
+
+
+def best_so_far(said: str | None, places: list[Path]) -> str | None:
+    """Return where a run's best checkpoint is now: folders are copied and moved, with the paths that files tell.
+
+    Args:
+        said: where it was.
+        places: folders in which it may lie now, the likeliest first.
+    """
+    if said is None:
+        return None
+    found = [folder / Path(said).name for folder in places]
+    return next((str(path) for path in [*found, Path(said)] if path.is_dir()), None)
+
+
+def _set_aside(path: Path) -> None:
+    """Give another run's lines a name under which they stay."""
+    if not path.exists():
+        return
+    target, number = path.with_name(f"abandoned-{path.name}"), 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"abandoned-{path.name}-{number}")
+    path.rename(target)
+
+
+def _complete_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n")]
