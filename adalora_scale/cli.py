@@ -26,7 +26,7 @@ from adalora_scale.placing.quantize import add_verb as add_quantize_verb
 from adalora_scale.sweep.arguments import add_parser as add_sweep
 from adalora_scale.training.lease import Lease
 from adalora_scale.training.output_dir import hold_output_dir
-from adalora_scale.training.stopping import a_run
+from adalora_scale.training.stopping import stopping
 
 _OVERRIDES = """
 overrides: any key of the config file as section.key=value, for example
@@ -140,7 +140,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    with a_run():
+    with stopping.a_run():
         config = _config(arguments)
         launched()  # srun's variables become those that everything else reads
         with hold_output_dir(config.training) as lease:

@@ -99,6 +99,15 @@ def replacing(directory: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def abandon(path: Path) -> None:
+    """Rename what a run leaves behind to `abandoned-…`, under a name that nothing has; of a link the link goes."""
+    target, number = path.with_name(f"abandoned-{path.name}"), 1
+    while target.exists() or target.is_symlink():
+        number += 1
+        target = path.with_name(f"abandoned-{path.name}-{number}")
+    path.rename(target)
+
+
 def write_probe(path: Path) -> None:
     """Write a small file through to the disk: some file systems notice only then that they are full."""
     with open(path, "wb") as file:

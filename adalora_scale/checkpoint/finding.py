@@ -12,6 +12,7 @@ from adalora_scale.checkpoint import format as files
 from adalora_scale.checkpoint.format import Checkpoint, CheckpointError
 from adalora_scale.checkpoint.writing import agree, rank_and_size
 from adalora_scale.errors import UserError
+from adalora_scale.files import abandon
 from adalora_scale.messages import say
 
 _NO_NEW_START = (
@@ -83,7 +84,7 @@ def set_aside(output_dir: Path, taken: Checkpoint | None) -> list[str]:
         named = int(path.name.removeprefix("checkpoint-"))
         same = taken is not None and path.resolve() == taken.directory.resolve()
         if not same and max(named, files.step_of(path)) >= max(step, 0):
-            files.abandon(path)
+            abandon(path)
             renamed.append(path.name)
     return sorted(renamed)
 

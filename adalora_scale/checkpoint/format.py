@@ -158,15 +158,6 @@ def remove(directory: Path) -> None:
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def abandon(path: Path) -> None:
-    """Rename a checkpoint to `abandoned-…`, under a name that nothing has."""
-    target, number = path.with_name(f"abandoned-{path.name}"), 1
-    while target.exists() or target.is_symlink():
-        number += 1
-        target = path.with_name(f"abandoned-{path.name}-{number}")
-    path.rename(target)
-
-
 # ---- reading ----------------------------------------------------------------------------------------------------
 
 

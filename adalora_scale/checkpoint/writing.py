@@ -23,7 +23,7 @@ from adalora_scale.checkpoint.format import CheckpointError
 from adalora_scale.checkpoint.state import Gathered, merged_scalars
 from adalora_scale.engines.ranks import everywhere, on_all_ranks, rank_and_size
 from adalora_scale.errors import UserError
-from adalora_scale.files import sync, write_probe
+from adalora_scale.files import abandon, sync, write_probe
 
 _SETTLES_S = 20.0
 """How long a network file system may take to show one machine what another wrote."""
@@ -80,7 +80,7 @@ def write_checkpoint(
         files.require_readable(final, content_of_manifest)
         files.write_manifest(partial, content_of_manifest)
         if final.exists() or final.is_symlink():  # what the run went on from, under this name
-            files.abandon(final)
+            abandon(final)
         files.publish(partial, final)
 
     try:

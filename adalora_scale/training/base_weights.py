@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from adalora_scale.checkpoint.format import file_entry
 from adalora_scale.engines.ranks import everywhere
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.quantization.base_files import BaseFiles
-from adalora_scale.reading.checksums import file_checksum
 
 KEY = "base_files"
 """In a checkpoint's manifest, and in `training.resume_allow_changed`."""
@@ -80,10 +79,6 @@ class BaseWeights:
     def _read(self) -> None:
         try:
             for path in self._own:
-                self._found[path.name] = _entry(path)
+                self._found[path.name] = file_entry(path)
         except OSError as error:
             self._problem = error
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": file_checksum(path)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from adalora_scale.files import replace_text
+from adalora_scale.files import abandon, replace_text
 
 
 def bring_lines(source: Path, output_dir: Path, kept: Mapping[str, int]) -> list[str]:
@@ -29,7 +29,8 @@ def bring_lines(source: Path, output_dir: Path, kept: Mapping[str, int]) -> list
         lines = _complete_lines(source / name)[:count] if elsewhere else []
         own = _complete_lines(output_dir / name)[:count]
         if lines and lines != own:
-            _set_aside(output_dir / name)
+            if (output_dir / name).exists():
+                abandon(output_dir / name)
             replace_text(output_dir / name, "".join(lines))
             own = lines
         if len(own) < count:
@@ -48,17 +49,6 @@ def best_so_far(said: str | None, places: list[Path]) -> str | None:
         return None
     found = [folder / Path(said).name for folder in places]
     return next((str(path) for path in [*found, Path(said)] if path.is_dir()), None)
-
-
-def _set_aside(path: Path) -> None:
-    """Give another run's lines a name under which they stay."""
-    if not path.exists():
-        return
-    target, number = path.with_name(f"abandoned-{path.name}"), 1
-    while target.exists():
-        number += 1
-        target = path.with_name(f"abandoned-{path.name}-{number}")
-    path.rename(target)
 
 
 def _complete_lines(path: Path) -> list[str]:

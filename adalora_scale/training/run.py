@@ -62,7 +62,7 @@ from adalora_scale.training.records import (
     versions,
 )
 from adalora_scale.training.soundness import MAX_SKIPPED_STEPS
-from adalora_scale.training.stopping import a_run, stopping
+from adalora_scale.training.stopping import stopping
 from adalora_scale.training.trainers import AdaLoraSFTTrainer, AdaLoraTrainer, with_adalora
 
 RUN_NAME = "run.json"
@@ -96,7 +96,7 @@ def train(config: RunConfig, lease: Lease | None = None) -> dict[str, Any]:
     started = time.time()
     training = check_training_section(config)
     directory = training["output_dir"]
-    with a_run(), contextlib.nullcontext(lease) if lease is not None else hold_output_dir(training) as held:
+    with stopping.a_run(), contextlib.nullcontext(lease) if lease is not None else hold_output_dir(training) as held:
         try:
             return _train(config, held, started)
         except WrongEnd as error:

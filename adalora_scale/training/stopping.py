@@ -280,11 +280,6 @@ def _forget_in_a_child() -> None:
 os.register_at_fork(after_in_child=_forget_in_a_child)
 
 
-def a_run() -> contextlib.AbstractContextManager[None]:
-    """Take all signals for a whole run; see `Stopping.a_run`."""
-    return stopping.a_run()
-
-
 def exit_code(received: str | None) -> int:
     """Return the exit code of a run that a signal of this name ended."""
     return KEYBOARD_EXIT_CODE if received == signal.SIGINT.name else INTERRUPTED_EXIT_CODE
