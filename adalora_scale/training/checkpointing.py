@@ -138,7 +138,7 @@ class RunCheckpoints:
                 say(f"not continued, renamed to abandoned-…: {', '.join(aside)}")
             if self.resumed is not None:
                 source, kept = self.resumed.directory.absolute().parent, self.resumed.manifest["records"]
-                for sentence in bring_lines(source, self.output_dir, kept):
+                for sentence in bring_lines(source, self.output_dir, kept, self.resumed.manifest["step"]):
                     say(f"note: {sentence}; the history begins later")
             return uuid.uuid4().hex  # draws from no generator that training uses
 

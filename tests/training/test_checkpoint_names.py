@@ -127,6 +127,16 @@ def test_a_lost_history_is_named(lines, crashed, straight, capsys):
     )
 
 
+def test_a_history_that_was_lost_and_begun_anew_has_no_line_twice(crashed, straight):
+    """Two lines stood there before checkpoint-6; those of steps 9 and 12, written since, are not these two."""
+    folder = crashed(6)
+    (folder / "metrics.jsonl").unlink()
+    goes_on(folder)
+    begun = records(folder / "metrics.jsonl")
+    goes_on(folder, asked=folder / "checkpoint-6")
+    assert records(folder / "metrics.jsonl") == begun == records(straight / "metrics.jsonl")[2:]
+
+
 def test_auto_never_starts_anew_where_checkpoints_are(crashed):
     """Half-deleted folders, or those of a run with save_only_model, were put aside, and the run began at step 0."""
     folder = crashed(2)
