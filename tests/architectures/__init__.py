@@ -1,0 +1,1 @@
+"""Every architecture that transformers can build small, for `tests/coverage.py`."""
