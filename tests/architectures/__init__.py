@@ -1,1 +1,0 @@
-"""Every architecture that transformers can build small, for `tests/coverage.py`."""
