@@ -25,11 +25,11 @@ from adalora_scale.adalora.injection import (
     digest_base,
     injected_module,
     injection_of,
-    modules_to_save,
     replace_modules,
 )
 from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.adalora.masters import keep_in_float32
+from adalora_scale.adalora.targets import modules_to_save
 from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
 from adalora_scale.engines.full import full_parameter, settle
 from adalora_scale.engines.ranks import rank_and_size, together

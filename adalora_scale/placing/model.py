@@ -13,7 +13,8 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging as hf_logging
 
-from adalora_scale.adalora.injection import inject_adalora, modules_to_save
+from adalora_scale.adalora.injection import inject_adalora
+from adalora_scale.adalora.targets import modules_to_save
 from adalora_scale.config import AdaLoraConfig, RunConfig
 from adalora_scale.engines.blocks import transformer_blocks
 from adalora_scale.engines.engine import Engine, Loader, Partition, Shard

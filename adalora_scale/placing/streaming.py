@@ -28,12 +28,10 @@ from adalora_scale.adalora.fingerprint import LEADING, WeightSample, fingerprint
 from adalora_scale.adalora.injection import (
     coverage,
     digest_places,
-    expert_tensors,
-    find_targets,
     inject_adalora,
-    modules_to_save,
 )
 from adalora_scale.adalora.layer import AdaLoraLayer
+from adalora_scale.adalora.targets import expert_tensors, find_targets, modules_to_save
 from adalora_scale.config import AdaLoraConfig, ModelConfig, RunConfig
 from adalora_scale.engines.ranks import together
 from adalora_scale.errors import UserError

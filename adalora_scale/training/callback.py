@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from adalora_scale.adalora.injection import injection_of
 from adalora_scale.controller import RankAllocator
-from adalora_scale.engines.ranks import together
+from adalora_scale.engines.ranks import rank_and_size, together
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter
+from adalora_scale.messages import say
 from adalora_scale.training.lease import Lease, take
 from adalora_scale.training.records import JsonLines
 from adalora_scale.training.soundness import MAX_SKIPPED_STEPS, Soundness
@@ -122,6 +124,8 @@ class AdaLoraCallback(TrainerCallback):
         self.allocator = RankAllocator(model, injection.config, total_step=total_step).attach(optimizer)
         self._attached_early = True
         self._guarded_step = -1
+        if rank_and_size()[0] == 0:
+            _name_left_out(injection.left_out)
         return self.allocator
 
     @property
@@ -228,3 +232,11 @@ class AdaLoraCallback(TrainerCallback):
         elapsed, seen = now - self._clock, tokens - self._tokens
         self._clock, self._tokens = now, tokens
         return {"tokens_per_second": seen / elapsed} if seen > 0 and elapsed > 0 else {}
+
+
+def _name_left_out(reasons: dict[str, str]) -> None:
+    """Name once the linear layers that `all-linear` left out."""
+    for reason in dict.fromkeys(reasons.values()):
+        names = [name for name, why in reasons.items() if why == reason]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        say(f"adalora.target_modules=all-linear leaves out '{names[0]}'{more}: {reason}", to=sys.stderr)
