@@ -11,7 +11,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -43,7 +43,7 @@ from adalora_scale.quantization.functional import check_kernels
 from adalora_scale.quantization.linear import Linear4bit, quantized_share
 from adalora_scale.quantization.materialize import materialize, materialize_shards
 from adalora_scale.quantization.memory import give_back_freed
-from adalora_scale.quantization.plan import LoadingPlan, Slot, make_plan
+from adalora_scale.quantization.plan import LoadingPlan, Slot, absent_tensors, make_plan
 from adalora_scale.quantization.spec import QuantSpec
 from adalora_scale.reading.base_config import check_base, foreign, said_of
 from adalora_scale.tasks import building
@@ -62,6 +62,8 @@ class Loading:
     """Values of what the checkpoint does not hold."""
     device: torch.device
     """Where this rank computes, and quantises."""
+    absent: list[str] = field(default_factory=list)
+    """Names of the tensors that the checkpoint does not hold."""
 
 
 def is_streamed(config: ModelConfig) -> bool:
@@ -74,7 +76,7 @@ def begin(
     *,
     device: torch.device,
     label_names: list[str] | None = None,
-    new_heads: Callable[[nn.Module], list[str]] = lambda _: [],
+    new_heads: Callable[[nn.Module, list[str]], list[str]] = lambda _, __: [],
 ) -> Loading:
     """Build the base model without memory and check that its files fill it.
 
@@ -82,7 +84,8 @@ def begin(
         config: the run's.
         device: where this rank computes.
         label_names: names of the classes, for a classifier.
-        new_heads: names the modules of a model that its checkpoint need not hold.
+        new_heads: given a model and the names of the tensors that its checkpoint lacks, names the modules that it need
+            not hold.
 
     Raises:
         UserError: the checkpoint is incomplete, damaged or another model's; a weight cannot be quantised.
@@ -97,7 +100,8 @@ def begin(
         check_kernels(spec, device, dtype)
     with foreign(f"model.model_name_or_path={config.model.model_name_or_path}"):
         model = build_on_meta(config, model_config, dtype, label_names)
-    heads = new_heads(model)
+    absent = absent_tensors(model, checkpoint)
+    heads = new_heads(model, absent)
     plan = make_plan(
         model,
         checkpoint,
@@ -110,7 +114,7 @@ def begin(
     if config.model.load_in_4bit and plan.stored_in_4bit:
         stored = next(slot.module.spec for slot in plan.slots if isinstance(slot.module, Linear4bit))
         _note(f"the checkpoint is in 4 bits already, as {stored}; the run's own bnb_4bit options do not apply")
-    return Loading(model, plan, draw_fresh(plan, model), device)
+    return Loading(model, plan, draw_fresh(plan, model), device, absent)
 
 
 def build_on_meta(

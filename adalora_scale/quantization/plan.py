@@ -122,6 +122,17 @@ def make_plan(
     return LoadingPlan(checkpoint, dtype, slots, heads, ties, ignored)
 
 
+def absent_tensors(model: nn.Module, checkpoint: BaseFiles) -> list[str]:
+    """Name the parameters and persistent buffers of a model without adapters that a checkpoint does not hold.
+
+    Raises:
+        Unsupported: a tensor would have to be converted while loading.
+    """
+    names = match_names(model, checkpoint.tensors).tensors
+    twins = {name: group for group in _tied_names(model) for name in group}
+    return [name for name, *_ in _own_tensors(model) if not any(twin in names for twin in twins.get(name, {name}))]
+
+
 _fits = "use a config.json and weights that belong together"
 
 
