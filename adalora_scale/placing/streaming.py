@@ -68,7 +68,7 @@ class Loading:
 
 def is_streamed(config: ModelConfig) -> bool:
     """Whether this base must be loaded here rather than by `from_pretrained`: it is quantised now, or is already."""
-    return config.load_in_4bit or _stored_quantization(_model_config(config)) is not None
+    return config.load_in_4bit or _stored_quantization(shape_of_base(config)) is not None
 
 
 def begin(
@@ -91,7 +91,7 @@ def begin(
         UserError: the checkpoint is incomplete, damaged or another model's; a weight cannot be quantised.
         Unsupported: the architecture's weights have to be converted; bitsandbytes lacks a kernel.
     """
-    model_config = _model_config(config.model)
+    model_config = shape_of_base(config.model)
     with said_of(config.model.model_name_or_path):
         checkpoint = BaseFiles.open(config.model.model_name_or_path, config.model.revision)
     dtype = _dtype(config.model, model_config, checkpoint)
@@ -340,7 +340,12 @@ def _samples(loading: Loading, adalora: AdaLoraConfig) -> Iterator[WeightSample]
         yield WeightSample(name, shape, kind, kept.flatten()[:LEADING].tolist())
 
 
-def _model_config(config: ModelConfig) -> PretrainedConfig:
+def shape_of_base(config: ModelConfig) -> PretrainedConfig:
+    """Return the base's config.json as transformers reads it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     with said_of(config.model_name_or_path):
         check_base(config.model_name_or_path, config.revision, attention=config.attn_implementation)
     with foreign(f"model.model_name_or_path={config.model_name_or_path}"):

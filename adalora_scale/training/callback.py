@@ -17,6 +17,7 @@ from adalora_scale.engines.ranks import rank_and_size, together
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter
 from adalora_scale.messages import say
+from adalora_scale.training.idle import FirstStep
 from adalora_scale.training.lease import Lease, take
 from adalora_scale.training.records import JsonLines
 from adalora_scale.training.soundness import MAX_SKIPPED_STEPS, Soundness
@@ -54,6 +55,7 @@ class AdaLoraCallback(TrainerCallback):
         self.kept_lines: dict[str, int] | None = None
         """Of a continued run: how many lines of each of the files stay."""
         self._attached_early = False
+        self._first_step: FirstStep | None = None
         self._guarded_step = -1
         self._last_written = 0
         self._clock = time.perf_counter()
@@ -84,6 +86,8 @@ class AdaLoraCallback(TrainerCallback):
                 )
             allocator = self.attach(model, kwargs["optimizer"], state.max_steps)
         self._attached_early = False
+        # A compiled model's graph has no place for hooks.
+        self._first_step = None if args.torch_compile else FirstStep(model)
         together(lambda: self._open(output_dir) if state.is_world_process_zero else None)
         self._soundness = Soundness(
             model,
@@ -161,6 +165,9 @@ class AdaLoraCallback(TrainerCallback):
         """Count a step that a GradScaler dropped, and write the step's allocation if there was one."""
         if self.allocator is None:
             return
+        if self._first_step is not None:
+            self._first_step.name_idle()
+            self._first_step = None
         self.allocator.skip_missed_steps(state.global_step)
         every = self.allocator.config.guard_every
         if every and state.global_step % every == 0:
