@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -19,11 +19,18 @@ from adalora_scale.adalora.fingerprint import fingerprint, sample
 from adalora_scale.adalora.frozen import freeze
 from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.adalora.masters import keep_in_float32
+from adalora_scale.adalora.targets import (
+    ALL_LINEAR,
+    expert_tensors,
+    find_targets,
+    is_inside,
+    left_out,
+    modules_to_save,
+    whole_shape,
+)
 from adalora_scale.config import AdaLoraConfig
-from adalora_scale.errors import Unsupported, UserError, nearest
+from adalora_scale.errors import UserError
 from adalora_scale.quantization.linear import Linear4bit
-
-ALL_LINEAR = "all-linear"
 
 # What wrappers put into a module's own name: DDP in front of it, torch.compile and checkpointing anywhere.
 _WRAPPERS_IN_FRONT = re.compile(r"^((module|_orig_mod)(\.|$))+")
@@ -68,6 +75,8 @@ class Injection:
     """Of the base as this rank holds it, for ranks to compare; None for an adapter that was loaded."""
     total_step: int | None = None
     """Steps of the run, for adapter files to record; None before there is an allocator."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Linear layers that `all-linear` left out, because an adapter on them would not act → why."""
 
 
 def inject_adalora(
@@ -97,6 +106,7 @@ def inject_adalora(
     samples = [sample(name, cast(Tensor, model.get_submodule(name).weight).detach()) for name in targets]
     if base_digests is None:
         base_digests = digest_base(model, targets, modules_to_save(model, config))
+    passed_over = left_out(model) if config.target_modules == ALL_LINEAR else {}
     freeze(model, modules_to_save(model, config))
     wrappers: dict[nn.Module, AdaLoraLayer] = {}
     seed = int(torch.randint(2**48, (1,), device="cpu"))
@@ -121,7 +131,8 @@ def inject_adalora(
             )
         saved.requires_grad_(True)
     keep_in_float32(model, modules_to_save(model, config))
-    attach_injection(model, Injection(config, base_digests, base_fingerprint or fingerprint(samples)))
+    mine = base_fingerprint or fingerprint(samples)
+    attach_injection(model, Injection(config, base_digests, mine, left_out=passed_over))
     return model
 
 
@@ -159,56 +170,6 @@ def injection_of(model: nn.Module) -> Injection | None:
 def plain_name(name: str) -> str:
     """Remove the parts that DDP, torch.compile and checkpoint wrappers add to a module's or parameter's name."""
     return _WRAPPERS.sub("", _WRAPPERS_IN_FRONT.sub("", name)).rstrip(".")
-
-
-def find_targets(model: nn.Module, config: AdaLoraConfig) -> list[str]:
-    """Return the names of the modules to adapt, in module order.
-
-    Raises:
-        UserError: a pattern matches nothing, or `all-linear` would leave expert tensors behind.
-        Unsupported: a named target cannot be adapted.
-    """
-    names = [name for name, _ in model.named_modules() if name]
-    excluded = _matches(names, config.exclude_modules, "adalora.exclude_modules") if config.exclude_modules else set()
-    saved = set(modules_to_save(model, config))
-    if config.target_modules == ALL_LINEAR:
-        head = _output_head(model)
-        linear = {name for name in names if is_linear(model.get_submodule(name))}
-        selected = {name for name in linear if model.get_submodule(name) is not head and not is_inside(name, saved)}
-        _refuse_unreachable_weights(model, excluded)
-    else:
-        selected = _matches(names, config.target_modules, "adalora.target_modules")
-    selected -= excluded
-    if config.layers_to_transform is not None:
-        selected = _keep_layers(selected, config.layers_to_transform)
-    targets = [name for name in names if name in selected]
-    if not targets:
-        raise UserError("adalora.target_modules selects no module after adalora.exclude_modules was applied.")
-    for name in targets:
-        sides(model.get_submodule(name))
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-            raise Unsupported(
-                f"cannot adapt '{name}': MultiheadAttention multiplies by its weight itself and would leave the "
-                f"adapter out. Exclude it with adalora.exclude_modules."
-            )
-        if is_inside(name, saved):
-            raise UserError(
-                f"'{name}' is in both adalora.target_modules and adalora.modules_to_save; keep it in one of them."
-            )
-    return targets
-
-
-def modules_to_save(model: nn.Module, config: AdaLoraConfig) -> list[str]:
-    """Return the full names of the modules trained in full.
-
-    Raises:
-        UserError: a name in modules_to_save matches nothing.
-    """
-    if not config.modules_to_save:
-        return []
-    names = [name for name, _ in model.named_modules() if name]
-    matched = _matches(names, config.modules_to_save, "adalora.modules_to_save")
-    return [name for name in names if name in matched]
 
 
 def digest_base(model: nn.Module, targets: Iterable[str], saved: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -269,11 +230,13 @@ def coverage(model: nn.Module) -> Coverage:
             adapter += module.r * (module.in_features + module.out_features + 1)
             owned |= {id(getattr(module, factor)) for factor in FACTORS}
             matrices += 1
-        elif is_linear(module):
+        elif isinstance(module, Linear4bit):
             linear += math.prod(sides(module))
-    linear += sum(_whole_shape(parameter).numel() for _, _, parameter in expert_tensors(model))
+        elif is_linear(module):  # routers too
+            linear += whole_shape(cast(nn.Parameter, module.weight)).numel()
+    linear += sum(whole_shape(parameter).numel() for _, _, parameter in expert_tensors(model))
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in owned]
-    other = sum(_whole_shape(parameter).numel() for parameter in others)
+    other = sum(whole_shape(parameter).numel() for parameter in others)
     return Coverage(adapted, linear, adapter, other, matrices, other_adapted)
 
 
@@ -297,73 +260,3 @@ def _leave_fused_path(model: nn.Module) -> None:
             module.activation_relu_or_gelu = 0  # "neither": looked at before the fused path is taken
         else:
             module.use_nested_tensor = False  # padded batches, which the fused path alone can take
-
-
-def _output_head(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if callable(getter) else None
-
-
-def is_inside(name: str, parents: Iterable[str]) -> bool:
-    """Return whether a module or parameter is one of `parents` or below one."""
-    return any(name == parent or name.startswith(parent + ".") for parent in parents)
-
-
-def _matches(names: list[str], patterns: list[str] | str, key: str) -> set[str]:
-    """Names selected by PEFT's rule: a list holds name endings, a string is one regex over the full name."""
-    if isinstance(patterns, str):
-        try:
-            regex = re.compile(patterns)
-        except re.error as error:
-            raise UserError(f"{key}: '{patterns}' is not a valid regular expression ({error}).") from None
-        found = {name for name in names if regex.fullmatch(name)}
-        if not found:
-            raise UserError(
-                f"{key}: the regular expression '{patterns}' matches no module (it must match the full name, such as "
-                f"'{names[-1]}'). Use a list for name endings."
-            )
-        return found
-    result: set[str] = set()
-    for pattern in patterns:
-        found = {name for name in names if name == pattern or name.endswith("." + pattern)}
-        if not found:
-            raise UserError(
-                f"{key}: '{pattern}' matches no module.{nearest(pattern, {n.split('.')[-1] for n in names})}"
-            )
-        result |= found
-    return result
-
-
-def _keep_layers(names: set[str], layers: list[int] | int) -> set[str]:
-    wanted = {layers} if isinstance(layers, int) else set(layers)
-    index = {name: int(m.group(1)) for name in names if (m := re.search(r"\.(\d+)\.", name))}
-    missing = wanted - set(index.values())
-    if missing:
-        raise UserError(f"adalora.layers_to_transform: layer {min(missing)} has no target module in this model.")
-    return {name for name, layer in index.items() if layer in wanted}
-
-
-def _refuse_unreachable_weights(model: nn.Module, excluded: set[str]) -> None:
-    """`all-linear` promises all linear weights; experts stored as one 3-D tensor would be left out silently."""
-    for name, parameter_name, parameter in expert_tensors(model):
-        if not is_inside(name, excluded):
-            raise UserError(
-                f"adalora.target_modules=all-linear cannot reach '{name}.{parameter_name}' "
-                f"(a {parameter.dim()}-D expert tensor). Add '{name.split('.')[-1]}' to adalora.exclude_modules to "
-                f"leave it frozen, or name the linear layers to adapt."
-            )
-
-
-def expert_tensors(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """Yield (module name, parameter name, parameter) of weights that hold several matrices in one tensor."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd):
-            continue
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if len(_whole_shape(parameter)) >= 3:
-                yield name, parameter_name, parameter
-
-
-def _whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """Return a parameter's shape, also where ZeRO-3 has partitioned it."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

@@ -24,7 +24,7 @@ class JoinWatch:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._wrappers = [weakref.ref(wrapper) for wrapper in _wrappers(model)] if several_ranks() else []
+        self._wrappers = [weakref.ref(wrapper) for wrapper in ddp_around(model)] if several_ranks() else []
 
     def require_none(self) -> None:
         """See that no join context is open, before this step's first collective.
@@ -42,7 +42,8 @@ class JoinWatch:
                 )
 
 
-def _wrappers(model: nn.Module) -> list[DistributedDataParallel]:
+def ddp_around(model: nn.Module) -> list[DistributedDataParallel]:
+    """Return the DDP modules in or around a model."""
     found = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     if found:
         return found

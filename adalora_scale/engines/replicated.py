@@ -29,6 +29,7 @@ from adalora_scale.engines.planned import (
 )
 from adalora_scale.engines.ranks import several_ranks
 from adalora_scale.engines.span import Span, adapter_tensors, check_held, gathered_extents
+from adalora_scale.engines.unused import take_all_part
 from adalora_scale.errors import Unsupported, UserError
 
 
@@ -71,6 +72,7 @@ class ReplicatedSharding(DirectSharding):
         super().__init__(model, [parameter for _, parameter in tensors], optimizer)
         self.spans = [Span(tensor=t, start=0, weight=p.detach().view(-1)) for t, p in tensors]
         self._compared = False
+        take_all_part(model)
         self._join = JoinWatch(model)
         self._join.require_none()
 

@@ -146,6 +146,14 @@ class AdapterFile:
         return bool(self.config.get("fan_in_fan_out"))
 
     @property
+    def keeps_ties(self) -> bool:
+        """Whether a weight that several modules share stays shared where the file holds it under one name.
+
+        Here it is trained for all of them; PEFT trains a copy, and the others keep the base's.
+        """
+        return bool(self.record) or bool(self.config.get("ensure_weight_tying"))
+
+    @property
     def saved(self) -> list[str]:
         """Names of the modules that were trained in full."""
         return sorted({name.rpartition(".")[0] for name in self.others})

@@ -19,7 +19,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from adalora_scale.adalora.adaptables import adaptable_of
 from adalora_scale.adalora.base_digest import WeightsDigest
-from adalora_scale.adalora.injection import is_digested, is_inside
+from adalora_scale.adalora.injection import is_digested
+from adalora_scale.adalora.targets import is_inside
 from adalora_scale.errors import UserError
 from adalora_scale.export.tensor_files import FLOATING, TensorFile
 from adalora_scale.quantization.base_files import INDEX_NAME, SINGLE_NAME, BaseFiles

@@ -129,7 +129,7 @@ def _heads(model: nn.Module, adapter: AdapterFile) -> list[tuple[nn.Module, dict
             f"model.adapter_path={adapter.directory} was trained on other classes ({labels[0]}, … {len(labels)} in "
             f"all) than this run's data has; train a new adapter, or use data with the same classes."
         )
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     modules: dict[str, dict[str, nn.Parameter]] = {}
     for name, shape in adapter.others.items():
         parameter = parameters.get(name)

@@ -79,8 +79,12 @@ def write_adapter(checkpoint: Checkpoint, folder: Path) -> None:
         a, b = form.stored(a.T, b)
         for factor, value in zip(form.adalora, (a, e.unsqueeze(1).contiguous(), b), strict=True):
             tensors[f"{PREFIX}{module}.{factor}"] = value
-    for name in checkpoint.shapes("other"):
+    saved = dict.fromkeys(checkpoint.shapes("other"))
+    for name in list(saved):
         tensors[PREFIX + name] = _whole(checkpoint, "other", name)
+        for twin in (checkpoint.manifest.get("ties") or {}).get(name, []):  # a head tied to its embedding
+            tensors[PREFIX + twin] = tensors[PREFIX + name].clone()
+            saved[twin] = None
     task = TASKS.get(str(_part(checkpoint, "identity").get("task")))
     config: dict[str, Any] = {
         "peft_type": "ADALORA",
@@ -89,7 +93,7 @@ def write_adapter(checkpoint: Checkpoint, folder: Path) -> None:
         "inference_mode": True,
         "bias": "none",
         "target_modules": list(kept),
-        "modules_to_save": sorted({n.rpartition(".")[0] for n in checkpoint.shapes("other")}) or None,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in saved}) or None,
         "fan_in_fan_out": False,
         **options.peft_fields(position["total_step"]),
         "rank_pattern": {f"{module}.lora_E": mask for module, mask in kept.items()} if position["frozen"] else None,

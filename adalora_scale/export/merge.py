@@ -216,7 +216,7 @@ def _touched(
         return targets.get(name), name if name in adapter.others else None
     group = base.aliases.get(name, [])
     # A weight trained in full is trained for all that share it; an adapter belongs to its module alone.
-    other = next((alias for alias in group if alias in adapter.others), None)
+    other = next((alias for alias in group if alias in adapter.others and adapter.keeps_ties), None)
     module = next((targets[alias] for alias in group if alias in targets and base.same_module(alias, name)), None)
     return module, other
 
@@ -238,26 +238,34 @@ def _plan_the_rest(
         plan.untied = True
     _keep_other_side(plan, sources, targets, adapter, base)
     for name in adapter.others:
-        if name in done or any(alias in done for alias in base.aliases.get(name, [])):
+        written = next((alias for alias in base.aliases.get(name, []) if alias in done), None)
+        if name in done or (written is not None and _same_values(adapter, name, written)):
             continue
         plan.tensors.append(replaced(name, adapter, name, base.dtype()))
         plan.replaced.append(name)
+        plan.untied |= any(alias in sources for alias in base.aliases.get(name, []))
     new = [t.key for t in plan.tensors if t.key not in {source.key for source in base.sources}]
     for key in new:
         if not base.keeps_name(key):
             raise Unsupported(f"'{key}' cannot be written: transformers renames it while loading this architecture.")
 
 
+def _same_values(adapter: AdapterFile, name: str, written: str) -> bool:
+    """Whether a tied weight is the same under both names; one that the adapter does not hold is the other."""
+    return written not in adapter.others or torch.equal(adapter.other(name), adapter.other(written))
+
+
 def _keep_other_side(
     plan: Plan, sources: dict[str, Source], targets: dict[str, str], adapter: AdapterFile, base: BaseCheckpoint
 ) -> None:
     """Write the weight as it was for the head that an adapted embedding was tied to: the adapter is not the head's."""
-    for name in targets:
+    parted = [] if adapter.keeps_ties else [name for name in adapter.others if base.aliases.get(name)]
+    for name in [*targets, *parted]:
         group = base.aliases.get(name, [])
         for alias in group:
             if alias in targets or alias in sources or alias in adapter.others:
                 continue
-            if any(base.same_module(alias, target) for target in group if target in targets):
+            if any(base.same_module(alias, target) for target in group if target in targets or target in parted):
                 continue
             if not base.is_head(alias):
                 raise Unsupported(

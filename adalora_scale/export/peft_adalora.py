@@ -25,11 +25,11 @@ from adalora_scale.adalora.injection import (
     digest_base,
     injected_module,
     injection_of,
-    modules_to_save,
     replace_modules,
 )
 from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.adalora.masters import keep_in_float32
+from adalora_scale.adalora.targets import modules_to_save
 from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
 from adalora_scale.engines.full import full_parameter, settle
 from adalora_scale.engines.ranks import rank_and_size, together
@@ -45,6 +45,7 @@ from adalora_scale.export.adapter_file import PREFIX as _PREFIX
 from adalora_scale.export.adapter_record import PEFT_SCALE, RECORD_KEY, checked_record, save_adapter_file
 from adalora_scale.export.dequantise import quantised_base
 from adalora_scale.export.tensor_files import TensorFile
+from adalora_scale.export.tied import part_what_differs
 from adalora_scale.files import replacing
 from adalora_scale.tasks.registry import task_of_model
 
@@ -135,13 +136,14 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
         known["modules_to_save"] = heads or None
     # PEFT's form scales by lora_alpha / init_r, whatever the adapter began as.
     config = adalora_config_from_dict({"init_weights": "adalora"} | known)
-    digests = digest_base(model, layers, modules_to_save(model, config))
+    digests = digest_base(model, layers, sorted({name.rpartition(".")[0] for name in others}))
     if not same_base(record.get("base") or {}, digests):
         raise UserError(
             f"the adapter in {directory} was trained on another base model (shapes agree, weights differ); load the "
             f"one it was trained on{f': {named}' if (named := saved.get('base_model_name_or_path')) else ''}."
         )
 
+    part_what_differs(model, others, keeps_ties=bool(record) or bool(saved.get("ensure_weight_tying")))
     freeze(model, modules_to_save(model, config))
     pattern = saved.get("rank_pattern") or {}
     wrappers: dict[nn.Module, AdaLoraLayer] = {}
@@ -162,7 +164,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
         wrappers[layer.base_layer] = layer
     replace_modules(model, wrappers)
     keep_in_float32(model, modules_to_save(model, config))
-    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+    parameters = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for name, value in others.items():
         parameters[name].copy_(value)
     for name in saved.get("modules_to_save") or []:
@@ -209,9 +211,11 @@ def saved_values(model: nn.Module, directory: str | Path) -> list[tuple[nn.Param
         for factor in layer.form.adalora:
             del tensors[f"{_PREFIX}{name}.{factor}"]
     own = dict(unwrapped(model).named_parameters(remove_duplicate=False))
+    seen: set[int] = set()
     for key, value in tensors.items():
         parameter = own.get(key.removeprefix(_PREFIX))
-        if parameter is not None and parameter.requires_grad:
+        if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
+            seen.add(id(parameter))  # a tied one is there under each of its names
             values.append((parameter, value))
     return values
 
@@ -252,11 +256,20 @@ def _peft_config(
         "inference_mode": True,
         "bias": "none",
         "target_modules": list(layers),
-        "modules_to_save": config.modules_to_save,
+        "modules_to_save": _saved_names(model, config),
         "fan_in_fan_out": any(_fan_in_fan_out(layer) for layer in layers.values()),
         **config.peft_fields(injection.total_step),
         "rank_pattern": pattern or None,
     }
+
+
+def _saved_names(model: nn.Module, config: AdaLoraConfig) -> list[str] | None:
+    """Return modules_to_save as PEFT must know it: with the modules that share a weight with one that was named."""
+    named = config.modules_to_save
+    if not named:
+        return None
+    tied = set(modules_to_save(model, config)) - set(modules_to_save(model, config, tied=False))
+    return [*named, *sorted(tied)]
 
 
 def _fan_in_fan_out(layer: AdaLoraLayer) -> bool:
@@ -310,7 +323,7 @@ def _checked_factors(
 
 def _check_others(model: nn.Module, others: dict[str, Tensor], directory: Path) -> None:
     """modules_to_save must exist with the same shapes before anything in the model is touched."""
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
     for name, value in others.items():
         if name not in own:
             raise UserError(f"the adapter in {directory} holds '{name}', which this model does not have.")

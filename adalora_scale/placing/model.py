@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +13,8 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.utils import logging as hf_logging
 
-from adalora_scale.adalora.injection import inject_adalora, modules_to_save
+from adalora_scale.adalora.injection import inject_adalora
+from adalora_scale.adalora.targets import is_inside, modules_to_save
 from adalora_scale.config import AdaLoraConfig, RunConfig
 from adalora_scale.engines.blocks import transformer_blocks
 from adalora_scale.engines.engine import Engine, Loader, Partition, Shard
@@ -22,14 +23,30 @@ from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.continual import check_start, start_from_adapter
 from adalora_scale.messages import say
 from adalora_scale.placing import streaming
+from adalora_scale.placing.absent import adalora_config_for, describe, require_saved
 from adalora_scale.quantization.base_files import BaseFiles
 from adalora_scale.reading.base_config import foreign, said_of
 from adalora_scale.reading.written import check_written
 from adalora_scale.tasks.registry import find_task
 
 
-def load_model(config: RunConfig, label_names: list[str] | None = None) -> nn.Module:
-    """Load the base model whole, in the dtype, with the attention and in the 4 bits that `config.model` names."""
+def load_model(config: RunConfig, *, given: Collection[str] = ()) -> nn.Module:
+    """Load the base model whole, in the dtype, with the attention and in the 4 bits that `config.model` names.
+
+    Args:
+        config: the run's.
+        given: names of tensors that an adapter is going to bring, which the checkpoint need not hold.
+
+    Raises:
+        UserError: the base cannot be loaded, or its checkpoint lacks weights.
+    """
+    model, absent = _load_whole(config, None)
+    require_saved(model, config.adalora, absent, given)
+    return model
+
+
+def _load_whole(config: RunConfig, label_names: list[str] | None) -> tuple[nn.Module, list[str]]:
+    """Return the base model, and the names of the tensors that its checkpoint does not hold."""
     model_config = config.model
     streamed = streaming.is_streamed(model_config)  # looks at the folder before transformers does
     with said_of(model_config.model_name_or_path):
@@ -37,7 +54,7 @@ def load_model(config: RunConfig, label_names: list[str] | None = None) -> nn.Mo
     if streamed:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         started = streaming.begin(config, device=device, label_names=label_names, new_heads=partial(new_heads, config))
-        return streaming.load_whole(started)
+        return streaming.load_whole(started), started.absent
     options: dict[str, Any] = {
         "dtype": model_config.torch_dtype,
         "revision": model_config.revision,
@@ -68,10 +85,7 @@ def load_model(config: RunConfig, label_names: list[str] | None = None) -> nn.Mo
             raise
     finally:
         hf_logging.set_verbosity(verbosity)
-    if missing := sorted(loaded["missing_keys"]):
-        rest = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        say(f"not in the checkpoint, newly initialised: {', '.join(missing[:3])}{rest}")
-    return model
+    return model, sorted(loaded["missing_keys"])
 
 
 def place_model(
@@ -115,8 +129,8 @@ def _prepared(
     streams = engine.streams or streaming.is_streamed(config.model)
     started = _begin_streaming(config, arguments, label_names) if streams else None
     if started is None:
-        model = load_model(config, label_names)
-        inject_adalora(model, adalora_config_for(config, model))
+        model, absent = _load_whole(config, label_names)
+        inject_adalora(model, _settled(config, model, absent))
         if fit_ranks is not None:
             fit_ranks(model)
         elif config.model.adapter_path:
@@ -166,7 +180,7 @@ class _Streamed:
 
 def _inject_streamed(config: RunConfig, started: streaming.Loading, *, continues: bool) -> None:
     """Put adapters on the meta device around a base, with the triplets of an earlier adapter if the run has one."""
-    adalora, path = adalora_config_for(config, started.model), config.model.adapter_path
+    adalora, path = _settled(config, started.model, started.absent), config.model.adapter_path
     if not path or continues:  # a checkpoint brings its own values
         streaming.inject(started, adalora)
         return
@@ -191,17 +205,17 @@ def _begin_streaming(
         return None
 
 
-def new_heads(config: RunConfig, model: nn.Module) -> list[str]:
+def new_heads(config: RunConfig, model: nn.Module, absent: list[str]) -> list[str]:
     """Name the modules that the task's checkpoint need not hold, and that are never quantised."""
-    if not find_task(config.task).has_labels:
-        return []
-    return modules_to_save(model, adalora_config_for(config, model))
+    saved = modules_to_save(model, adalora_config_for(config, model, absent))
+    labels = find_task(config.task).has_labels
+    return [name for name in saved if labels or any(is_inside(tensor, [name]) for tensor in absent)]
 
 
-def adalora_config_for(config: RunConfig, model: nn.Module) -> AdaLoraConfig:
-    """Return the adalora section, with the task's new head in modules_to_save unless the user named some."""
-    adalora = config.adalora
-    if adalora.modules_to_save is not None:
-        return adalora
-    heads = find_task(config.task).new_heads(model)
-    return adalora.replace(modules_to_save=heads) if heads else adalora
+def _settled(config: RunConfig, model: nn.Module, absent: list[str]) -> AdaLoraConfig:
+    """Return the run's adalora section with what is new in modules_to_save; nothing else may lack."""
+    adalora = adalora_config_for(config, model, absent)
+    require_saved(model, adalora, absent)
+    if absent and rank_and_size()[0] == 0:
+        say(describe(absent))
+    return adalora

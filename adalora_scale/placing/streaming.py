@@ -11,7 +11,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -28,12 +28,10 @@ from adalora_scale.adalora.fingerprint import LEADING, WeightSample, fingerprint
 from adalora_scale.adalora.injection import (
     coverage,
     digest_places,
-    expert_tensors,
-    find_targets,
     inject_adalora,
-    modules_to_save,
 )
 from adalora_scale.adalora.layer import AdaLoraLayer
+from adalora_scale.adalora.targets import expert_tensors, find_targets, modules_to_save
 from adalora_scale.config import AdaLoraConfig, ModelConfig, RunConfig
 from adalora_scale.engines.ranks import together
 from adalora_scale.errors import UserError
@@ -45,7 +43,7 @@ from adalora_scale.quantization.functional import check_kernels
 from adalora_scale.quantization.linear import Linear4bit, quantized_share
 from adalora_scale.quantization.materialize import materialize, materialize_shards
 from adalora_scale.quantization.memory import give_back_freed
-from adalora_scale.quantization.plan import LoadingPlan, Slot, make_plan
+from adalora_scale.quantization.plan import LoadingPlan, Slot, absent_tensors, make_plan
 from adalora_scale.quantization.spec import QuantSpec
 from adalora_scale.reading.base_config import check_base, foreign, said_of
 from adalora_scale.tasks import building
@@ -64,11 +62,13 @@ class Loading:
     """Values of what the checkpoint does not hold."""
     device: torch.device
     """Where this rank computes, and quantises."""
+    absent: list[str] = field(default_factory=list)
+    """Names of the tensors that the checkpoint does not hold."""
 
 
 def is_streamed(config: ModelConfig) -> bool:
     """Whether this base must be loaded here rather than by `from_pretrained`: it is quantised now, or is already."""
-    return config.load_in_4bit or _stored_quantization(_model_config(config)) is not None
+    return config.load_in_4bit or _stored_quantization(shape_of_base(config)) is not None
 
 
 def begin(
@@ -76,7 +76,7 @@ def begin(
     *,
     device: torch.device,
     label_names: list[str] | None = None,
-    new_heads: Callable[[nn.Module], list[str]] = lambda _: [],
+    new_heads: Callable[[nn.Module, list[str]], list[str]] = lambda _, __: [],
 ) -> Loading:
     """Build the base model without memory and check that its files fill it.
 
@@ -84,13 +84,14 @@ def begin(
         config: the run's.
         device: where this rank computes.
         label_names: names of the classes, for a classifier.
-        new_heads: names the modules of a model that its checkpoint need not hold.
+        new_heads: given a model and the names of the tensors that its checkpoint lacks, names the modules that it need
+            not hold.
 
     Raises:
         UserError: the checkpoint is incomplete, damaged or another model's; a weight cannot be quantised.
         Unsupported: the architecture's weights have to be converted; bitsandbytes lacks a kernel.
     """
-    model_config = _model_config(config.model)
+    model_config = shape_of_base(config.model)
     with said_of(config.model.model_name_or_path):
         checkpoint = BaseFiles.open(config.model.model_name_or_path, config.model.revision)
     dtype = _dtype(config.model, model_config, checkpoint)
@@ -99,7 +100,8 @@ def begin(
         check_kernels(spec, device, dtype)
     with foreign(f"model.model_name_or_path={config.model.model_name_or_path}"):
         model = build_on_meta(config, model_config, dtype, label_names)
-    heads = new_heads(model)
+    absent = absent_tensors(model, checkpoint)
+    heads = new_heads(model, absent)
     plan = make_plan(
         model,
         checkpoint,
@@ -112,7 +114,7 @@ def begin(
     if config.model.load_in_4bit and plan.stored_in_4bit:
         stored = next(slot.module.spec for slot in plan.slots if isinstance(slot.module, Linear4bit))
         _note(f"the checkpoint is in 4 bits already, as {stored}; the run's own bnb_4bit options do not apply")
-    return Loading(model, plan, draw_fresh(plan, model), device)
+    return Loading(model, plan, draw_fresh(plan, model), device, absent)
 
 
 def build_on_meta(
@@ -338,7 +340,12 @@ def _samples(loading: Loading, adalora: AdaLoraConfig) -> Iterator[WeightSample]
         yield WeightSample(name, shape, kind, kept.flatten()[:LEADING].tolist())
 
 
-def _model_config(config: ModelConfig) -> PretrainedConfig:
+def shape_of_base(config: ModelConfig) -> PretrainedConfig:
+    """Return the base's config.json as transformers reads it.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     with said_of(config.model_name_or_path):
         check_base(config.model_name_or_path, config.revision, attention=config.attn_implementation)
     with foreign(f"model.model_name_or_path={config.model_name_or_path}"):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adalora_scale.errors import Unsupported, UserError, nearest
+from adalora_scale.errors import UserError, nearest
 from adalora_scale.quantization import functional
+from adalora_scale.quantization.called import computes_linear, weights_read
 from adalora_scale.quantization.operators import matmul_4bit
 from adalora_scale.quantization.spec import QuantSpec
 from adalora_scale.quantization.torch_2_11 import let_fsdp2_shard_bytes
@@ -112,12 +113,14 @@ class Linear4bit(nn.Module):
 
 
 def is_quantizable(module: nn.Module) -> bool:
-    """Whether a layer's weight can be kept in 4 bits: nn.Linear itself, and transformers' Conv1D."""
-    return type(module) is nn.Linear or isinstance(module, Conv1D)
+    """Whether a layer's weight can be kept in 4 bits: nn.Linear, transformers' Conv1D, and what computes as they do."""
+    return computes_linear(module)
 
 
 def quantization_targets(model: nn.Module, skip_modules: list[str] | None = None) -> list[str]:
     """Return the names of the layers to quantise: all linear ones but the output head and what is skipped.
+
+    Layers that are not called as linear ones stay as they are: routers, and those whose weight a module reads itself.
 
     Args:
         model: a transformers model, on any device.
@@ -125,7 +128,6 @@ def quantization_targets(model: nn.Module, skip_modules: list[str] | None = None
 
     Raises:
         UserError: an entry of `skip_modules` matches nothing, or there is nothing to quantise.
-        Unsupported: a kind of linear layer that cannot be quantised.
     """
     names = [name for name, _ in model.named_modules() if name]
     skipped = set(_existing(getattr(model, "_keep_in_fp32_modules", None), names))
@@ -138,6 +140,7 @@ def quantization_targets(model: nn.Module, skip_modules: list[str] | None = None
         skipped |= set(found)
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
+    skipped |= weights_read(model).keys()
     targets = []
     for name in names:
         module = model.get_submodule(name)
@@ -145,11 +148,6 @@ def quantization_targets(model: nn.Module, skip_modules: list[str] | None = None
             continue
         if is_quantizable(module):
             targets.append(name)
-        elif isinstance(module, nn.Linear):
-            raise Unsupported(
-                f"model.load_in_4bit cannot quantise '{name}' (a {type(module).__name__}); add "
-                f"'{name.split('.')[-1]}' to model.bnb_4bit_skip_modules to keep it as it is."
-            )
     if not targets:
         raise UserError("model.load_in_4bit finds no linear layer to quantise after model.bnb_4bit_skip_modules.")
     return targets
@@ -183,7 +181,7 @@ def quantize_model(model: nn.Module, spec: QuantSpec, skip_modules: list[str] | 
     """Quantise a model that is already in memory, in place, and return it; large ones are streamed instead.
 
     Raises:
-        UserError, Unsupported: as `quantization_targets`, or the block size does not divide a weight.
+        UserError: as `quantization_targets`, or the block size does not divide a weight.
     """
     targets = quantization_targets(model, skip_modules)
     old = {name: model.get_submodule(name) for name in targets}

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from adalora_scale.errors import UserError
+from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.quantization.base_files import FLOATS, BaseFiles
+from adalora_scale.quantization.called import weights_read
 from adalora_scale.quantization.linear import Linear4bit, quantization_targets, replace_linears
 from adalora_scale.quantization.memory import PIECE, row_pieces
 from adalora_scale.quantization.naming import Names, match_names
@@ -121,6 +122,17 @@ def make_plan(
     return LoadingPlan(checkpoint, dtype, slots, heads, ties, ignored)
 
 
+def absent_tensors(model: nn.Module, checkpoint: BaseFiles) -> list[str]:
+    """Name the parameters and persistent buffers of a model without adapters that a checkpoint does not hold.
+
+    Raises:
+        Unsupported: a tensor would have to be converted while loading.
+    """
+    names = match_names(model, checkpoint.tensors).tensors
+    twins = {name: group for group in _tied_names(model) for name in group}
+    return [name for name, *_ in _own_tensors(model) if not any(twin in names for twin in twins.get(name, {name}))]
+
+
 _fits = "use a config.json and weights that belong together"
 
 
@@ -134,11 +146,14 @@ def _put_layers(
     new_heads: Sequence[str],
 ) -> None:
     if names.states:
+        read = weights_read(model)
         for weight, parts in names.states.items():
             if weight not in names.tensors or not weight.endswith(".weight"):
                 raise UserError(f"the checkpoint holds a 4-bit state of '{weight}' but not its weight; {_fits}.")
             own, shape = stored_spec(checkpoint, weight, parts, compute_dtype)
             layer = weight.removesuffix(".weight")
+            if layer in read:
+                raise Unsupported(f"the checkpoint holds '{layer}' in 4 bits, but {read[layer]}; load a 16-bit one.")
             replace_linears(model, own, [layer])
             new = model.get_submodule(layer)
             if not isinstance(new, Linear4bit) or shape != (new.out_features, new.in_features):

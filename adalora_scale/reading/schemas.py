@@ -215,6 +215,7 @@ class Manifest(_Strict):
     loop: Loop | None = None
     records: Annotated[dict[str, Any], _each(Count)] | None = None
     forms: Annotated[dict[str, Any], _each(dict[str, Any])] | None = None
+    ties: dict[str, list[str]] | None = None
 
 
 class TrainerState(_Strict):

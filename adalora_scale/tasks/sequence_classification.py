@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from adalora_scale.data.rows import Layout, RawData
 
 _HEADS = ("classifier", "score", "classification_head")
-_HEAD_WEIGHTS = ("classifier.weight", "score.weight", "out_proj.weight")
+_LAST_LAYERS = ("classifier", "score", "out_proj", "linear_out", "logits_proj", "summary")
+"""Layers that give a number a class, the surest first: XLNet has `logits_proj` behind `summary`, XLM has no other."""
 
 
 class SequenceClassification(Task):
@@ -59,7 +60,8 @@ class SequenceClassification(Task):
         return heads
 
     def label_count(self, trained: Mapping[str, tuple[int, ...]]) -> int | None:
-        return next((shape[0] for name, shape in trained.items() if name.endswith(_HEAD_WEIGHTS)), None)
+        sizes = {tuple(name.split(".")[-2:]): shape[0] for name, shape in trained.items() if shape}
+        return next((sizes[last, "weight"] for last in _LAST_LAYERS if (last, "weight") in sizes), None)
 
     def prepare(
         self, raw: RawData, tokenizer: Any, data: DataConfig, *, seed: int, cache_dir: Path | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from adalora_scale.adalora.injection import injection_of
 from adalora_scale.controller import RankAllocator
-from adalora_scale.engines.ranks import together
+from adalora_scale.engines.ranks import rank_and_size, together
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter
+from adalora_scale.messages import say
+from adalora_scale.training.idle import FirstStep
 from adalora_scale.training.lease import Lease, take
 from adalora_scale.training.records import JsonLines
 from adalora_scale.training.soundness import MAX_SKIPPED_STEPS, Soundness
@@ -52,6 +55,7 @@ class AdaLoraCallback(TrainerCallback):
         self.kept_lines: dict[str, int] | None = None
         """Of a continued run: how many lines of each of the files stay."""
         self._attached_early = False
+        self._first_step: FirstStep | None = None
         self._guarded_step = -1
         self._last_written = 0
         self._clock = time.perf_counter()
@@ -82,6 +86,8 @@ class AdaLoraCallback(TrainerCallback):
                 )
             allocator = self.attach(model, kwargs["optimizer"], state.max_steps)
         self._attached_early = False
+        # A compiled model's graph has no place for hooks.
+        self._first_step = None if args.torch_compile else FirstStep(model)
         together(lambda: self._open(output_dir) if state.is_world_process_zero else None)
         self._soundness = Soundness(
             model,
@@ -122,6 +128,8 @@ class AdaLoraCallback(TrainerCallback):
         self.allocator = RankAllocator(model, injection.config, total_step=total_step).attach(optimizer)
         self._attached_early = True
         self._guarded_step = -1
+        if rank_and_size()[0] == 0:
+            _name_left_out(injection.left_out)
         return self.allocator
 
     @property
@@ -157,6 +165,9 @@ class AdaLoraCallback(TrainerCallback):
         """Count a step that a GradScaler dropped, and write the step's allocation if there was one."""
         if self.allocator is None:
             return
+        if self._first_step is not None:
+            self._first_step.name_idle()
+            self._first_step = None
         self.allocator.skip_missed_steps(state.global_step)
         every = self.allocator.config.guard_every
         if every and state.global_step % every == 0:
@@ -228,3 +239,11 @@ class AdaLoraCallback(TrainerCallback):
         elapsed, seen = now - self._clock, tokens - self._tokens
         self._clock, self._tokens = now, tokens
         return {"tokens_per_second": seen / elapsed} if seen > 0 and elapsed > 0 else {}
+
+
+def _name_left_out(reasons: dict[str, str]) -> None:
+    """Name once the linear layers that `all-linear` left out."""
+    for reason in dict.fromkeys(reasons.values()):
+        names = [name for name, why in reasons.items() if why == reason]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        say(f"adalora.target_modules=all-linear leaves out '{names[0]}'{more}: {reason}", to=sys.stderr)

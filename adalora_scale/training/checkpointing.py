@@ -24,6 +24,7 @@ from adalora_scale.data.digests import data_fingerprint
 from adalora_scale.engines import base_optimizer
 from adalora_scale.engines.ranks import everywhere, together
 from adalora_scale.errors import INTERRUPTED_EXIT_CODE, Interrupted, UserError
+from adalora_scale.export.tied import tied_names
 from adalora_scale.files import write_json
 from adalora_scale.messages import say
 from adalora_scale.training.base_weights import KEY as BASE_FILES
@@ -242,6 +243,7 @@ class RunCheckpoints:
             "optimizer": {"class": type(base).__name__},
             "compact": allocator.compact,
             "forms": file_forms(trainer.model),
+            "ties": tied_names(trainer.model),
             "loop": loop,
             "records": {name: lines.lines for name, lines in records.items()},
             "base_model": getattr(injected_module(trainer.model), "name_or_path", None),

@@ -10,6 +10,7 @@ import torch
 from adalora_scale.config import RunConfig
 from adalora_scale.data.rows import load_raw
 from adalora_scale.errors import UserError
+from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.peft_adalora import load_adapter
 from adalora_scale.placing.model import load_model
 from adalora_scale.reading.written import check_written
@@ -42,7 +43,7 @@ def evaluate_exact_match(
         raise UserError("evaluate needs prompt/completion rows in data.eval (or data.eval_fraction).")
     tokenizer = load_tokenizer(config)
     check_written(config.model.model_name_or_path)
-    model = load_model(config)
+    model = load_model(config, given=AdapterFile(adapter).others if adapter is not None else ())
     if adapter is not None:
         load_adapter(model, adapter)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -38,6 +38,7 @@ from adalora_scale.files import write_json
 from adalora_scale.messages import say
 from adalora_scale.placing import streaming
 from adalora_scale.placing.model import place_model
+from adalora_scale.placing.tokens import require_rows
 from adalora_scale.reading.base_config import check_base, foreign, said_of
 from adalora_scale.tasks.registry import find_task, wanted_rows
 from adalora_scale.training.arguments import (
@@ -156,6 +157,7 @@ def prepare(config: RunConfig) -> Inputs:
         raise UserError("training.eval_strategy needs evaluation data; set data.eval or data.eval_fraction.")
     tokenizer = load_tokenizer(config)
     data = task.prepare(raw, tokenizer, config.data, seed=seed)
+    require_rows(config, tokenizer, data, raw.label_names, main=arguments.process_index == 0)
     steps = total_steps(arguments, len(data.train))
     if steps < 1:
         raise UserError("training.num_train_epochs and training.max_steps leave no step to train; raise one of them.")

@@ -6,13 +6,14 @@ The seams overridden here were checked against transformers 5.23 and TRL 1.16; p
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
@@ -311,6 +312,9 @@ class AdaLoraSFTTrainer(AdaLoraTrainerMixin, SFTTrainer):
         if isinstance(model, str):
             training = kwargs.get("args") or (args[0] if args else None)
             model = AutoModelForCausalLM.from_pretrained(model, **(getattr(training, "model_init_kwargs", None) or {}))
+        _name_backbone(model)
+        training = kwargs.get("args") or (args[0] if args else None)
+        _settle_router_loss(model, training)
         super().__init__(model, *args, adalora_config=adalora_config, **kwargs)
         head = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
         for name, layer in adapter_layers(model):
@@ -325,6 +329,39 @@ class AdaLoraSFTTrainer(AdaLoraTrainerMixin, SFTTrainer):
         if getattr(self.args, "packing", False):
             check_packing_isolated(self.model_wrapped)
         return prepared
+
+
+def _name_backbone(model: nn.Module) -> None:
+    """Let `base_model`, which TRL's loss runs, be what is below the head, where a class names it wrongly.
+
+    transformers 5.23: Llama4ForCausalLM's prefix is that of the multimodal model, so that it would be its own backbone.
+    """
+    if getattr(model, "base_model", None) is not model:
+        return
+    backbones = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
+    if len(backbones) == 1:
+        model.base_model_prefix = backbones[0]  # type: ignore[assignment]  # a plain attribute
+
+
+def _settle_router_loss(model: nn.Module, training: Any) -> None:
+    """Add no loss for balanced routers to a model that has none: TRL does for every config with such a coefficient.
+
+    Raises:
+        UserError: training asks for one.
+    """
+    shape: Any = getattr(model, "config", None)
+    if training is None or shape is None or not hasattr(text := shape.get_text_config(), "output_router_logits"):
+        return
+    if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
+        text.num_experts = text.num_local_experts  # TRL 1.16 reads this name alone; Phi and Granite have the other
+    if hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func"):
+        return
+    if getattr(training, "router_aux_loss_coef", None):
+        raise UserError(
+            f"training.router_aux_loss_coef is {training.router_aux_loss_coef}, but {type(model).__name__} has no loss "
+            f"for its routers; remove the key."
+        )
+    training.router_aux_loss_coef = 0.0
 
 
 def with_adalora(vendor: type[Trainer]) -> type[AdaLoraTrainer] | type[AdaLoraSFTTrainer]:

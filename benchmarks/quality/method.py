@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, set_seed
 
-from adalora_scale.adalora.injection import find_targets
+from adalora_scale.adalora.targets import find_targets
 from adalora_scale.config import AdaLoraConfig, RunConfig
 from adalora_scale.placing.model import load_model
 from adalora_scale.tasks.registry import find_task

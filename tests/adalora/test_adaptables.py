@@ -10,8 +10,9 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
 from adalora_scale.adalora.adaptables import adaptable_of, block
-from adalora_scale.adalora.injection import adapter_layers, coverage, find_targets, inject_adalora, injection_of
+from adalora_scale.adalora.injection import adapter_layers, coverage, inject_adalora, injection_of
 from adalora_scale.adalora.layer import AdaLoraLayer
+from adalora_scale.adalora.targets import find_targets
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import Unsupported
 from tests.adalora import tiny
@@ -146,8 +147,8 @@ def test_what_torch_computes_around_a_layers_forward(monkeypatch):
     batch, padded = torch.ones(2, 5, 16), torch.arange(5) > torch.tensor([[4], [2]])
     config = AdaLoraConfig(init_r=4, target_r=2)
     with pytest.raises(Unsupported, match=r"'layers\.0\.self_attn\.out_proj'.*adalora\.exclude_modules"):
-        inject_adalora(model, config)
-    inject_adalora(model, config.replace(exclude_modules=["out_proj"])).eval()
+        inject_adalora(model, config.replace(target_modules=["out_proj"]))
+    inject_adalora(model, config).eval()
     assert coverage(model).matrices == 2
     with torch.no_grad():
         for _, layer in adapter_layers(model):

@@ -9,11 +9,11 @@ from torch import nn
 from adalora_scale.adalora.injection import (
     adapter_layers,
     coverage,
-    find_targets,
     inject_adalora,
     plain_name,
 )
 from adalora_scale.adalora.layer import AdaLoraLayer
+from adalora_scale.adalora.targets import find_targets
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
 from adalora_scale.errors import Unsupported, UserError

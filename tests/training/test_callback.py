@@ -5,6 +5,7 @@ import json
 import datasets
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer
 from transformers import TrainingArguments as Arguments
 from trl import SFTConfig, SFTTrainer
@@ -14,6 +15,7 @@ from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import UserError
 from adalora_scale.export.peft_adalora import load_adapter
 from adalora_scale.training.callback import AdaLoraCallback
+from adalora_scale.training.idle import FirstStep
 from tests.conftest import ROOT
 from tests.distributed.launcher import run_ranks
 from tests.sizes import ONE_OF_EACH, assert_spent, parameters_of
@@ -141,3 +143,29 @@ def test_unmodified_trainer_prunes_alike_on_two_ranks(stories260k, tmp_path):
     assert [(rank["refused"], rank["world_size"]) for rank in ranks] == [("", 2)] * 2
     assert ranks[0]["digest"] == ranks[1]["digest"]
     assert ranks[0]["weights"] == ranks[1]["weights"]
+
+
+def test_adapters_that_no_gradient_reaches_are_named_once(capsys):
+    """Else a tower that no batch uses takes part of the budget in silence."""
+
+    class TwoLayers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.dropped, self.unused = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            self.dropped(x)
+            return self.used(x)
+
+    model = inject_adalora(TwoLayers(), AdaLoraConfig(init_r=2, target_r=1))
+    watch = FirstStep(model)
+    model(torch.ones(2, 4)).sum().backward()
+    watch.name_idle()
+    said = capsys.readouterr().err
+    assert "no gradient reached 2 of 3 adapters" in said and "'dropped' and 1 more" in said
+    model.used.lora_E.grad = None
+    model(torch.ones(2, 4)).sum().backward()
+    again = FirstStep(model)
+    with torch.no_grad():
+        model(torch.ones(2, 4))
+    assert again.idle() == ["used", "dropped", "unused"]

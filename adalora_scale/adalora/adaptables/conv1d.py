@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.pytorch_utils import Conv1D
 
-from adalora_scale.adalora.adaptables.linear import Matrix
+from adalora_scale.adalora.adaptables.linear import Matrix, require_linear
 
 
 class TransposedLinear(Matrix[Conv1D]):
@@ -14,4 +14,5 @@ class TransposedLinear(Matrix[Conv1D]):
     transposed = True
 
     def sides(self, base: Conv1D) -> tuple[int, int]:
+        require_linear(base)
         return int(base.nx), int(base.nf)

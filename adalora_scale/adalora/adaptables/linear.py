@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adalora_scale.adalora.adaptables.base import Adaptable, Base
+from adalora_scale.errors import Unsupported
+from adalora_scale.quantization.called import computes_linear
 
 
 class Matrix(Adaptable[Base]):
@@ -21,10 +23,24 @@ class Matrix(Adaptable[Base]):
         return F.linear((dropout(x) @ a) * e, b)
 
 
+def require_linear(base: nn.Module) -> None:
+    """See that the layer is called as a linear one.
+
+    Raises:
+        Unsupported: its forward computes something else.
+    """
+    if not computes_linear(base):
+        raise Unsupported(
+            f"cannot adapt a {type(base).__module__}.{type(base).__name__}: its forward is not a linear layer's own. "
+            f"Exclude it with adalora.exclude_modules."
+        )
+
+
 class Linear(Matrix[nn.Linear]):
     """torch's linear layer."""
 
     types = (nn.Linear,)
 
     def sides(self, base: nn.Linear) -> tuple[int, int]:
+        require_linear(base)
         return base.in_features, base.out_features

@@ -18,7 +18,7 @@ from adalora_scale.config import RunConfig
 from adalora_scale.engines.blocks import transformer_blocks
 from adalora_scale.engines.planned import SECOND_LEVEL, Piece
 from adalora_scale.errors import Unsupported
-from adalora_scale.placing.model import adalora_config_for
+from adalora_scale.placing.absent import adalora_config_for
 from adalora_scale.placing.streaming import build_on_meta, quant_spec
 from adalora_scale.quantization.linear import Linear4bit, quantization_targets, replace_linears
 from adalora_scale.tasks.registry import find_task

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from adalora_scale.adalora.injection import adapter_layers, inject_adalora, modules_to_save
+from adalora_scale.adalora.injection import adapter_layers, inject_adalora
+from adalora_scale.adalora.targets import modules_to_save
 from adalora_scale.config import load_config
 from adalora_scale.engines.full import full_parameter
 from adalora_scale.engines.zero_place import whole_weights
