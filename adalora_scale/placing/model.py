@@ -30,18 +30,19 @@ from adalora_scale.reading.written import check_written
 from adalora_scale.tasks.registry import find_task
 
 
-def load_model(config: RunConfig, *, given: Collection[str] = ()) -> nn.Module:
+def load_model(config: RunConfig, label_names: list[str] | None = None, *, given: Collection[str] = ()) -> nn.Module:
     """Load the base model whole, in the dtype, with the attention and in the 4 bits that `config.model` names.
 
     Args:
         config: the run's.
+        label_names: names of the classes, for a classifier.
         given: names of tensors that an adapter is going to bring, which the checkpoint need not hold.
 
     Raises:
         UserError: the base cannot be loaded, or its checkpoint lacks weights.
     """
-    model, absent = _load_whole(config, None)
-    require_saved(model, config.adalora, absent, given)
+    model, absent = _load_whole(config, label_names)
+    require_saved(model, adalora_config_for(config, model, absent), absent, given)
     return model
 
 

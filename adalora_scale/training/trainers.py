@@ -340,7 +340,7 @@ def _name_backbone(model: nn.Module) -> None:
         return
     backbones = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
     if len(backbones) == 1:
-        model.base_model_prefix = backbones[0]  # type: ignore[assignment]  # a plain attribute
+        model.base_model_prefix = backbones[0]
 
 
 def _settle_router_loss(model: nn.Module, training: Any) -> None:
