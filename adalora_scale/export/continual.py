@@ -83,8 +83,8 @@ def start_from_adapter(
                 f"model.adapter_path={directory} has ({shape.in_features}, {shape.out_features}) features for "
                 f"'{name}', the model ({layer.in_features}, {layer.out_features}); it belongs to another base."
             )
-    own = digest_base(model, adapter.modules, adapter.saved) if base is None else base
-    if not same_base(adapter.record.get("base") or {}, own):
+    digests = digest_base(model, adapter.modules, adapter.saved) if base is None else base
+    if not same_base(adapter.record.get("base") or {}, digests):
         raise UserError(
             f"model.adapter_path={directory} was trained on another base model (shapes agree, weights differ); set "
             f"model.model_name_or_path to its own{f', {adapter.base}' if adapter.base else ''}."

@@ -34,7 +34,7 @@ def add_rounding(model: nn.Module, adapter: AdapterFile, base: BaseCheckpoint) -
         dtype = base.stored_dtype(f"{module}.weight")
         if dtype is None or dtype in _WIDE:
             continue
-        layer = inner.get_submodule(module).base_layer
+        layer: nn.Module = inner.get_submodule(module).base_layer  # type: ignore[assignment]
         weight: Tensor = layer.weight  # type: ignore[assignment]
         rows = weight.shape[0]
         total = weight + adapter.update(module).delta(0, rows, transposed=base.transposed(module)).view_as(weight)
@@ -54,4 +54,4 @@ def _trained_in_full(model: nn.Module, name: str) -> Tensor:
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     copies = getattr(module, "modules_to_save", None)  # PEFT's wrapper
-    return getattr(next(iter(copies.values())) if copies is not None else module, leaf)  # type: ignore[no-any-return]
+    return getattr(next(iter(copies.values())) if copies is not None else module, leaf)

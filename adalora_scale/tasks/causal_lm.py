@@ -72,6 +72,11 @@ class CausalLM(Task):
         if not whole_logits:
             from trl.trainer.utils import add_fused_lm_head
 
+            from adalora_scale.tasks.own_head import use_own_head, why_not_fused
+
+            if why_not_fused(model) is not None:  # as training settles it
+                use_own_head(model)
+                return
             add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # type: ignore[arg-type]  # as SFTTrainer does
 
     def trace_batch(self, sequences: int, length: int, *, whole_logits: bool, masked: bool) -> dict[str, Any]:

@@ -34,8 +34,10 @@ from adalora_scale.training.callback import AdaLoraCallback
 from adalora_scale.training.checkpointing import RunCheckpoints, choose_checkpoint
 from adalora_scale.training.lease import take
 from adalora_scale.training.loop_state import deepspeed_scaler
+from adalora_scale.training.objective import settle_objective
 from adalora_scale.training.optimizers import writes_checkpoints
 from adalora_scale.training.stopping import SCHEDULERS, stopping
+from adalora_scale.training.token_sums import TokenSums, kept_rows, row_count, without_repeats
 
 # The mixin stands in front of a Trainer; telling the type checker so keeps the seams below checked.
 if TYPE_CHECKING:
@@ -209,6 +211,13 @@ class AdaLoraTrainerMixin(_TrainerSeams):
             callback.lease.release()
             callback.lease = None
 
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Leave rows that were repeated to fill the last batch out of its loss, as the loop leaves out their logits."""
+        step = super().prediction_step(model, dict(inputs), *args, **kwargs)
+        if (kept := kept_rows(self, row_count(inputs))) is None or step[0] is None:
+            return step
+        return super().prediction_step(model, without_repeats(inputs, kept), True)[0], *step[1:]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put AdaLoRA's figures beside the loss, for every tracker the trainer reports to."""
         if self.allocator is not None and "loss" in logs:
@@ -311,6 +320,7 @@ class AdaLoraSFTTrainer(AdaLoraTrainerMixin, SFTTrainer):
         if isinstance(model, str):
             training = kwargs.get("args") or (args[0] if args else None)
             model = AutoModelForCausalLM.from_pretrained(model, **(getattr(training, "model_init_kwargs", None) or {}))
+        self._tokens = TokenSums()
         super().__init__(model, *args, adalora_config=adalora_config, **kwargs)
         head = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
         for name, layer in adapter_layers(model):
@@ -320,11 +330,29 @@ class AdaLoraSFTTrainer(AdaLoraTrainerMixin, SFTTrainer):
                 )
 
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """See also that packed examples stay apart: in the wrapped model, which alone can run under ZeRO-3."""
+        """See also that packed examples stay apart, and that the loss is the model's own: in the wrapped model, which
+        alone can run under ZeRO-3."""
         prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
         if getattr(self.args, "packing", False):
             check_packing_isolated(self.model_wrapped)
+        settle_objective(self)
         return prepared
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """Add the batch's token losses to the evaluation's sums."""
+        if not prediction_loss_only:  # a caller of SFTTrainer who wants logits
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self._tokens.add(self, model, self._prepare_inputs(inputs))
+        return loss, None, None
+
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; the loss is that of all tokens, whatever batches and ranks they were spread over."""
+        self._tokens = TokenSums(getattr(dataloader, "dataset", None))
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        return self._tokens.settle(self, output, kwargs.get("metric_key_prefix", "eval"))
 
 
 def with_adalora(vendor: type[Trainer]) -> type[AdaLoraTrainer] | type[AdaLoraSFTTrainer]:
