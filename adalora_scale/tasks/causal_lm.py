@@ -64,7 +64,8 @@ class CausalLM(Task):
         # Rows arrive tokenised, masked, cut and packed: the trainer only has to collate them.
         options |= {
             "dataset_kwargs": {"skip_prepare_dataset": True},
-            "max_length": data.max_length,
+            # TRL does not cut rows that it flattens, and refuses the key; here they are cut already.
+            "max_length": None if options.get("padding_free") and not data.packing else data.max_length,
             "packing": data.packing,
         }
 

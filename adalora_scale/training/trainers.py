@@ -333,8 +333,10 @@ class AdaLoraSFTTrainer(AdaLoraTrainerMixin, SFTTrainer):
         """See also that packed examples stay apart, and that the loss is the model's own: in the wrapped model, which
         alone can run under ZeRO-3."""
         prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
-        if getattr(self.args, "packing", False):
-            check_packing_isolated(self.model_wrapped)
+        for key in ("packing", "padding_free"):
+            if getattr(self.args, key, False):
+                check_packing_isolated(self.model_wrapped, f"{'data' if key == 'packing' else 'training'}.{key}")
+                break
         settle_objective(self)
         return prepared
 
