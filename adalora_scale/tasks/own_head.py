@@ -77,14 +77,16 @@ def _from_logits(
         logits, targets = logits[:, :-1], labels[:, 1:]
     targets = targets.to(logits.device)
     mask = targets != -100
-    scored, wanted = logits[mask].float(), targets[mask]  # (positions, vocabulary), (positions,)
-    log_probs = -nn.functional.cross_entropy(scored, wanted, reduction="none")
+    shape, vocabulary = mask.shape, logits.shape[-1]
+    # Every position is scored and the ignored ones are zero: shapes do not depend on the labels, which `plan` needs.
+    scored, wanted = (
+        logits.float().reshape(-1, vocabulary),
+        targets.reshape(-1),
+    )  # (positions, vocabulary)
+    log_probs = -nn.functional.cross_entropy(scored, wanted, reduction="none", ignore_index=-100).view(shape)
     with torch.no_grad():
-        entropy = torch.cat([_entropy(rows) for rows in scored.split(_ROWS)]) if len(scored) else scored.new_zeros(0)
-        is_top1 = scored.argmax(-1) == wanted if len(scored) else mask.new_zeros(0)
-
-    def placed(values: Tensor) -> Tensor:
-        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+        entropy = torch.cat([_entropy(rows) for rows in scored.split(_ROWS)]).view(shape).masked_fill(~mask, 0.0)
+        is_top1 = (scored.argmax(-1) == wanted).view(shape) & mask
 
     count = mask.sum().clamp(min=1)
     aux_loss = getattr(outputs, "aux_loss", None)
@@ -92,9 +94,9 @@ def _from_logits(
         aux_loss = outputs.loss + log_probs.sum() / count
     return FusedCausalLMOutput(
         loss=-log_probs.sum() / (count if num_items is None else num_items),
-        log_probs=placed(log_probs),
-        entropy=placed(entropy),
-        is_top1=placed(is_top1),
+        log_probs=log_probs,
+        entropy=entropy,
+        is_top1=is_top1,
         label_mask=mask,
         aux_loss=aux_loss,
     )
