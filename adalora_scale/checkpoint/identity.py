@@ -10,6 +10,11 @@ from adalora_scale.checkpoint.format import Checkpoint
 from adalora_scale.checkpoint.state import score_of
 from adalora_scale.errors import UserError, nearest
 
+_FIXED = ("total_step", "adalora.init_r", "adalora.budget_unit")
+"""What cannot differ even where `training.resume_allow_changed` names it: what was saved does not fit then."""
+_MODULES = ("adalora.target_modules", "adalora.exclude_modules", "adalora.modules_to_save")
+"""Likewise, where they lead to other modules than were saved."""
+
 
 def plain(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values as they come back from JSON, so that a saved identity compares equal."""
@@ -28,19 +33,23 @@ def saved_identity(checkpoint: Checkpoint) -> dict[str, Any]:
     return {"adalora.init_weights": "adalora", "adalora.budget_unit": "triplets", "adalora.score": score} | saved
 
 
-def require_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any], allowed: Collection[str]) -> list[str]:
+def require_same_run(
+    checkpoint: Checkpoint, identity: Mapping[str, Any], allowed: Collection[str], *, same_modules: bool = True
+) -> list[str]:
     """Compare a run's identity with its checkpoint's.
 
     Args:
         checkpoint: what the run goes on from.
         identity: key → value of everything that decides what is trained; keys that one side lacks are left out.
-        allowed: keys that may differ (`training.resume_allow_changed`).
+        allowed: keys that may differ (`training.resume_allow_changed`), those apart that cannot.
+        same_modules: whether the run adapts the modules that were saved.
 
     Returns:
         The allowed keys that did change.
 
     Raises:
-        UserError: another key differs, with both values and the way out; or an allowed key does not exist.
+        UserError: another key differs, or one that cannot, with both values and the way out; or an allowed key does
+            not exist.
     """
     saved, now = saved_identity(checkpoint), plain(identity)
     keys = [*now, *(key for key in saved if key not in now)]
@@ -50,6 +59,14 @@ def require_same_run(checkpoint: Checkpoint, identity: Mapping[str, Any], allowe
     common = [key for key in keys if key in now and key in saved]
     changed = {key: (saved[key], now[key]) for key in common if saved[key] != now[key]}
     refused = [key for key in changed if key not in allowed]
+    if fixed := [key for key in changed if key in (_FIXED if same_modules else _FIXED + _MODULES)]:
+        diff = ", ".join(f"{key}: {changed[key][0]} → {changed[key][1]}" for key in fixed)
+        raise UserError(
+            f"the checkpoint {checkpoint.directory} is of another run ({diff}), which cannot differ: the schedule of "
+            f"pruning, the scores and the mask belong to it. Resume with the old values; to train on, let the run end "
+            f"and start a new one from its adapter: model.adapter_path={checkpoint.directory.parent} and another "
+            f"training.output_dir."
+        )
     if refused:
         diff = ", ".join(f"{key}: {changed[key][0]} → {changed[key][1]}" for key in refused)
         raise UserError(

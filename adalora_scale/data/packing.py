@@ -47,7 +47,7 @@ def pack(
     return pack_dataset(dataset, max_length, "bfd", options)
 
 
-def check_packing_isolated(model: Any) -> None:
+def check_packing_isolated(model: Any, key: str = "data.packing") -> None:
     """Refuse a model whose packed examples see each other.
 
     Runs two forward passes on three packed examples of 18 tokens in all. Only the first example's tokens differ, so the
@@ -56,9 +56,10 @@ def check_packing_isolated(model: Any) -> None:
 
     Args:
         model: a causal language model as the trainer will call it; mode and gradients are left as they were.
+        key: what asks for packed rows, for the message.
 
     Raises:
-        Unsupported: the model mixes examples; turn data.packing off.
+        Unsupported: the model mixes examples, or does not run on a packed row; turn `key` off.
     """
     config = getattr(model, "module", model).config.get_text_config()  # DDP and DeepSpeed wrap the model
     device = next(model.parameters()).device
@@ -70,6 +71,13 @@ def check_packing_isolated(model: Any) -> None:
     try:
         reference = _packed_logits(model, [first, *others], device)
         changed = _packed_logits(model, [config.vocab_size - first, *others], device)
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, ImportError) as error:
+        raise Unsupported(
+            f"{key}: {config.model_type} does not run on packed rows ({' '.join(str(error).split())[:200]}). Set "
+            f"{key}=false."
+        ) from error
     finally:
         for module, training in modes:
             module.training = training
@@ -80,8 +88,9 @@ def check_packing_isolated(model: Any) -> None:
     tolerance = 1e-4 if reference.dtype == torch.float32 and next(model.parameters()).dtype == torch.float32 else 2e-2
     if not difference <= tolerance * scale:
         raise Unsupported(
-            f"packing: {type(model).__name__} with attn_implementation={config._attn_implementation} mixes packed "
-            f"examples (logits of one move by {difference:.2g} when another changes). Set data.packing=false, or "
+            f"{key}: {type(getattr(model, 'module', model)).__name__} with "
+            f"attn_implementation={config._attn_implementation} mixes packed examples (logits of one move by "
+            f"{difference:.2g} when another changes). Set {key}=false, or "
             "use model.attn_implementation=sdpa or flash_attention_2 if the model supports it."
         )
 

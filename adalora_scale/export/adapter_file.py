@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from torch import Tensor
 
 from adalora_scale.adalora.adaptables import MATRIX, FileForm, block, module_of_factor, namings
 from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.export.adapter_keys import require_plain
 from adalora_scale.export.adapter_record import PEFT_SCALE, checked_record
+from adalora_scale.export.base_copies import BASE_LAYER, require_own_copies
 from adalora_scale.export.tensor_files import FLOATING, TensorFile
 from adalora_scale.reading.folders import PICKLES, own_file
 from adalora_scale.reading.json_text import as_object, read_object, shown
@@ -28,24 +32,6 @@ from adalora_scale.tasks.task import Task
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-_NOT_PLAIN = (
-    "use_dora",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "layer_replication",
-    "megatron_config",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "target_parameters",
-    "trainable_token_indices",
-    "ensure_weight_tying",
-)
-"""Keys of PEFT's LoraConfig (0.21) under which the function is not W + s · B A of every named matrix alone."""
-_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
-"""Beginnings of `init_lora_weights` that also take something from the base's weights, here and when PEFT loads."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +81,6 @@ class AdapterFile:
         self.config = read_adapter_config(self.directory, methods=("ADALORA", "LORA"))
         self.method: str = self.config["peft_type"]
         self._file = TensorFile(weights_path(self.directory))
-        self._refuse_variants()
         self.record: dict[str, Any] = checked_record(self._file)
         """What this project wrote beside PEFT's keys; empty for adapters of others."""
         self._ranks, self._alphas = self._patterns()
@@ -104,6 +89,9 @@ class AdapterFile:
         """Adapted module → shape, in the order of the file."""
         self.others: dict[str, tuple[int, ...]] = {}
         """Tensors of modules that were trained in full, by their names in the model → shape."""
+        self.copies: dict[str, str] = {}
+        """Weights of adapted layers that PEFT saved beside them (`save_embedding_layers`), which must be the base's: by
+        their names in the model → the key in the file."""
         for key, entry in self._file.entries.items():
             name = key.removeprefix(PREFIX)
             if entry.dtype not in FLOATING and "lora_" in name:
@@ -114,6 +102,8 @@ class AdapterFile:
                     self.modules[module] = self._shape(module)
             elif "lora_" in name:
                 raise Unsupported(f"{self._file.path} holds '{key}', which is not part of a {self.method} update here.")
+            elif BASE_LAYER in name:
+                self.copies[name.replace(BASE_LAYER, ".")] = key
             else:
                 self.others[name] = entry.shape
         if not self.modules:
@@ -188,11 +178,30 @@ class AdapterFile:
 
     def tensors(self) -> dict[str, Tensor]:
         """Read everything, under the names in the file."""
-        return {key: self._file.tensor(key) for key in self._file.entries}
+        kept = self.copies.values()
+        return {key: self._file.tensor(key) for key in self._file.entries if BASE_LAYER not in key or key in kept}
 
     def other(self, name: str) -> Tensor:
         """Read a tensor of a module that was trained in full."""
         return self._file.tensor(PREFIX + name if PREFIX + name in self._file.entries else name)
+
+    def require_own_copies(self, own: Callable[[str], Tensor | None]) -> None:
+        """See that `copies` are the base's own weights, and leave them out from here on: the base has them.
+
+        Args:
+            own: reads a parameter of the base by its name; None where it cannot.
+
+        Raises:
+            UserError: one differs from the base's, or cannot be compared.
+        """
+        reads = {name: partial(self._file.tensor, key) for name, key in self.copies.items()}
+        require_own_copies(reads, own, self.directory)
+        self.copies = {}
+
+    def copied(self, kept: Collection[str]) -> dict[str, Tensor]:
+        """Read `copies` by the keys they have in an adapter file; plain ones where the module is not in `kept`."""
+        keys = {name: key if name.rpartition(".")[0] in kept else PREFIX + name for name, key in self.copies.items()}
+        return {keys[name]: self._file.tensor(key) for name, key in self.copies.items()}
 
     def _shape(self, module: str) -> ModuleShape:
         entries, method = self._file.entries, self.method
@@ -231,27 +240,13 @@ class AdapterFile:
         ranks, alphas = (Patterns(self.config.get(key) or {}, f"{path}: {key}") for key in keys)
         return ranks, alphas
 
-    def _refuse_variants(self) -> None:
-        path = self.directory / CONFIG_NAME
-        for key in _NOT_PLAIN:
-            if self.config.get(key):
-                raise Unsupported(f"{path} has {key}; only plain LoRA and AdaLoRA are read here.")
-        start = self.config.get("init_lora_weights")
-        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-            raise Unsupported(
-                f"{path} has init_lora_weights={start}, which changes the base's weights too; let PEFT save it with "
-                f"path_initial_model_for_weight_conversion first."
-            )
-        if self.config.get("bias", "none") != "none":
-            raise Unsupported(f"{path} has bias={self.config['bias']}; only 'none' is read here.")
-
 
 def read_adapter_config(directory: Path, *, methods: tuple[str, ...] = ("ADALORA",)) -> dict[str, Any]:
     """Read `adapter_config.json` and check what every reader relies on.
 
     Raises:
         UserError: the file is missing, no JSON, or without a usable rank and alpha.
-        Unsupported: the adapter is of a method that is not in `methods`.
+        Unsupported: the adapter is of a method that is not in `methods`, or is more than plain LoRA or AdaLoRA.
     """
     path = directory / CONFIG_NAME
     if not path.exists():
@@ -265,6 +260,7 @@ def read_adapter_config(directory: Path, *, methods: tuple[str, ...] = ("ADALORA
         known, found = " and ".join(methods), method if method is None or isinstance(method, str) else shown(method)
         raise Unsupported(f"{path} holds a '{found}' adapter; only {known} adapters load here. Use PEFT for others.")
     checked(AdapterConfig, saved, path)
+    require_plain(saved, path)
     rank = "init_r" if method == "ADALORA" else "r"
     if saved.get(rank) is None:
         raise UserError(f"{path}: '{rank}' is missing; it must be a positive number.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -22,7 +22,7 @@ from adalora_scale.adalora.base_digest import WeightsDigest
 from adalora_scale.adalora.injection import is_digested
 from adalora_scale.adalora.targets import is_inside
 from adalora_scale.errors import UserError
-from adalora_scale.export.tensor_files import FLOATING, TensorFile
+from adalora_scale.export.tensor_files import DTYPES, FLOATING, TensorFile
 from adalora_scale.quantization.base_files import INDEX_NAME, SINGLE_NAME, BaseFiles
 from adalora_scale.reading.base_config import check_base, foreign
 from adalora_scale.reading.json_text import read_object
@@ -81,6 +81,21 @@ class BaseCheckpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(source.file.entries[source.key].size for source in self.sources)
+
+    def tensor(self, parameter: str) -> Tensor | None:
+        """Read a parameter of the model; None where the checkpoint has it in another form, or not at all."""
+        source = self._source(parameter)
+        return source.file.tensor(source.key) if source else None
+
+    def stored_dtype(self, parameter: str) -> torch.dtype | None:
+        """Return the dtype that the checkpoint has a parameter in; None where it has it in another form, or not."""
+        source = self._source(parameter)
+        return DTYPES[source.file.entries[source.key].dtype] if source else None
+
+    def _source(self, parameter: str) -> Source | None:
+        names = {parameter, *self.aliases.get(parameter, [])}
+        found = (source for source in self.sources if source.parameter in names and not source.converted)
+        return next((source for source in found if source.file.entries[source.key].dtype in FLOATING), None)
 
     def dtype(self) -> str:
         """Return the dtype (format's naming) that most of the weights have."""

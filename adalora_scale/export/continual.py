@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +40,11 @@ def check_start(directory: str | Path, config: AdaLoraConfig) -> AdapterFile:
 
 @torch.no_grad()
 def start_from_adapter(
-    model: nn.Module, directory: str | Path, *, base: dict[str, dict[str, str]] | None = None
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    base: dict[str, dict[str, str]] | None = None,
+    own: Callable[[str], Tensor | None] | None = None,
 ) -> list[tuple[nn.Module, dict[str, nn.Parameter]]]:
     """Let an injected model start from an earlier adapter's function; call it on every rank, before sharding.
 
@@ -51,6 +56,7 @@ def start_from_adapter(
         model: what `inject_adalora` returned, in memory or on the meta device (then the factors are filled in later).
         directory: the earlier adapter: AdaLoRA or plain LoRA.
         base: digests of the model's base over the adapter's modules, where they cannot be seen in the model.
+        own: reads a weight of the model's base by its name, where it cannot be seen in the model.
 
     Returns:
         (module, its parameters' values) of modules that were trained in full, for loaders that fill a model later.
@@ -77,12 +83,13 @@ def start_from_adapter(
                 f"model.adapter_path={directory} has ({shape.in_features}, {shape.out_features}) features for "
                 f"'{name}', the model ({layer.in_features}, {layer.out_features}); it belongs to another base."
             )
-    own = digest_base(model, adapter.modules, adapter.saved) if base is None else base
-    if not same_base(adapter.record.get("base") or {}, own):
+    digests = digest_base(model, adapter.modules, adapter.saved) if base is None else base
+    if not same_base(adapter.record.get("base") or {}, digests):
         raise UserError(
             f"model.adapter_path={directory} was trained on another base model (shapes agree, weights differ); set "
             f"model.model_name_or_path to its own{f', {adapter.base}' if adapter.base else ''}."
         )
+    adapter.require_own_copies(own or partial(_own_weight, model))
     heads = _heads(model, adapter)
     for name in adapter.modules:
         layer = layers[name]
@@ -119,6 +126,13 @@ def svd_form(a: Tensor, b: Tensor) -> Triplets:
     right, lower = torch.linalg.qr(a[kept].double().T)
     u, s, vh = torch.linalg.svd(upper @ lower.T, full_matrices=False)
     return (right @ vh.T).float(), s.float(), (left @ u).float()
+
+
+def _own_weight(model: nn.Module, name: str) -> Tensor | None:
+    module, _, leaf = name.rpartition(".")
+    layer = dict(adapter_layers(model)).get(module)
+    weight = getattr(model.get_submodule(module) if layer is None else layer.base_layer, leaf, None)
+    return weight if isinstance(weight, Tensor) and weight.is_floating_point() and not weight.is_meta else None
 
 
 def _heads(model: nn.Module, adapter: AdapterFile) -> list[tuple[nn.Module, dict[str, nn.Parameter]]]:

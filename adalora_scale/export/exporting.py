@@ -10,18 +10,17 @@ from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.base_checkpoint import BaseCheckpoint, local_base
 from adalora_scale.export.dequantise import Dequantised, dequantised_weights, refuse_quantised
+from adalora_scale.export.fidelity import NotMeasurable
 from adalora_scale.export.from_checkpoint import adapter_folder
 from adalora_scale.export.measuring import measure, num_labels, samples, why_not_measured
 from adalora_scale.export.merge import Plan, check_same_base, plan_merge
 from adalora_scale.export.model_folder import shard_bytes, write_companions, write_model
-from adalora_scale.export.output import Withdrawn, output_folder
+from adalora_scale.export.output import Withdrawn, aside, output_folder
 from adalora_scale.export.peft_forms import write_peft_adalora, write_peft_lora
 from adalora_scale.export.pruned_adapter import SINGULAR_VALUES, Pruning, pruned_adapter
 from adalora_scale.export.rank_pattern import write_rank_pattern
 from adalora_scale.export.record import write_record
 from adalora_scale.export.request import Request
-
-_TOLERANCE = 1e-4  # of the largest logit, for forms that only rearrange float32 numbers
 
 
 def export_adapter(request: Request) -> dict[str, Any]:
@@ -39,6 +38,8 @@ def export_adapter(request: Request) -> dict[str, Any]:
 
 def _export(request: Request, adapter: AdapterFile, whole: AdapterFile, pruning: Pruning | None) -> dict[str, Any]:
     base = _base(request, whole)
+    if base is not None:
+        adapter.require_own_copies(base.tensor)  # of a pruned one
     report: dict[str, Any] = {
         "format": request.format + (" --uniform" if request.uniform else ""),
         "adapter": str(request.adapter),
@@ -73,22 +74,34 @@ def _export(request: Request, adapter: AdapterFile, whole: AdapterFile, pruning:
             _merge(request, adapter, base, plan, quantised, report, folder)
         else:
             _rearrange(request, adapter, base, report, folder)
-        fidelity = measure(request, adapter, base, quantised, batches, folder) if batches and base is not None else None
+        fidelity = None
+        try:
+            if batches and base is not None:
+                fidelity = measure(request, adapter, base, quantised, batches, folder)
+        except NotMeasurable as error:
+            reason = str(error)
         if fidelity and base is not None and adapter is not whole:
             # Whether the form is right is a question to the pruned adapter; what pruning costs, to the one it was.
-            cost = measure(request, whole, base, quantised, batches, folder)
+            cost = measure(request, whole, base, quantised, batches, folder, form_of=adapter)
             report["pruning"]["fidelity"] = cost.as_dict()
             report["pruning_text"] += f"\nagainst the adapter before pruning, {cost}"
         report["fidelity"] = fidelity.as_dict() if fidelity else None
         report["fidelity_text"] = str(fidelity) if fidelity else f"fidelity: not measured ({reason})"
-        report["failed"] = fidelity is not None and request.format != "merged" and not fidelity.relative <= _TOLERANCE
-        if report["failed"]:
+        report["failed"] = fidelity is not None and not fidelity.faithful
+        kept: Path | None = None
+        if fidelity is not None and report["failed"]:
+            kept = aside(request.output) if request.format == "merged" else None
+            where = f"what was merged is in {kept}" if kept else "--no-fidelity writes it unmeasured"
             report["what"] = (
-                f"{request.output} was not written: the form differs from the adapter by more than {_TOLERANCE:g} of "
-                f"the largest logit (--no-fidelity writes it unmeasured)"
+                f"{request.output} was not written: the form differs from the adapter by {fidelity.unexplained:.2g} in "
+                f"a logit where {fidelity.allowed:.2g} is allowed (the adapter changes {fidelity.adapter_effect:.2g}; "
+                f"{where})"
             )
-            raise Withdrawn
+            if kept is None:
+                raise Withdrawn
         report.update(write_record(folder, report))
+        if kept is not None:
+            raise Withdrawn(kept)
     return report
 
 
@@ -102,7 +115,7 @@ def _base(request: Request, adapter: AdapterFile) -> BaseCheckpoint | None:
         return None
     try:
         base = BaseCheckpoint(
-            local_base(name),
+            local_base(name, None if request.base else adapter.config.get("revision")),
             task=adapter.task,
             num_labels=num_labels(adapter),
             trust_remote_code=request.trust_remote_code,

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from adalora_scale.export.adapter_file import AdapterFile
@@ -22,6 +23,8 @@ from adalora_scale.export.fidelity import (
 )
 from adalora_scale.export.peft_adalora import load_adapter
 from adalora_scale.export.request import Request
+from adalora_scale.export.rounding import add_rounding
+from adalora_scale.export.tensor_files import DTYPES
 
 _HEADROOM = 1.5  # loading holds a tensor twice, computing needs activations
 
@@ -64,8 +67,19 @@ def measure(
     quantised: Dequantised | None,
     batches: list[dict[str, Tensor]],
     written: Path,
+    *,
+    form_of: AdapterFile | None = None,
 ) -> Fidelity:
-    """Compare what was written, still under its hidden name, with `adapter` on its base, both in float32."""
+    """Compare what was written, still under its hidden name, with `adapter` on its base, both in float32.
+
+    Args:
+        request: what was asked for.
+        adapter: the live side; `form_of` is what was written, where it is another one (it was pruned).
+        base: both sides' base.
+        quantised: its 4-bit side, where that is what was merged into.
+        batches: model inputs.
+        written: the folder.
+    """
     options: dict[str, Any] = {"trust_remote_code": True} if request.trust_remote_code else {}
     labels = num_labels(adapter)
     head = options | ({"num_labels": labels, "ignore_mismatched_sizes": True} if labels is not None else {})
@@ -83,6 +97,9 @@ def measure(
             return _with_peft(model, adapter.directory)
         return load_adapter(model, adapter.directory)
 
+    def with_rounding(model: nn.Module) -> bool:
+        return request.format == "merged" and form_of is None and not quantised and add_rounding(model, adapter, base)
+
     live = "the 4-bit base" if quantised else f"{base.directory}"
     with quiet_transformers():
         return compare(
@@ -91,7 +108,15 @@ def measure(
             load_exported,
             batches,
             compared_with=f"the adapter on {live}",
+            rounded=with_rounding,
+            **({"noise": _coarsest(quantised)} if quantised and request.format == "merged" else {}),
         )
+
+
+def _coarsest(quantised: Dequantised) -> float:
+    """Return what rounding the merged weights may change, of the largest logit, where it cannot be computed apart."""
+    dtypes = [DTYPES[stored.dtype] for stored in quantised.weights.values()]
+    return max((8 * torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize < 4), default=1e-4)
 
 
 def _with_peft(model: nn.Module, folder: Path) -> nn.Module:

@@ -120,6 +120,7 @@ def check_same_base(adapter: AdapterFile, base: BaseCheckpoint) -> None:
                 f"the adapter in {adapter.directory} holds '{name}' of shape {size}, which the base in "
                 f"{base.directory} has not; pass the base it was trained on to --base."
             )
+    adapter.require_own_copies(base.tensor)
     if not same_base(adapter.record.get("base") or {}, base.digests(list(adapter.modules), adapter.saved)):
         raise UserError(
             f"the adapter in {adapter.directory} was trained on another base than {base.directory} (shapes agree, "

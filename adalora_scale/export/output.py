@@ -16,7 +16,7 @@ from pathlib import Path
 from adalora_scale.errors import Unsupported, UserError, system_reason
 from adalora_scale.export.publishing import discard, names_beside, publish, tidy
 from adalora_scale.export.record import REPORT_NAME, remove_written, why_kept
-from adalora_scale.files import sync_tree
+from adalora_scale.files import sync_tree, writing
 from adalora_scale.messages import say
 from adalora_scale.reading.folders import own_file
 
@@ -36,7 +36,22 @@ _TOKENIZER_FILES = (
 
 
 class Withdrawn(Exception):
-    """Raised inside `output_folder` when what was written is not to be published; goes no further."""
+    """Raised inside `output_folder` when what was written is not to be published; goes no further.
+
+    Args:
+        kept: a free name that the folder gets instead; None: it goes.
+    """
+
+    def __init__(self, kept: Path | None = None) -> None:
+        super().__init__()
+        self.kept = kept
+
+
+def aside(target: Path) -> Path:
+    """Return a free name beside a folder for what is not to stand at its own: `OUT.unfaithful`, or with a number."""
+    target = Path(os.path.abspath(target))
+    names = (f"{target.name}.unfaithful{number}" for number in ("", *(f"-{count}" for count in range(2, 1000))))
+    return next(target.with_name(name) for name in names if not os.path.lexists(target.with_name(name)))
 
 
 @contextlib.contextmanager
@@ -76,7 +91,11 @@ def output_folder(target: Path, *, overwrite: bool, inputs: Sequence[Path], need
         earlier = publish(partial, target)
     except (UserError, Unsupported):
         raise
-    except Withdrawn:
+    except Withdrawn as withdrawn:
+        if withdrawn.kept is not None:
+            with writing(withdrawn.kept):
+                sync_tree(partial)
+                publish(partial, withdrawn.kept)
         return
     except Exception as error:  # the writers of safetensors and tokenizers are Rust's and raise no OSError
         if (reason := system_reason(error)) is None:

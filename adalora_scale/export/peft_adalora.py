@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from adalora_scale.export.adapter_file import (
 )
 from adalora_scale.export.adapter_file import PREFIX as _PREFIX
 from adalora_scale.export.adapter_record import PEFT_SCALE, RECORD_KEY, checked_record, save_adapter_file
+from adalora_scale.export.base_copies import BASE_LAYER, require_own_copies
 from adalora_scale.export.dequantise import quantised_base
 from adalora_scale.export.tensor_files import TensorFile
 from adalora_scale.export.tied import part_what_differs
@@ -126,6 +128,8 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
         raise UserError(f"{directory / WEIGHTS_NAME} holds no AdaLoRA tensors (no key ends in .lora_E).")
     checked = {name: _checked_factors(name, _base_of(model, name, directory), tensors, directory) for name in layers}
     others = {k.removeprefix(_PREFIX): v for k, v in tensors.items() if found[k] is None}
+    copies = {name.replace(BASE_LAYER, "."): partial(others.pop, name) for name in list(others) if BASE_LAYER in name}
+    require_own_copies(copies, dict(model.named_parameters(remove_duplicate=False)).get, directory)
     _check_others(model, others, directory)
 
     fields = {field.name for field in dataclasses.fields(AdaLoraConfig)}

@@ -95,6 +95,7 @@ def write_peft_lora(
             tensors[f"{PREFIX}{name}.{factor}"] = value
     for name in adapter.others:
         tensors[PREFIX + name] = adapter.other(name)
+    tensors |= adapter.copied(ranks)
     left_out = [name for name in adapter.modules if name not in ranks]
     if uniform:
         ranks = dict.fromkeys(ranks, common)

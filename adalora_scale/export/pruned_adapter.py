@@ -121,6 +121,7 @@ def _parameters(ranks: dict[str, int], costs: dict[str, int]) -> int:
 
 def _write(adapter: AdapterFile, cuts: dict[str, Cut], folder: Path) -> None:
     tensors: dict[str, Tensor] = {PREFIX + name: adapter.other(name) for name in adapter.others}
+    tensors |= adapter.copied([name for name, cut in cuts.items() if cut.update.e.numel()])
     for name, cut in cuts.items():
         if adapter.method == "LORA" and not cut.update.e.numel():
             continue  # PEFT's LoRA has no rank 0

@@ -24,6 +24,7 @@ from adalora_scale.export.continual import check_start, start_from_adapter
 from adalora_scale.messages import say
 from adalora_scale.placing import streaming
 from adalora_scale.placing.absent import adalora_config_for, describe, require_saved
+from adalora_scale.placing.stored import stored_weights
 from adalora_scale.quantization.base_files import BaseFiles
 from adalora_scale.reading.base_config import foreign, said_of
 from adalora_scale.reading.written import check_written
@@ -187,8 +188,9 @@ def _inject_streamed(config: RunConfig, started: streaming.Loading, *, continues
         return
     earlier = check_start(path, adalora)
     base = streaming.digests(started, earlier.modules, earlier.saved)  # before layers are wrapped
+    own = stored_weights(started)
     streaming.inject(started, adalora)
-    started.fresh += start_from_adapter(started.model, path, base=base)
+    started.fresh += start_from_adapter(started.model, path, base=base, own=own)
 
 
 def _begin_streaming(

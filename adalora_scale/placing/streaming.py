@@ -100,6 +100,7 @@ def begin(
         check_kernels(spec, device, dtype)
     with foreign(f"model.model_name_or_path={config.model.model_name_or_path}"):
         model = build_on_meta(config, model_config, dtype, label_names)
+        _take_generation_config(model, config)
     absent = absent_tensors(model, checkpoint)
     heads = new_heads(model, absent)
     plan = make_plan(
@@ -128,13 +129,17 @@ def build_on_meta(
     task = find_task(config.task)
     model = building.build_on_meta(task, model_config, label_names=label_names, **options)
     model.name_or_path = config.model.model_name_or_path  # type: ignore[assignment]  # as from_pretrained does
-    if task.generates:
+    _keep_float32(model, dtype)
+    return model.eval()
+
+
+def _take_generation_config(model: nn.Module, config: RunConfig) -> None:
+    """Read generation_config.json, which is the hub's to give where the base is; `plan` has no use for it."""
+    if find_task(config.task).generates:
         with contextlib.suppress(OSError):  # there is none: transformers derives one from config.json
             model.generation_config = GenerationConfig.from_pretrained(  # type: ignore[assignment]
                 config.model.model_name_or_path, revision=config.model.revision or "main"
             )
-    _keep_float32(model, dtype)
-    return model.eval()
 
 
 def quant_spec(config: ModelConfig) -> QuantSpec:

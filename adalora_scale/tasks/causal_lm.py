@@ -64,7 +64,8 @@ class CausalLM(Task):
         # Rows arrive tokenised, masked, cut and packed: the trainer only has to collate them.
         options |= {
             "dataset_kwargs": {"skip_prepare_dataset": True},
-            "max_length": data.max_length,
+            # TRL does not cut rows that it flattens, and refuses the key; here they are cut already.
+            "max_length": None if options.get("padding_free") and not data.packing else data.max_length,
             "packing": data.packing,
         }
 
@@ -72,6 +73,11 @@ class CausalLM(Task):
         if not whole_logits:
             from trl.trainer.utils import add_fused_lm_head
 
+            from adalora_scale.tasks.own_head import use_own_head, why_not_fused
+
+            if why_not_fused(model) is not None:  # as training settles it
+                use_own_head(model)
+                return
             add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))  # type: ignore[arg-type]  # as SFTTrainer does
 
     def trace_batch(self, sequences: int, length: int, *, whole_logits: bool, masked: bool) -> dict[str, Any]:

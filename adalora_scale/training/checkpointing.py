@@ -157,9 +157,12 @@ class RunCheckpoints:
         if checkpoint is None:
             return
         trainer = self.trainer
-        own = self._identity(allocator)
+        own, modules = self._identity(allocator), set(checkpoint.manifest["allocator"]["mask"])
         allowed = [key for key in self.allowed_changes if key != BASE_FILES]
-        changed = agree(lambda: require_same_run(checkpoint, own, allowed), checkpoint.directory)[0]
+        changed = agree(
+            lambda: require_same_run(checkpoint, own, allowed, same_modules=modules == set(allocator.modules)),
+            checkpoint.directory,
+        )[0]
         if self.base_weights is not None and (saved := checkpoint.manifest.get(BASE_FILES)):
             self.base_weights.require_same(saved, allowed=BASE_FILES in self.allowed_changes)
         scatter(checkpoint, trainer.model, allocator.sharding, allocator)

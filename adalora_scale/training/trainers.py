@@ -6,14 +6,13 @@ The seams overridden here were checked against transformers 5.23 and TRL 1.16; p
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
@@ -33,10 +32,13 @@ from adalora_scale.tasks.registry import task_of_class
 from adalora_scale.training.arguments import refuse_batch_search, require_evaluation_at_budget
 from adalora_scale.training.callback import AdaLoraCallback
 from adalora_scale.training.checkpointing import RunCheckpoints, choose_checkpoint
+from adalora_scale.training.for_trl import name_backbone, settle_router_loss
 from adalora_scale.training.lease import take
 from adalora_scale.training.loop_state import deepspeed_scaler
+from adalora_scale.training.objective import settle_objective
 from adalora_scale.training.optimizers import writes_checkpoints
 from adalora_scale.training.stopping import SCHEDULERS, stopping
+from adalora_scale.training.token_sums import TokenSums, kept_rows, row_count, without_repeats
 
 # The mixin stands in front of a Trainer; telling the type checker so keeps the seams below checked.
 if TYPE_CHECKING:
@@ -210,6 +212,13 @@ class AdaLoraTrainerMixin(_TrainerSeams):
             callback.lease.release()
             callback.lease = None
 
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Leave rows that were repeated to fill the last batch out of its loss, as the loop leaves out their logits."""
+        step = super().prediction_step(model, dict(inputs), *args, **kwargs)
+        if (kept := kept_rows(self, row_count(inputs))) is None or step[0] is None:
+            return step
+        return super().prediction_step(model, without_repeats(inputs, kept), True)[0], *step[1:]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Put AdaLoRA's figures beside the loss, for every tracker the trainer reports to."""
         if self.allocator is not None and "loss" in logs:
@@ -309,12 +318,12 @@ class AdaLoraSFTTrainer(AdaLoraTrainerMixin, SFTTrainer):
     def __init__(
         self, model: nn.Module | str, *args: Any, adalora_config: AdaLoraConfig | None = None, **kwargs: Any
     ) -> None:
-        if isinstance(model, str):
-            training = kwargs.get("args") or (args[0] if args else None)
-            model = AutoModelForCausalLM.from_pretrained(model, **(getattr(training, "model_init_kwargs", None) or {}))
-        _name_backbone(model)
         training = kwargs.get("args") or (args[0] if args else None)
-        _settle_router_loss(model, training)
+        if isinstance(model, str):
+            model = AutoModelForCausalLM.from_pretrained(model, **(getattr(training, "model_init_kwargs", None) or {}))
+        name_backbone(model)
+        settle_router_loss(model, training)
+        self._tokens = TokenSums()
         super().__init__(model, *args, adalora_config=adalora_config, **kwargs)
         head = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
         for name, layer in adapter_layers(model):
@@ -324,44 +333,31 @@ class AdaLoraSFTTrainer(AdaLoraTrainerMixin, SFTTrainer):
                 )
 
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """See also that packed examples stay apart: in the wrapped model, which alone can run under ZeRO-3."""
+        """See also that packed examples stay apart, and that the loss is the model's own: in the wrapped model, which
+        alone can run under ZeRO-3."""
         prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
-        if getattr(self.args, "packing", False):
-            check_packing_isolated(self.model_wrapped)
+        for key in ("packing", "padding_free"):
+            if getattr(self.args, key, False):
+                check_packing_isolated(self.model_wrapped, f"{'data' if key == 'packing' else 'training'}.{key}")
+                break
+        settle_objective(self)
         return prepared
 
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        """Add the batch's token losses to the evaluation's sums."""
+        if not prediction_loss_only:  # a caller of SFTTrainer who wants logits
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self._tokens.add(self, model, self._prepare_inputs(inputs))
+        return loss, None, None
 
-def _name_backbone(model: nn.Module) -> None:
-    """Let `base_model`, which TRL's loss runs, be what is below the head, where a class names it wrongly.
-
-    transformers 5.23: Llama4ForCausalLM's prefix is that of the multimodal model, so that it would be its own backbone.
-    """
-    if getattr(model, "base_model", None) is not model:
-        return
-    backbones = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
-    if len(backbones) == 1:
-        model.base_model_prefix = backbones[0]
-
-
-def _settle_router_loss(model: nn.Module, training: Any) -> None:
-    """Add no loss for balanced routers to a model that has none: TRL does for every config with such a coefficient.
-
-    Raises:
-        UserError: training asks for one.
-    """
-    shape: Any = getattr(model, "config", None)
-    if training is None or shape is None or not hasattr(text := shape.get_text_config(), "output_router_logits"):
-        return
-    if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
-        text.num_experts = text.num_local_experts  # TRL 1.16 reads this name alone; Phi and Granite have the other
-    if hasattr(sys.modules[type(model).__module__], "load_balancing_loss_func"):
-        return
-    if getattr(training, "router_aux_loss_coef", None):
-        raise UserError(
-            f"training.router_aux_loss_coef is {training.router_aux_loss_coef}, but {type(model).__name__} has no loss "
-            f"for its routers; remove the key."
-        )
-    training.router_aux_loss_coef = 0.0
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; the loss is that of all tokens, whatever batches and ranks they were spread over."""
+        self._tokens = TokenSums(getattr(dataloader, "dataset", None))
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        return self._tokens.settle(self, output, kwargs.get("metric_key_prefix", "eval"))
 
 
 def with_adalora(vendor: type[Trainer]) -> type[AdaLoraTrainer] | type[AdaLoraSFTTrainer]:

@@ -182,8 +182,8 @@ def test_a_form_that_is_not_the_adapter_is_not_published(made, tmp_path, capsys,
         copy(folder / "export", out)
     before = everything(tmp_path)
     code = (
-        "import sys; from adalora_scale.export import exporting; from adalora_scale.cli import main;"
-        "exporting._TOLERANCE = -1.0; sys.exit(main(sys.argv[1:]))"  # every real difference is too large then
+        "import sys; from adalora_scale.export.fidelity import Fidelity; from adalora_scale.cli import main;"
+        "Fidelity.allowed = -1.0; sys.exit(main(sys.argv[1:]))"  # every real difference is too large then
     )
     arguments = ["export", folder / "run", out, "--base", base, "--format", "peft-lora", "--overwrite", "--fidelity"]
     done = subprocess.run(

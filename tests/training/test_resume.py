@@ -122,7 +122,6 @@ CHANGED = {
     "schedule": ("adalora.deltaT=3", "adalora.deltaT"),
     "rows": ("data.max_train_samples=60", "data_fingerprint"),
     "global batch": ("training.gradient_accumulation_steps=1", "global_batch"),
-    "steps": ("training.max_steps=20", "total_step"),
     "seed": ("training.seed=5", "training.seed"),
 }
 
@@ -136,6 +135,26 @@ def test_another_run_is_refused_with_what_changed(case, crashed):
         train(config(folder, "training.resume_from_checkpoint=auto", override))
     assert key in str(caught.value) and "training.resume_allow_changed" in str(caught.value)
     assert [path.name for path in checkpoints(folder)] == ["checkpoint-6", "checkpoint-4", "checkpoint-2"]
+
+
+FIXED = {
+    "steps": ("training.max_steps=20", "total_step"),
+    "triplets": ("adalora.init_r=8", "adalora.init_r"),
+    "unit": ("adalora.budget_unit=triplets", "adalora.budget_unit"),
+    "modules": ("adalora.target_modules=[q_proj]", "adalora.target_modules"),
+}
+
+
+@pytest.mark.parametrize("allow", [False, True])
+@pytest.mark.parametrize("case", FIXED)
+def test_what_cannot_differ_is_not_offered(case, allow, crashed):
+    """An offer that ends in the next refusal is none; the way that works is named."""
+    override, key = FIXED[case]
+    folder = crashed(6)
+    allowed = [f"training.resume_allow_changed=[{key}]"] if allow else []
+    with pytest.raises(UserError, match=f"{key}.*cannot differ.*model.adapter_path={folder}") as caught:
+        train(config(folder, "training.resume_from_checkpoint=auto", override, *allowed))
+    assert "resume_allow_changed=" not in str(caught.value)
 
 
 def test_another_base_is_refused(crashed, tmp_path):

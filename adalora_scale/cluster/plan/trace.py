@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from trl.kernels import chunked_logprob
@@ -27,6 +27,7 @@ from trl.kernels import chunked_logprob
 from adalora_scale.cluster.plan.model import build, is_flash
 from adalora_scale.cluster.plan.request import Request
 from adalora_scale.engines.blocks import transformer_blocks
+from adalora_scale.errors import Unsupported
 from adalora_scale.tasks.registry import find_task
 
 BLOCKS = 2
@@ -92,8 +93,14 @@ def trace_step(
         length, masked = request.config.data.max_length, not is_flash(request.config.model.attn_implementation)
         inputs = task.trace_batch(sequences, length, whole_logits=request.whole_logits, masked=masked)
         cast = torch.autocast("cpu", torch.bfloat16) if request.bf16 and autocast else nullcontext()
-        with _tiles_in_place() if gpu else nullcontext():
-            return _run(model, inputs, cast)
+        try:
+            with _tiles_in_place() if gpu else nullcontext():
+                return _run(model, inputs, cast)
+        except (DynamicOutputShapeException, DataDependentOutputException) as error:
+            raise Unsupported(
+                f"cannot plan a {model.config.model_type}: what its forward does depends on values, not on sizes alone "
+                f"({error}); measure it with a few steps (run.json has peak_memory_by_rank)."
+            ) from None
 
 
 @contextlib.contextmanager
