@@ -17,8 +17,9 @@ from adalora_scale.tasks.task import Task
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, Trainer, TrainingArguments
 
+    from adalora_scale.data.layouts import Layout
     from adalora_scale.data.preparing import Prepared
-    from adalora_scale.data.rows import Layout, RawData
+    from adalora_scale.data.rows import RawData
 
 _HEADS = ("classifier", "score", "classification_head")
 _HEAD_WEIGHTS = ("classifier.weight", "score.weight", "out_proj.weight")

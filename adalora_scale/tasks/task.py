@@ -17,8 +17,9 @@ from adalora_scale.config import DataConfig
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, Trainer, TrainingArguments
 
+    from adalora_scale.data.layouts import Layout
     from adalora_scale.data.preparing import Prepared
-    from adalora_scale.data.rows import Layout, RawData
+    from adalora_scale.data.rows import RawData
 
 
 class Task(ABC):
