@@ -25,8 +25,8 @@ from trl.chat_template_utils import (
 )
 
 from adalora_scale.config import DataConfig
-from adalora_scale.data.layouts import CONVERSATIONS, Layout
 from adalora_scale.data.rendering import LimitReached, Renderer, Span, is_known
+from adalora_scale.data.row_values import CONVERSATIONS, Layout
 from adalora_scale.data.rows import loss_target
 from adalora_scale.errors import UserError, nearest
 from adalora_scale.reading.text import MAX_TEXT_BYTES, read_text

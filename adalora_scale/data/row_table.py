@@ -15,7 +15,7 @@ import pyarrow as pa
 from datasets.features.features import register_feature
 
 from adalora_scale.data.digests import digest
-from adalora_scale.data.layouts import COLUMNS, BadColumn, Reader
+from adalora_scale.data.row_values import COLUMNS, BadColumn, Reader
 from adalora_scale.data.token_cache import build_once, default_cache_dir
 from adalora_scale.errors import UserError
 

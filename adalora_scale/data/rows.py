@@ -2,7 +2,7 @@
 
     raw = load_raw(config.data, wanted_rows(find_task(config.task)), seed=42)
 
-Whatever the columns are called in the file, the result has those of its layout (`layouts.COLUMNS`):
+Whatever the columns are called in the file, the result has those of its layout (`row_values.COLUMNS`):
 
 | layout                  | columns                                                                               |
 |-------------------------|---------------------------------------------------------------------------------------|
@@ -32,10 +32,11 @@ import pyarrow.compute as pc
 
 from adalora_scale.config import DataConfig
 from adalora_scale.data.arrow_rows import class_names, plain_rows
-from adalora_scale.data.layouts import COLUMNS, Layout, Reader, missing_columns, reader_of, user_columns
+from adalora_scale.data.layouts import missing_columns, reader_of, user_columns
 from adalora_scale.data.row_files import BUILDERS, check_file, file_identity, first_line, is_local, sample_of
 from adalora_scale.data.row_files import iterate_rows as file_rows
 from adalora_scale.data.row_table import Source, gather
+from adalora_scale.data.row_values import COLUMNS, Layout, Reader
 from adalora_scale.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from adalora_scale.config import DataConfig
 from adalora_scale.data.chat_templates import resolve_chat_template
 from adalora_scale.data.conversations import Conversations
 from adalora_scale.data.end_tokens import once, prompt_tokens, with_end
-from adalora_scale.data.layouts import Layout
 from adalora_scale.data.preparing import Batch, Prepared, prepare
+from adalora_scale.data.row_values import Layout
 from adalora_scale.data.rows import LossTarget, RawData, loss_target
 from adalora_scale.errors import UserError
 

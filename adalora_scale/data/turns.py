@@ -122,8 +122,9 @@ def document_list(value: Any) -> list[dict[str, Any]] | None:
     value = from_json(value)
     if value is None or value in ("", []):
         return None
-    documents = [from_json(entry) for entry in value] if isinstance(value, list) else [None]
-    if not all(isinstance(entry, dict) for entry in documents):
+    entries = [from_json(entry) for entry in value] if isinstance(value, list) else []
+    documents = [entry for entry in entries if isinstance(entry, dict)]
+    if not documents or len(documents) < len(entries):
         raise Unfit(f"must be a list of objects with title and text, not {quoted(value)}")
     return documents
 

@@ -15,8 +15,8 @@ from adalora_scale.tasks.task import Task
 if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
-    from adalora_scale.data.layouts import Layout
     from adalora_scale.data.preparing import Prepared
+    from adalora_scale.data.row_values import Layout
     from adalora_scale.data.rows import RawData
 
 _CLASSES = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())

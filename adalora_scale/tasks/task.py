@@ -17,8 +17,8 @@ from adalora_scale.config import DataConfig
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, Trainer, TrainingArguments
 
-    from adalora_scale.data.layouts import Layout
     from adalora_scale.data.preparing import Prepared
+    from adalora_scale.data.row_values import Layout
     from adalora_scale.data.rows import RawData
 
 
