@@ -67,10 +67,14 @@ class Conversations:
             problem = problem_of(request, self._template, text, own, first if self._loss == "completion" else 0)
             if problem is not None:
                 raise UserError(f"{name}: {problem}.")
-            notes.append("\n".join(notes_of(request, self._template, text, own)))
+            said = notes_of(request, self._template, text, own)
+            if self._loss == "completion" and not marked and not all(map(is_trained, request["messages"][first:])):
+                said.append("completions hold turns that are not the assistant's, and they count in the loss")
+            notes.append("\n".join(said))
             texts.append(text)
             spans.append(self._trained_spans(request, marked, name))
-        return *self._tokens(requests, texts, spans, firsts, names), notes
+        ids, masks = self._tokens(requests, texts, spans, firsts, names)
+        return ids, masks, notes
 
     def _request(self, batch: Batch, row: int) -> Request:
         request = {"messages": batch["messages"][row]}
@@ -85,7 +89,7 @@ class Conversations:
         left_out = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" and not is_trained(turn)]
         if not left_out:
             return spans
-        if self._loss != "assistant":
+        if self._loss == "all" or not spans:
             raise UserError(
                 f"{name}: turn {left_out[0] + 1} has weight 0 (or train false), which data.loss_on={self._loss} cannot "
                 "keep; set data.loss_on=assistant, or take the key out."
@@ -114,6 +118,11 @@ class Conversations:
                 self._prompt_ends(requests, texts, ids, firsts, names) if self._loss == "completion" else [0] * len(ids)
             )
             masks = [[0] * start + [1] * (len(row) - start) for start, row in zip(starts, ids, strict=True)]
+            for row, request in enumerate(requests):
+                # A completion with a tool's results in it: of these the assistant's turns alone, where they are marked.
+                if starts[row] and spans[row] and not all(map(is_trained, request["messages"][firsts[row] :])):
+                    _, [marks] = assistant_masks(self._tokenizer, [texts[row]], [spans[row]])
+                    masks[row] = [bit & mark for bit, mark in zip(masks[row], marks, strict=True)]
         last = {row[i] for row, mask in zip(ids, masks, strict=True) for i in _last_marked(mask)}
         ends = last & set(self._tokenizer.all_special_ids)
         both = [once(self._tokenizer, row, mask, ends) for row, mask in zip(ids, masks, strict=True)]

@@ -48,11 +48,6 @@ Request = dict[str, Any]
 `generation_prompt`, whether an answer's beginning follows."""
 
 
-def _without_nulls(turns: list[Any]) -> list[Any]:
-    """Leave out keys without a value, as `apply_chat_template` does it."""
-    return [{key: value for key, value in turn.items() if value is not None} for turn in turns]
-
-
 @cache
 def known_templates() -> frozenset[str]:
     """Return the templates of this package and those that TRL ships: read by people, and linear in the row."""
@@ -99,7 +94,7 @@ class DirectRenderer:
     def _one(self, request: Request, name: str) -> tuple[str, list[Span]]:
         try:
             rendered: Any = render_jinja_template(
-                [_without_nulls(request["messages"])],
+                [request["messages"]],
                 tools=request.get("tools"),
                 documents=request.get("documents"),
                 chat_template=self._template,
@@ -150,10 +145,7 @@ class Renderer:
             LimitReached: it goes beyond a limit.
         """
         child = self._started()
-        # Types that JSON does not have become placeholders, as `apply_chat_template` does it.
-        replies = self._replies(
-            child, [{**request, "messages": _without_nulls(request["messages"])} for request in requests]
-        )
+        replies = self._replies(child, requests)
         found = []
         for name in names:
             reply = next(replies, None)

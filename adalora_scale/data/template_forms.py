@@ -8,14 +8,15 @@ given in the form that the template shows; what no form shows, `template_use` fi
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from adalora_scale.data.rendering import LimitReached, Rendering
 from adalora_scale.data.turns import Turn, text_of
 from adalora_scale.errors import UserError
 
 _ASK, _SAY, _DONE = "fernwehask", "quagmiresay", "zephyrdone"
+_ABSENT: tuple[Literal["missing", "empty", "null"], ...] = ("missing", "empty", "null")
 _CALL = {
     "id": "call12345",
     "type": "function",
@@ -34,8 +35,8 @@ class TemplateForm:
     """A turn's content may be text."""
     arguments_written: bool = False
     """A call's arguments must be JSON text, not an object."""
-    content_needed: bool = False
-    """A turn without content needs an empty one."""
+    absent: Literal["missing", "empty", "null"] = "missing"
+    """What stands for the content of a turn that has none; transformers leaves the key out."""
 
     def fit(self, turns: list[Turn]) -> list[Turn]:
         """Return turns as this template takes them."""
@@ -50,8 +51,8 @@ class TemplateForm:
             fitted["content"] = text_of(turn)
         elif isinstance(content, str) and not self.text_taken and self.parts_taken:
             fitted["content"] = [{"type": "text", "text": content}]
-        elif content is None and self.content_needed:
-            fitted["content"] = "" if self.text_taken else []
+        elif content is None and self.absent != "missing":
+            fitted["content"] = None if self.absent == "null" else "" if self.text_taken else []
         if self.arguments_written and "tool_calls" in turn:
             fitted["tool_calls"] = [_written(call) for call in turn["tool_calls"]]
         return fitted
@@ -67,25 +68,25 @@ def find_form(template: str, rendering: Rendering, *, calls: bool) -> TemplateFo
     """
     text = _shows(rendering, _plain(lambda said: said))
     parts = _shows(rendering, _plain(lambda said: [{"type": "text", "text": said}]), hides="'type'")
-    written, empty = _call_form(rendering, parts and not text) if calls else (False, False)
-    return TemplateForm(template, parts, text or not parts, written, empty)
+    form = TemplateForm(template, parts, text or not parts)
+    return _with_calls(form, rendering) if calls else form
 
 
-def _call_form(rendering: Rendering, in_parts: bool) -> tuple[bool, bool]:
+def _with_calls(form: TemplateForm, rendering: Rendering) -> TemplateForm:
+    tools = [{"type": "function", "function": {"name": "probetool", "description": "", "parameters": {}}}]
+    turns: list[Turn] = [
+        {"role": "user", "content": _ASK},
+        {"role": "assistant", "tool_calls": [_CALL]},
+        {"role": "tool", "tool_call_id": _CALL["id"], "name": "probetool", "content": _SAY},
+        {"role": "assistant", "content": _DONE},
+    ]
     for written in (False, True):
-        for empty in (False, True):
-            form = TemplateForm("", in_parts, not in_parts, written, empty)
-            turns: list[Turn] = [
-                {"role": "user", "content": _ASK},
-                {"role": "assistant", "tool_calls": [_CALL]},
-                {"role": "tool", "tool_call_id": _CALL["id"], "name": "probetool", "content": _SAY},
-                {"role": "assistant", "content": _DONE},
-            ]
-            tools = [{"type": "function", "function": {"name": "probetool", "description": "", "parameters": {}}}]
-            shown = _rendered(rendering, {"messages": form.fit(turns), "tools": tools})
+        for absent in _ABSENT:
+            tried = replace(form, arguments_written=written, absent=absent)
+            shown = _rendered(rendering, {"messages": tried.fit(turns), "tools": tools})
             if shown is not None and "probekey" in shown and "probevalue" in shown and not _garbled(shown):
-                return written, empty
-    return False, False
+                return tried
+    return replace(form, absent="empty")  # no form shows a call, so that what is rendered is refused with the reason
 
 
 def _garbled(shown: str) -> bool:

@@ -47,7 +47,7 @@ def conversation(value: Any, notes: set[str]) -> list[Turn]:
     Raises:
         Unfit: it is no conversation.
     """
-    value = from_json(value)
+    value = _turned(from_json(value))
     if not isinstance(value, list) or not value:
         raise Unfit(f"must be a non-empty list of {{role, content}}, not {quoted(value)}")
     turns = []
@@ -142,6 +142,15 @@ def template_variables(value: Any) -> dict[str, Any] | None:
     taken |= {"return_assistant_tokens_mask", "continue_final_message"}
     if not isinstance(value, dict) or taken & value.keys():
         raise Unfit(f"must be an object with variables of the chat template's own, not {quoted(value)}")
+    return value
+
+
+def _turned(value: Any) -> Any:
+    """Return a list of objects for an object of lists, as which older versions of `datasets` stored it."""
+    if isinstance(value, dict) and {"role", "from"} & value.keys():
+        columns = {key: column for key, column in value.items() if isinstance(column, list)}
+        if len(columns) == len(value) and len({len(column) for column in columns.values()}) == 1:
+            return [dict(zip(columns, turn, strict=True)) for turn in zip(*columns.values(), strict=True)]
     return value
 
 

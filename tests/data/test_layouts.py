@@ -307,6 +307,7 @@ SHAREGPT = [{"from": "human", "value": "Hi there."}, {"from": "gpt", "value": "H
         ({"conversations": [{"from": "system", "value": "Be brief."}, *SHAREGPT]}, [SYSTEM, HI, HELLO], None),
         ({"conversations": SHAREGPT, "system": "Be brief."}, [SYSTEM, HI, HELLO], None),
         ({"conversations": json.dumps(SHAREGPT)}, [HI, HELLO], None),
+        ({"messages": {"role": ["user", "assistant"], "content": ["Hi there.", "Hello, friend."]}}, [HI, HELLO], None),
         ({"conversations": [{"role": "user", "content": "Hi there."}, HELLO]}, [HI, HELLO], None),
         ({"messages": [{"role": "User", "content": "Hi there."}, {**HELLO, "role": "Assistant"}]}, [HI, HELLO], None),
         (
@@ -358,6 +359,21 @@ def test_prompts_of_turns_train_on_what_follows_as_trl_does(tokenizer, prepare, 
     whole = chatml(tokenizer, [SYSTEM, HI, HELLO])["input_ids"]
     assert found["input_ids"] == whole
     assert trained(tokenizer, found) == "Hello, friend.</s>\n", "what follows the answer's beginning, to the end"
+
+
+def test_a_completion_with_tools_trains_on_the_assistants_tokens(tokenizer, prepare, tmp_path, caplog):
+    turns = asks({"city": "Bern"})
+    row = {"prompt": turns[:1], "completion": [*turns[1:3], {**turns[3], "weight": 1}], "tools": [TOOL]}
+    (found,) = prepare([row], chat_template="chatml")
+    assert found == chatml(tokenizer, turns, tools=[TOOL])
+    row["completion"][2]["weight"] = 0
+    (found,) = prepare([row], chat_template="chatml")
+    assert trained(tokenizer, found).endswith("</tool_call></s>")
+    unmarked = tmp_path / "unmarked.jinja"
+    unmarked.write_text("{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}")
+    caplog.clear()
+    prepare([{"prompt": [HI], "completion": [HELLO, HI, HELLO]}], chat_template=str(unmarked))
+    assert "turns that are not the assistant's, and they count in the loss (row 1)" in caplog.text
 
 
 def test_texts_of_preferences_and_alpaca_become_prompt_and_completion(tokenizer, prepare, caplog):
