@@ -7,12 +7,13 @@ numbers; they are read here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import datasets
 import pyarrow as pa
+
+from adalora_scale.data.row_limits import parse_row
 
 
 def class_names(schema: pa.Schema) -> dict[str, list[str]]:
@@ -46,7 +47,7 @@ def _plain(value: Any, kind: pa.DataType) -> Any:
     if value is None:
         return None
     if isinstance(kind, pa.JsonType):
-        return json.loads(value)
+        return parse_row("a JSON value", value)
     if pa.types.is_struct(kind):
         members = {field.name: _plain(value.get(field.name), field.type) for field in kind}
         return {name: inner for name, inner in members.items() if inner is not None}

@@ -157,8 +157,6 @@ def _parquet_rows(source: str, path: Path, columns: Collection[str] | None) -> I
     except UnicodeDecodeError:
         raise UserError(f"{source}: not UTF-8 text after row {number}; convert the file's text to UTF-8.") from None
     except (pa.ArrowException, OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"cannot read {source} after row {number}: {first_line(error)}") from None
 
 

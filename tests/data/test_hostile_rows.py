@@ -14,6 +14,8 @@ import zipfile
 
 import datasets
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from adalora_scale.config import DataConfig
@@ -141,6 +143,17 @@ def test_an_infinite_label_of_a_table(tmp_path):
     datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1.0, float("inf")]}).to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(UserError, match=r"row 2: column 'label' must be whole, not inf"):
         load(tmp_path / "rows.parquet", "sequence_classification")
+
+
+def test_json_inside_a_table_has_the_limits_of_json(tmp_path):
+    """Else Python's own recursion ends the run with a traceback."""
+    deep = pa.array(["[" * 900 + "]" * 900], pa.json_())
+    pq.write_table(pa.table({"messages": deep}), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows.parquet after row 0: a JSON value: nests deeper"):
+        load(tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": "[" * 900 + "]" * 900}))
+    with pytest.raises(UserError, match=r"rows.jsonl:1: column 'messages' must be a non-empty list"):
+        load(tmp_path / "rows.jsonl")
 
 
 def test_what_is_no_file(tmp_path):
