@@ -242,22 +242,31 @@ class DataConfig:
     """Split of a hub dataset used for evaluation."""
     eval_fraction: float = 0.0
     """Without `eval`: the share of the training rows held out for evaluation."""
-    format: Literal["auto", "messages", "prompt_completion", "text", "classification"] = "auto"
+    format: Literal["auto", "messages", "prompt_completion", "preference", "alpaca", "text", "classification"] = "auto"
     """Layout of a row; `auto` looks at the columns."""
     messages_column: str = "messages"
-    """Column with the list of {role, content} turns."""
+    """Column with the turns, {role, content} or ShareGPT's {from, value}; `conversations` is found without this key."""
+    system_column: str | None = "system"
+    """Column with the text of a system turn, put before the turns; None ignores it."""
+    tools_column: str | None = "tools"
+    """Column with the tools that the template shows, in OpenAI's schema (objects or JSON text); None ignores it."""
+    documents_column: str | None = "documents"
+    """Column with the documents that the template shows, a list of objects; None ignores it."""
     prompt_column: str = "prompt"
     """Column with the prompt."""
     completion_column: str = "completion"
     """Column with the completion."""
     text_column: str = "text"
     """Column with plain text, or with the text to classify."""
+    text_pair_column: str | None = None
+    """Column with the second text of a pair to classify; the columns of GLUE's pairs are found without this key."""
     label_column: str = "label"
     """Column with the class, a name or a number."""
     loss_on: Literal["auto", "completion", "assistant", "all"] = "auto"
     """Tokens that count in the loss; `auto`: completions of prompt/completion rows, assistant turns of messages."""
     chat_template: str | None = None
-    """For `messages`: the name of a built-in template or a Jinja file; None uses the tokenizer's own."""
+    """For conversations: the name of a built-in template or a Jinja file; None uses the tokenizer's own. Alpaca rows
+    become conversations if it is set."""
     max_length: int = 1024
     """Longest sequence in tokens; longer ones are cut at the end."""
     packing: bool = False

@@ -26,7 +26,8 @@ from trl.chat_template_utils import (
 
 from adalora_scale.config import DataConfig
 from adalora_scale.data.rendering import LimitReached, Renderer, Span, is_known
-from adalora_scale.data.rows import Layout, loss_target
+from adalora_scale.data.row_values import CONVERSATIONS, Layout
+from adalora_scale.data.rows import loss_target
 from adalora_scale.errors import UserError, nearest
 from adalora_scale.reading.text import MAX_TEXT_BYTES, read_text
 
@@ -40,19 +41,22 @@ def builtin_chat_templates() -> list[str]:
     return sorted(path.stem for path in _DIRECTORY.glob("*.jinja"))
 
 
-def resolve_chat_template(tokenizer: Any, config: DataConfig, *, layout: Layout = "messages") -> str | None:
+def resolve_chat_template(
+    tokenizer: Any, config: DataConfig, *, layout: Layout = "messages", tools: bool = False
+) -> str | None:
     """Return the chat template to train with, which the caller sets as ``tokenizer.chat_template`` before saving it.
 
     Args:
         tokenizer: a transformers tokenizer; it is not changed.
         config: the `data` section (`chat_template`, `loss_on`).
-        layout: layout of the rows; only `messages` are rendered by a template, the others give None.
+        layout: layout of the rows; only conversations are rendered by a template, the others give None.
+        tools: some row has tools, which a tokenizer may have a template of its own for.
 
     Raises:
         UserError: there is no template, the named one does not exist or is not Jinja, it lacks the generation marks
             that a loss on assistant turns needs, or rows that no template applies to were given one.
     """
-    if layout != "messages":
+    if layout not in CONVERSATIONS:
         if config.chat_template is not None:
             raise UserError(
                 f"data.chat_template={config.chat_template} applies to messages rows, and these are {layout} rows; "
@@ -60,7 +64,7 @@ def resolve_chat_template(tokenizer: Any, config: DataConfig, *, layout: Layout 
             )
         return None
     marked = loss_target(config, layout) == "assistant"
-    template = _named(config.chat_template) if config.chat_template is not None else _own(tokenizer, marked)
+    template = _named(config.chat_template) if config.chat_template is not None else _own(tokenizer, marked, tools)
     if tokenizer.eos_token is None and "eos_token" in template:
         raise UserError("the chat template ends turns with eos_token, which this tokenizer does not have.")
     if not marked:
@@ -120,7 +124,7 @@ class _Limited:
 @lru_cache(maxsize=4)
 def _rendered_once(template: str, variables: str, messages: str) -> tuple[str, list[Span]]:
     with Renderer(template, json.loads(variables)) as renderer:
-        return renderer.render([json.loads(messages)], ["a conversation of three short turns"])[0]
+        return renderer.render([{"messages": json.loads(messages)}], ["a conversation of three short turns"])[0]
 
 
 def assistant_masks(
@@ -169,12 +173,12 @@ def _named(name: str) -> str:
     return template
 
 
-def _own(tokenizer: Any, marked: bool) -> str:
+def _own(tokenizer: Any, marked: bool, tools: bool) -> str:
     template = tokenizer.chat_template
     if isinstance(template, dict):
-        template = template.get("default")
+        template = (template.get("tool_use") if tools else None) or template.get("default")
     if not template:
-        raise UserError(f"the rows are messages and the tokenizer has no chat template; use {_offer()}.")
+        raise UserError(f"the rows are conversations and the tokenizer has no chat template; use {_offer()}.")
     if not isinstance(template, str) or len(template) > MAX_TEXT_BYTES:
         raise UserError(
             f"the tokenizer's chat template is no text of at most {MAX_TEXT_BYTES:,} characters; use {_offer()}."

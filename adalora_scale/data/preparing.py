@@ -17,11 +17,12 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from adalora_scale.config import DataConfig
 from adalora_scale.data.digests import dataset_digest, digest, tokenizer_digest
 from adalora_scale.data.packing import pack
-from adalora_scale.data.row_checks import longest_row
 from adalora_scale.data.row_limits import MAX_ROW_BYTES
 from adalora_scale.data.rows import RawData
 from adalora_scale.data.token_cache import build_once, default_cache_dir
@@ -29,7 +30,7 @@ from adalora_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # raise when the prepared columns change, so that old caches are not taken
+_FORMAT = 2  # raise when the prepared columns change, so that old caches are not taken
 
 Batch = dict[str, list[Any]]
 
@@ -60,7 +61,7 @@ def prepare(
         raw: rows of `load_raw`.
         tokenizer: a transformers tokenizer.
         tokenize: a function of a batch and its rows' numbers, for `datasets.map`; beside the trainer's columns it
-            gives `length`, `loss_tokens` and `truncated` of each row.
+            gives `length`, `loss_tokens` and `truncated` of each row, and may give `notes`, lines that are said once.
         config: the `data` section.
         options: what else decides the tokens, as JSON; part of the cache's key.
         seed: order of the training examples before packing.
@@ -76,20 +77,22 @@ def prepare(
 
     def build(directory: Path) -> None:
         report: dict[str, int] = {}
+        notes: dict[str, list[str]] = {}
         work_dir = directory / "work"
         work_dir.mkdir()
         for name, dataset in parts.items():
-            ready, counts = _prepare_part(dataset, name, tokenize, config, seed, work_dir)
+            ready, counts, notes[name] = _prepare_part(dataset, name, tokenize, config, seed, work_dir)
             ready.save_to_disk(directory / name)
             report |= _named_counts(counts, name)
         for file in work_dir.iterdir():
             file.unlink()
         work_dir.rmdir()
-        (directory / "report.json").write_text(json.dumps(report), encoding="utf-8")
+        for file_name, tree in (("report", report), ("notes", notes)):
+            (directory / f"{file_name}.json").write_text(json.dumps(tree), encoding="utf-8")
 
     directory = build_once(cache_dir or default_cache_dir(), key, build)
     report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
-    _log(report)
+    _log(report, json.loads((directory / "notes.json").read_text(encoding="utf-8")))
     return Prepared(
         train=datasets.load_from_disk(directory / "train"),
         eval=datasets.load_from_disk(directory / "eval") if raw.eval is not None else None,
@@ -104,7 +107,7 @@ def _prepare_part(
     config: DataConfig,
     seed: int,
     work_dir: Path,
-) -> tuple[datasets.Dataset, dict[str, int]]:
+) -> tuple[datasets.Dataset, dict[str, int], list[str]]:
     # The function holds a whole tokenizer: hashing it for datasets' own cache costs seconds and is not needed here.
     tokens = dataset.map(
         tokenize,
@@ -130,19 +133,35 @@ def _prepare_part(
         "loss_tokens": int(counted["loss_tokens"][kept].sum()),
         "packed_sequences": 0,
     }
-    tokens = tokens.remove_columns(["length", "loss_tokens", "truncated"])
+    notes = _noted(tokens)
+    tokens = tokens.remove_columns(list({"length", "loss_tokens", "truncated", "notes"} & set(tokens.column_names)))
     if len(kept) < len(tokens):
         tokens = tokens.select(kept, keep_in_memory=True)
     if config.packing:
         tokens = pack(tokens, config.max_length, seed=seed if name == "train" else None, work_dir=work_dir, name=name)
         counts["packed_sequences"] = len(tokens)
-    return tokens, counts
+    return tokens, counts, notes
+
+
+def _noted(tokens: datasets.Dataset) -> list[str]:
+    """Return what was noted of rows, each with the number of rows and the first."""
+    if "notes" not in tokens.column_names:
+        return []
+    rows: dict[str, list[int]] = {}
+    for number, notes in enumerate(tokens["notes"], start=1):
+        for note in notes.splitlines():
+            rows.setdefault(note, []).append(number)
+    return [
+        f"{note} (row {numbers[0]}" + (f" and {len(numbers) - 1:,} more)" if numbers[1:] else ")")
+        for note, numbers in rows.items()
+    ]
 
 
 def _rows_at_once(dataset: datasets.Dataset) -> int:
     """Return how many rows to tokenise together: 1,000, fewer where rows are so long that they would not fit."""
-    texts = [name for name in dataset.column_names if name != "label"]
-    longest = max(1, sum(longest_row(dataset, name) for name in texts))
+    table = dataset.with_format("arrow")[:]
+    texts = [table[field.name] for field in table.schema if pa.types.is_large_string(field.type)]
+    longest = max(1, sum(pc.max(pc.binary_length(text)).as_py() or 0 for text in texts))
     return max(1, min(1000, 2 * MAX_ROW_BYTES // longest))
 
 
@@ -166,10 +185,13 @@ def _explain_empty(name: str, truncated: np.ndarray, config: DataConfig) -> str:
     return f"none of the {len(truncated)} {name} examples has a token that counts in the loss: {cause}."
 
 
-def _log(report: dict[str, int]) -> None:
-    """One line, from one rank, that a user sees when data was lost."""
+def _log(report: dict[str, int], notes: dict[str, list[str]]) -> None:
+    """One line, from one rank, that a user sees when data was lost; and what a template leaves out, once each."""
     if int(os.environ.get("RANK", "0")) != 0:
         return
+    for name, found in notes.items():
+        for note in found:
+            logger.warning("data: %s: %s", name, note)
     lost = any(value for key, value in report.items() if key.endswith(("dropped_empty_loss", "truncated")))
     line = ", ".join(f"{key} {value:,}" for key, value in report.items())
     logger.log(logging.WARNING if lost else logging.INFO, "data: %s", line)

@@ -24,9 +24,11 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, cast
+from typing import IO, Any, Protocol, cast
 
 import trl.chat_template_utils
+from transformers.utils.chat_template_utils import render_jinja_template
+from trl.chat_template_utils import has_generation_markers
 
 from adalora_scale.data.row_limits import MAX_ROW_BYTES
 from adalora_scale.errors import UserError
@@ -41,6 +43,9 @@ _CHILD = Path(__file__).with_name("template_child.py")
 _TEMPLATES = Path(__file__).with_name("chat_templates")
 
 Span = tuple[int, int]
+Request = dict[str, Any]
+"""What is rendered: `messages`; `tools`, `documents` and `variables` (of the template's own) where there are some; and
+`generation_prompt`, whether an answer's beginning follows."""
 
 
 @cache
@@ -58,6 +63,53 @@ def is_known(template: str) -> bool:
 
 class LimitReached(UserError):
     """A template took more time, memory or room than any ordinary one."""
+
+
+class Rendering(Protocol):
+    """Whatever renders conversations with one template."""
+
+    def render(self, requests: list[Request], names: list[str]) -> list[tuple[str, list[Span]]]:
+        """Return text and the spans of assistant turns (characters) of each; see `Renderer.render`."""
+
+
+class DirectRenderer:
+    """Renders with a template that `is_known`, in this process.
+
+    Args:
+        template: the Jinja text.
+        variables: what the template sees beside the messages: the tokenizer's special tokens.
+    """
+
+    def __init__(self, template: str, variables: dict[str, str]) -> None:
+        self._template, self._variables, self._marked = template, variables, has_generation_markers(template)
+
+    def render(self, requests: list[Request], names: list[str]) -> list[tuple[str, list[Span]]]:
+        """Return text and the spans of assistant turns (characters) of each conversation.
+
+        Raises:
+            UserError: the template refuses a conversation or fails on it.
+        """
+        return [self._one(request, name) for request, name in zip(requests, names, strict=True)]
+
+    def _one(self, request: Request, name: str) -> tuple[str, list[Span]]:
+        try:
+            rendered: Any = render_jinja_template(
+                [request["messages"]],
+                tools=request.get("tools"),
+                documents=request.get("documents"),
+                chat_template=self._template,
+                return_assistant_tokens_mask=self._marked,
+                add_generation_prompt=request.get("generation_prompt", False),
+                **self._variables | (request.get("variables") or {}),
+            )
+        except Exception as error:  # whatever a program does wrong
+            said = str(error)[:300] or "no message"
+            raise UserError(
+                f"the chat template refuses {name}: "
+                + (said if type(error).__module__.startswith("jinja2") else f"{type(error).__name__}: {said}")
+            ) from None
+        texts, spans = rendered
+        return texts[0], [(start, end) for start, end in spans[0]] if spans else []
 
 
 class Renderer:
@@ -81,11 +133,11 @@ class Renderer:
         self._child: subprocess.Popen[bytes] | None = None
         self._owner = 0
 
-    def render(self, conversations: list[Any], names: list[str]) -> list[tuple[str, list[Span]]]:
+    def render(self, requests: list[Request], names: list[str]) -> list[tuple[str, list[Span]]]:
         """Return text and the spans of assistant turns (characters) of each conversation.
 
         Args:
-            conversations: lists of turns, as rows hold them.
+            requests: what is rendered.
             names: what messages call each of them, for example "row 3".
 
         Raises:
@@ -93,9 +145,7 @@ class Renderer:
             LimitReached: it goes beyond a limit.
         """
         child = self._started()
-        # Keys without a value are left out and other types become placeholders, as `apply_chat_template` does it.
-        turns = [[{k: v for k, v in turn.items() if v is not None} for turn in turns] for turns in conversations]
-        replies = self._replies(child, turns)
+        replies = self._replies(child, requests)
         found = []
         for name in names:
             reply = next(replies, None)
@@ -144,11 +194,11 @@ class Renderer:
         except BrokenPipeError:  # it has ended; whoever reads its replies says how
             pass
 
-    def _replies(self, child: subprocess.Popen[bytes], turns: list[Any]) -> Iterator[dict[str, Any]]:
+    def _replies(self, child: subprocess.Popen[bytes], requests: list[Request]) -> Iterator[dict[str, Any]]:
         """Yield the replies to a batch, which the child reads whole before it answers; end where the child does."""
-        self._send(child, turns)
+        self._send(child, requests)
         descriptor, waiting = cast(IO[bytes], child.stdout).fileno(), bytearray()
-        for _ in turns:
+        for _ in requests:
             searched = 0
             while (end := waiting.find(b"\n", searched)) < 0:
                 searched = len(waiting)

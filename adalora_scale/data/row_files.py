@@ -1,8 +1,8 @@
-"""Reading one file of rows with the datasets library, and finding the line of a row that cannot be used.
+"""One file of rows: what stands in it, row by row, and where each row is.
 
-The builders of `datasets` are fast but name neither file nor line when a row is bad, and pandas shifts or drops the
-fields of a malformed CSV line without a word. So a file is read by its builder, checked column-wise, and walked row by
-row in Python only to find the line to name; CSV files are always walked, because their damage is silent.
+Values are taken as they stand. The builders of `datasets` guess one type for a column (a date, a number, a list of
+equal objects) and change or refuse what does not fit it, name neither file nor line, and pandas shifts or drops the
+fields of a malformed CSV line without a word; so files are read here, by parsers that guess nothing.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets.packaged_modules.json.json import JsonConfig
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+from adalora_scale.data.arrow_rows import class_names, plain_rows
 from adalora_scale.data.row_limits import (
+    MAX_ARRAY_BYTES,
     MAX_COLUMNS,
     MAX_ROW_BYTES,
     bounded_lines,
@@ -34,9 +37,12 @@ from adalora_scale.data.token_cache import build_once, default_cache_dir
 from adalora_scale.errors import UserError
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""Extension of a data file -> builder of the datasets library."""
+"""Extension of a data file -> what is in it."""
 _LARGE = 2**20
 """Bytes of a file that is worth remembering as looked at; some 25 ms."""
+_SAMPLE = 1000
+"""Rows of a JSON file whose keys are its columns."""
+_PARQUET_ROWS = 256
 
 
 def is_local(source: str) -> bool:
@@ -46,14 +52,14 @@ def is_local(source: str) -> bool:
     return path.suffix.lower() in BUILDERS or looks_like_path or os.path.lexists(path)
 
 
-def read_file(source: str) -> datasets.Dataset:
-    """Read a JSONL, JSON, CSV or Parquet file; every CSV field is read as text.
+def check_file(source: str) -> Path:
+    """Return the path of a JSONL, JSON, CSV or Parquet file that may be read.
 
     Args:
         source: path of the file.
 
     Raises:
-        UserError: the file is missing, empty, of an unknown kind, or holds a row that cannot be read.
+        UserError: the file is missing, empty, of an unknown kind, or would harm whoever opens it.
     """
     path = _path(source)
     size = refuse_special(source, path)
@@ -63,36 +69,46 @@ def read_file(source: str) -> datasets.Dataset:
     if size == 0:
         raise UserError(f"data file {source} is empty.")
     _look_once(source, path, builder)
-    if builder == "csv" and not _walk(source):
-        raise UserError(f"data file {source} has a header but no rows.")
-    if builder == "json" and _is_array(path) and not _walk(source):  # its builder keeps the last of two equal keys
+    return path
+
+
+def file_identity(path: Path) -> list[Any] | None:
+    """Return what tells a file's content from any earlier one; None for a file that is read faster than remembered."""
+    status = path.stat()
+    if status.st_size < _LARGE:
+        return None
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino, version("adalora-scale")]
+
+
+def sample_of(source: str) -> tuple[list[str], Mapping[str, Any]]:
+    """Return the names of a file's columns (a JSON file's are the keys of its first thousand rows) and its first row.
+
+    Raises:
+        UserError: there is no row, or one of these cannot be read.
+    """
+    path = _path(source)
+    sample = [row for _, row in islice(iterate_rows(source), _SAMPLE if _is_json(path) else 1)]
+    if not sample:
         raise UserError(f"data file {source} has no rows.")
-    verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the builders log what is raised below in one line
-    try:
-        return _build(builder, path)
-    except Exception as error:  # datasets wraps parser errors in several of its own types
-        if builder != "parquet" and not _walk(source):  # which names the broken line if there is one
-            raise UserError(f"data file {source} has no rows.") from None
-        cause = error.__cause__ or error
-        raise UserError(f"cannot read {source}: {type(cause).__name__}: {first_line(cause)}") from None
-    finally:
-        datasets.logging.set_verbosity(verbosity)
+    return list(dict.fromkeys(key for row in sample for key in row)), sample[0]
 
 
 def _look_once(source: str, path: Path, builder: str) -> None:
     """Pass over a large file once for all processes and starts, until it changes."""
-    status = path.stat()
-    if status.st_size < _LARGE:
+    what = file_identity(path)
+    if what is None:
         refuse_hostile(source, path, builder)
         return
-    what = (str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino, version("adalora-scale"))
     key = hashlib.sha256(repr(what).encode()).hexdigest()
     build_once(default_cache_dir() / "looked_at", key, lambda folder: refuse_hostile(source, path, builder))
 
 
-def iterate_rows(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def iterate_rows(source: str, columns: Collection[str] | None = None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield (``file:line``, row) in file order; Parquet files and JSON arrays count rows in place of lines.
+
+    Args:
+        source: path of the file.
+        columns: those that are needed; a Parquet file is not read for others.
 
     Raises:
         UserError: a row cannot be read; names file and line.
@@ -104,8 +120,7 @@ def iterate_rows(source: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         case "json":
             yield from _json_rows(source, path)
         case _:
-            for index, row in enumerate(_build("parquet", path), start=1):
-                yield f"{source} row {index}", row
+            yield from _parquet_rows(source, path, columns)
 
 
 def first_line(error: BaseException) -> str:
@@ -120,35 +135,29 @@ def _path(source: str) -> Path:
         raise UserError(f"{source}: there is no such user; write the whole path.") from None
 
 
+def _is_json(path: Path) -> bool:
+    return BUILDERS[path.suffix.lower()] == "json"
+
+
 def _is_array(path: Path) -> bool:
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         return file.read(4096).lstrip()[:1] == "["
 
 
-def _walk(source: str) -> int:
-    """Count the rows, stopping at the first that cannot be read."""
-    return sum(1 for _ in iterate_rows(source))
-
-
-def _build(builder: str, path: Path) -> datasets.Dataset:
-    options: dict[str, Any] = {}
-    if builder == "csv":
-        # A column of digits or "NA" is still text: types are decided by the layout, not guessed by pandas.
-        features = datasets.Features({name: datasets.Value("string") for name in _csv_header(path)})
-        options = {"features": features, "na_filter": False}
-    if builder == "json" and "parse_agent_traces" in JsonConfig.__dataclass_fields__:
-        # datasets 5 replaces the columns of files that look like traces of coding agents; rows must stay as they are.
-        options = {"parse_agent_traces": False}
-    # The builder treats its argument as a glob pattern; a file name may contain the brackets of one.
-    pattern = "".join(f"[{c}]" if c in "*?[" else c for c in str(path.absolute()))
-    return datasets.load_dataset(builder, data_files={"train": [pattern]}, split="train", **options)
-
-
-def _csv_header(path: Path) -> list[str]:
-    with path.open(encoding="utf-8-sig", newline="") as file:  # whose rows are known to have bounded lines
-        names = next((fields for fields in csv.reader(file) if fields), [])
-    # pandas' own name for a column without one, which its `to_csv` writes for the row index.
-    return [name or f"Unnamed: {i}" for i, name in enumerate(names)]
+def _parquet_rows(source: str, path: Path, columns: Collection[str] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            wanted = None if columns is None else [name for name in file.schema_arrow.names if name in columns]
+            names = class_names(file.schema_arrow)
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=wanted):
+                for row in plain_rows(batch, names):
+                    number += 1
+                    yield f"{source} row {number}", row
+    except UnicodeDecodeError:
+        raise UserError(f"{source}: not UTF-8 text after row {number}; convert the file's text to UTF-8.") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"cannot read {source} after row {number}: {first_line(error)}") from None
 
 
 def _csv_rows(source: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -158,6 +167,8 @@ def _csv_rows(source: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]
         with path.open("rb") as file:
             reader = csv.reader(_text_lines(bounded_lines(source, file, size)))
             header = next((fields for fields in reader if fields), [])
+            # pandas' own name for a column without one, which its `to_csv` writes for the row index.
+            header = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
             if len(set(header)) < len(header):
                 raise UserError(f"{source}:{reader.line_num}: two columns have the same name ({', '.join(header)}).")
             if len(header) > MAX_COLUMNS:
@@ -195,10 +206,33 @@ def _json_rows(source: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]
                 try:
                     row = parse_row(f"{source}:{line}", text)
                 except json.JSONDecodeError as error:
-                    raise UserError(f"{source}:{line}: broken JSON: {error.msg} (column {error.colno}).") from None
+                    spread = _spread_rows(source, path, line)
+                    if spread is None:
+                        raise UserError(f"{source}:{line}: broken JSON: {error.msg} (column {error.colno}).") from None
+                    yield from spread
+                    return
                 yield _mapping(f"{source}:{line}", row)
     except UnicodeDecodeError:
         raise UserError(f"{source}:{_undecodable_line(path)}: not UTF-8 text; convert the file to UTF-8.") from None
+
+
+def _spread_rows(source: str, path: Path, line: int) -> list[tuple[str, Mapping[str, Any]]] | None:
+    """Return the rows from a line on where objects span lines or share them; None if that is not what is wrong."""
+    if path.stat().st_size > MAX_ARRAY_BYTES:
+        return None
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        text = "".join(islice(file, line - 1, None))
+    decoder, rows, at = json.JSONDecoder(), [], 0
+    while at < len(text := text.rstrip()):
+        at += len(text[at:]) - len(text[at:].lstrip())
+        try:
+            _, end = decoder.raw_decode(text, at)
+        except (json.JSONDecodeError, ValueError, RecursionError):
+            return None
+        where = f"{source}:{line + text.count(chr(10), 0, at)}"
+        rows.append(_mapping(where, parse_row(where, text[at:end])))
+        at = end
+    return rows
 
 
 def _json_array(source: str, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -2,41 +2,57 @@
 
     raw = load_raw(config.data, wanted_rows(find_task(config.task)), seed=42)
 
-Whatever the columns are called in the file, the result has those of its layout:
+Whatever the columns are called in the file, the result has those of its layout (`row_values.COLUMNS`):
 
-| layout            | columns                                                           |
-|-------------------|-------------------------------------------------------------------|
-| messages          | `messages`: a list of {role, content}                             |
-| prompt_completion | `prompt`, `completion`                                            |
-| text              | `text`                                                            |
-| classification    | `text`, `label` (an index into `label_names`)                     |
+| layout                  | columns                                                                               |
+|-------------------------|---------------------------------------------------------------------------------------|
+| messages                | `messages`: a list of {role, content, …}                                              |
+| prompt_completion       | `prompt`, `completion`                                                                |
+| prompt_completion_turns | `messages`, and `prompt_turns`: how many of them are the prompt                       |
+| text                    | `text`                                                                                |
+| classification          | `text`, `label` (an index into `label_names`)                                         |
+
+Beside conversations `tools`, `documents` and `chat_template_kwargs`, beside texts to classify `text_pair`; each only
+where some row has it.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Literal
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from adalora_scale.config import DataConfig
-from adalora_scale.data.row_checks import column_is_valid, value_problem
-from adalora_scale.data.row_files import BUILDERS, first_line, is_local, iterate_rows, read_file
+from adalora_scale.data.arrow_rows import class_names, plain_rows
+from adalora_scale.data.layouts import missing_columns, reader_of, user_columns
+from adalora_scale.data.row_files import BUILDERS, check_file, file_identity, first_line, is_local, sample_of
+from adalora_scale.data.row_files import iterate_rows as file_rows
+from adalora_scale.data.row_table import Source, gather
+from adalora_scale.data.row_values import COLUMNS, Layout, Reader
 from adalora_scale.errors import UserError
 
-Layout = Literal["messages", "prompt_completion", "text", "classification"]
+logger = logging.getLogger(__name__)
+
 LossTarget = Literal["all", "completion", "assistant"]
 
-LAYOUT_COLUMNS: dict[Layout, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "prompt_completion": ("prompt", "completion"),
-    "classification": ("text", "label"),
-    "text": ("text",),
+FORMATS = ("messages", "preference", "prompt_completion", "alpaca", "classification", "text")
+"""Values of `data.format`, in the order in which `auto` tries them."""
+_LOSS: dict[Layout, tuple[LossTarget, ...]] = {  # the first is the default
+    "messages": ("assistant", "all"),
+    "prompt_completion": ("completion", "all"),
+    "prompt_completion_turns": ("completion", "assistant", "all"),
+    "text": ("all",),
 }
+_OPTIONAL = {"tools", "documents", "chat_template_kwargs", "text_pair"}
+_HUB_ROWS = 256
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 
@@ -49,6 +65,11 @@ class RawData:
     layout: Layout
     label_names: list[str] | None
     """Classification: the class of each label index."""
+
+    def has_calls(self) -> bool:
+        """Whether some turn calls a tool."""
+        parts = [part for part in (self.train, self.eval) if part is not None and "messages" in part.column_names]
+        return any(pc.any(pc.match_substring(_column(part, "messages"), '"tool_calls"')).as_py() for part in parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +84,6 @@ class Wanted:
     """For every layout the name of a task that takes it."""
 
 
-@dataclass(frozen=True)
-class _Source:
-    """One file or hub split, and a walk over its rows that can say where each one is."""
-
-    name: str
-    dataset: datasets.Dataset
-    rows: Callable[[], Iterator[tuple[str, Mapping[str, Any]]]]
-
-
 def load_raw(config: DataConfig, wanted: Wanted, *, seed: int) -> RawData:
     """Read, validate and normalise the data of a run.
 
@@ -84,16 +96,18 @@ def load_raw(config: DataConfig, wanted: Wanted, *, seed: int) -> RawData:
         UserError: a file, row, column or label cannot be used; one line that names it and the fix.
     """
     train_sources = _open(config.train, config, config.train_split)
-    layout = _recognise(train_sources[0], config, wanted)
-    train = _normalise(train_sources, layout, config)
+    format_ = _recognise(train_sources[0], config, wanted)
+    layout, train = _normalise(train_sources, format_, config, wanted)
     held_out: datasets.Dataset | None = None
-    eval_sources: list[_Source] = []
+    eval_sources: list[Source] = []
     if config.eval is not None:
         eval_sources = _open(config.eval, config, config.eval_split)
-        held_out = _normalise(eval_sources, layout, config)
+        other, held_out = _normalise(eval_sources, format_, config, wanted)
+        if other != layout:
+            raise UserError(f"data.train has {layout} rows and data.eval {other} rows; give both the same form.")
     label_names = None
     if layout == "classification":
-        names = _label_texts(train)
+        names = train["label"][:]
         # Over all rows, so that max_train_samples of a file sorted by class does not lose classes.
         label_names = sorted(set(names), key=_label_order(names))
         train = _encode_labels(train, label_names, train_sources)
@@ -116,31 +130,28 @@ def loss_target(config: DataConfig, layout: Layout) -> LossTarget:
     Raises:
         UserError: `data.loss_on` names something rows of this layout do not have.
     """
-    own: dict[Layout, LossTarget] = {"messages": "assistant", "prompt_completion": "completion", "text": "all"}
+    choices = _LOSS[layout]
     if config.loss_on == "auto":
-        return own[layout]
-    if config.loss_on not in ("all", own[layout]):
-        choices = " or ".join(dict.fromkeys((own[layout], "all")))
-        raise UserError(f"data.loss_on={config.loss_on} does not fit {layout} rows; use {choices}.")
+        return choices[0]
+    if config.loss_on not in choices:
+        raise UserError(f"data.loss_on={config.loss_on} does not fit {layout} rows; use {' or '.join(choices)}.")
     return config.loss_on
 
 
-def _open(sources: str | list[str], config: DataConfig, split: str) -> list[_Source]:
+def _open(sources: str | list[str], config: DataConfig, split: str) -> list[Source]:
     names = [sources] if isinstance(sources, str) else sources
     if not names:
         raise UserError("data.train and data.eval need at least one file or hub id; the list is empty.")
-    opened = [_open_file(name) if is_local(name) else _open_hub(name, config.name, split) for name in names]
-    for source in opened:
-        if source.dataset.num_rows == 0:
-            raise UserError(f"{source.name} has no rows.")
-    return opened
+    return [_open_file(name) if is_local(name) else _open_hub(name, config.name, split) for name in names]
 
 
-def _open_file(name: str) -> _Source:
-    return _Source(name, read_file(name), lambda: iterate_rows(name))
+def _open_file(name: str) -> Source:
+    path = check_file(name)
+    columns, first = sample_of(name)
+    return Source(name, columns, first, lambda wanted: file_rows(name, wanted), file_identity(path))
 
 
-def _open_hub(name: str, configuration: str | None, split: str) -> _Source:
+def _open_hub(name: str, configuration: str | None, split: str) -> Source:
     try:
         dataset = datasets.load_dataset(name, configuration, split=split)
     except Exception as error:  # network, missing repository, missing configuration, missing split, script refusal …
@@ -149,90 +160,98 @@ def _open_hub(name: str, configuration: str | None, split: str) -> _Source:
             f"{type(error).__name__}: {first_line(error)} A local file must exist and end in {', '.join(BUILDERS)}."
         ) from None
     where = f"{name}[{split}]"
+    if dataset.num_rows == 0:
+        raise UserError(f"{where} has no rows.")
 
-    def rows() -> Iterator[tuple[str, Mapping[str, Any]]]:
-        return ((f"{where} row {index}", row) for index, row in enumerate(dataset, start=1))
+    def rows(wanted: Collection[str] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        columns = [column for column in dataset.column_names if wanted is None or column in wanted]
+        classes = class_names(dataset.features.arrow_schema)
+        batches = dataset.select_columns(columns).with_format("arrow").iter(batch_size=_HUB_ROWS)
+        plain = (row for batch in batches for row in plain_rows(batch, classes))
+        return ((f"{where} row {index}", row) for index, row in enumerate(plain, start=1))
 
-    return _Source(where, dataset, rows)
+    _, first = next(rows(None))
+    return Source(where, dataset.column_names, first, rows, ["hub", where, dataset._fingerprint])
 
 
-def _recognise(source: _Source, config: DataConfig, wanted: Wanted) -> Layout:
-    found = source.dataset.column_names
-    fitting = [layout for layout in LAYOUT_COLUMNS if all(c in found for c in _user_columns(layout, config))]
+def _recognise(source: Source, config: DataConfig, wanted: Wanted) -> str:
     if config.format != "auto":
-        layout: Layout = config.format
-    elif len(wanted.layouts) == 1:
-        layout = wanted.layouts[0]
-    elif fitting:
-        layout = fitting[0]
+        format_: str = config.format
+    elif wanted.layouts == ("classification",):
+        format_ = "classification"
     else:
-        raise UserError(
-            f"{source.name}: no known layout in the columns {', '.join(found)}. Name them: data.messages_column; or "
-            "data.prompt_column and data.completion_column; or data.text_column (and data.label_column)."
-        )
-    if layout in wanted.layouts:
-        return layout
+        fitting = [name for name in FORMATS if not missing_columns(name, source.columns, config)]
+        if not fitting:
+            raise UserError(
+                f"{source.name}: no known layout in the columns {', '.join(source.columns)}. Name them: "
+                "data.messages_column; or data.prompt_column and data.completion_column; or data.text_column (and "
+                "data.label_column)."
+            )
+        format_ = max(fitting, key=lambda name: _is_named(name, config))  # the first of the fitting, or what was named
+    return format_
+
+
+def _is_named(format_: str, config: DataConfig) -> bool:
+    """Whether the user has named a column that this format reads."""
+    keys = {
+        "messages": ("messages_column",),
+        "prompt_completion": ("prompt_column", "completion_column"),
+        "classification": ("label_column", "text_pair_column"),
+        "text": ("text_column",),
+    }
+    return any(getattr(config, key) != getattr(DataConfig, key) for key in keys.get(format_, ()))
+
+
+def _check_task(source: Source, reader: Reader, format_: str, config: DataConfig, wanted: Wanted) -> None:
+    if reader.layout in wanted.layouts:
+        return
     if len(wanted.layouts) == 1:
-        columns = " and ".join(LAYOUT_COLUMNS[wanted.layouts[0]])
-        raise UserError(f"task={wanted.task} needs {columns} columns, but data.format={layout}.")
-    alone = ", or data.format=text to train on the text alone" if "text" in wanted.layouts else ""
+        columns = " and ".join(name for name in COLUMNS[wanted.layouts[0]] if name not in _OPTIONAL)
+        raise UserError(f"task={wanted.task} needs {columns} columns, but data.format={config.format}.")
+    alone = ", or data.format=text to train on the text alone" if config.text_column in source.columns else ""
+    columns = ", ".join(user_columns(format_, source.columns, config))
     raise UserError(
-        f"{source.name} is {layout} data (columns {', '.join(_user_columns(layout, config))}): set "
-        f"task={wanted.takers[layout]}{alone}."
+        f"{source.name} is {reader.layout} data (columns {columns}): set task={wanted.takers[reader.layout]}{alone}."
     )
 
 
-def _user_columns(layout: Layout, config: DataConfig) -> dict[str, str]:
-    """The user's column name -> the name this package gives it."""
-    return {getattr(config, f"{column}_column"): column for column in LAYOUT_COLUMNS[layout]}
-
-
-def _normalise(sources: list[_Source], layout: Layout, config: DataConfig) -> datasets.Dataset:
-    columns = _user_columns(layout, config)
+def _normalise(
+    sources: list[Source], format_: str, config: DataConfig, wanted: Wanted
+) -> tuple[Layout, datasets.Dataset]:
+    layout: Layout | None = None
     parts = []
     for source in sources:
-        for name, column in columns.items():
-            if name not in source.dataset.column_names:
-                found = ", ".join(source.dataset.column_names)
-                raise UserError(f"{source.name} has no column '{name}' (it has {found}); set data.{column}_column.")
-        part = source.dataset.select_columns(list(columns))
-        for name, column in columns.items():
-            if not column_is_valid(part, name, column):
-                _raise_bad_row(source, columns)
-        renames = {name: column for name, column in columns.items() if name != column}
-        parts.append(part.rename_columns(renames) if renames else part)
-    try:
-        return datasets.concatenate_datasets([_plain_strings(part) for part in parts])
-    except (ValueError, TypeError, pa.ArrowInvalid) as error:
-        names = ", ".join(source.name for source in sources)
-        raise UserError(f"the columns of {names} have different types: {first_line(error)}") from None
+        for key in missing_columns(format_, source.columns, config):
+            name, found = getattr(config, f"{key}_column", key), ", ".join(source.columns)
+            way_out = (
+                f"set data.{key}_column" if hasattr(config, f"{key}_column") else "set data.format to another form"
+            )
+            raise UserError(f"{source.name} has no column '{name}' (it has {found}); {way_out}.")
+        reader = reader_of(format_, source.columns, source.first, config)
+        _check_task(source, reader, format_, config, wanted)
+        if reader.layout != (layout := layout or reader.layout):
+            raise UserError(
+                f"{source.name} has {reader.layout} rows and {sources[0].name} {layout} rows; use one form."
+            )
+        part, notes = gather(source, reader, _options(format_, config))
+        if notes and int(os.environ.get("RANK", "0")) == 0:
+            logger.warning("data: %s: not used: %s", source.name, "; ".join(notes))
+        parts.append(part)
+    joined = datasets.concatenate_datasets(parts)
+    empty = [
+        name for name in joined.column_names if name in _OPTIONAL and _column(joined, name).null_count == len(joined)
+    ]
+    return layout or "text", joined.remove_columns(empty)
 
 
-def _plain_strings(dataset: datasets.Dataset) -> datasets.Dataset:
-    """Give text columns one type, whatever the file's writer chose, so that files can be joined."""
-    features = dataset.features.copy()
-    for column in ("prompt", "completion", "text"):
-        if column in features:
-            features[column] = datasets.Value("string")
-    return dataset if features == dataset.features else dataset.cast(features)
+def _options(format_: str, config: DataConfig) -> list[Any]:
+    """Return what decides how a row is read, beside the row."""
+    columns = {key: value for key, value in asdict(config).items() if key.endswith("_column")}
+    return [format_, columns, config.chat_template is not None]
 
 
-def _raise_bad_row(source: _Source, columns: dict[str, str]) -> None:
-    for where, row in source.rows():
-        for name, column in columns.items():
-            problem = "is missing" if row.get(name) is None else value_problem(row[name], column)
-            if problem:
-                raise UserError(f"{where}: column '{name}' {problem}.")
-    types = ", ".join(f"{name}: {source.dataset.features[name]}" for name in columns)
-    raise UserError(f"{source.name}: a column was read with an unexpected type ({types}).")
-
-
-def _label_texts(dataset: datasets.Dataset) -> list[str]:
-    feature = dataset.features["label"]
-    if isinstance(feature, datasets.ClassLabel):
-        # Hub test splits without labels hold -1, which no name belongs to.
-        return [feature.names[i] if 0 <= i < len(feature.names) else str(i) for i in dataset["label"]]
-    return [str(int(label)) if isinstance(label, float) else str(label) for label in dataset["label"]]
+def _column(dataset: datasets.Dataset, name: str) -> pa.ChunkedArray:
+    return dataset.with_format("arrow")[:][name]
 
 
 def _label_order(names: list[str]) -> Callable[[str], tuple[float, str]]:
@@ -241,19 +260,16 @@ def _label_order(names: list[str]) -> Callable[[str], tuple[float, str]]:
     return lambda name: (0.0, name)
 
 
-def _encode_labels(dataset: datasets.Dataset, label_names: list[str], sources: list[_Source]) -> datasets.Dataset:
+def _encode_labels(dataset: datasets.Dataset, label_names: list[str], sources: list[Source]) -> datasets.Dataset:
     index = {name: i for i, name in enumerate(label_names)}
-    names = _label_texts(dataset)
+    names = dataset["label"][:]
     for row, name in enumerate(names):
         if name not in index:
-            for source in sources:
-                if row < source.dataset.num_rows:
-                    where, _ = next(islice(source.rows(), row, None))
-                    raise UserError(
-                        f"{where}: label '{name}' does not occur among the {len(index)} classes of the training data; "
-                        "correct the row, or add rows of that class to data.train."
-                    )
-                row -= source.dataset.num_rows
+            for where, _ in islice((place for source in sources for place in source.rows(None)), row, None):
+                raise UserError(
+                    f"{where}: label '{name}' does not occur among the {len(index)} classes of the training data; "
+                    "correct the row, or add rows of that class to data.train."
+                )
     return dataset.remove_columns("label").add_column("label", [index[name] for name in names])
 
 

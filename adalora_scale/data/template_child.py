@@ -6,8 +6,9 @@ for ever or from doubling a text until no memory is left, and one operation on h
 that the operating system enforces.
 
 Standard input: one JSON line, ``{"template", "variables", "seconds", "bytes", "memory"}``, then a line a batch: a list
-of conversations. Standard output: for every conversation a JSON line, ``{"text", "spans"}``, ``{"refused"}`` or
-``{"limit"}``; spans are the characters between ``{% generation %}`` marks.
+of requests, ``{"messages", "tools", "documents", "variables", "generation_prompt"}`` (the first is needed).
+Standard output: for every request a JSON line, ``{"text", "spans"}``, ``{"refused"}`` or ``{"limit"}``; spans are the
+characters between ``{% generation %}`` marks.
 """
 
 from __future__ import annotations
@@ -35,18 +36,24 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (in_use + order["memory"],) * 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     for line in sys.stdin:
-        for conversation in json.loads(line):
+        for request in json.loads(line):
             # Computing time, not the clock's: a busy or suspended machine makes no template slow.
             limit = int(time.process_time()) + 1 + order["seconds"]
             resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
-            sys.stdout.write(json.dumps(_render(conversation, order)) + "\n")
+            sys.stdout.write(json.dumps(_render(request, order)) + "\n")
             sys.stdout.flush()
 
 
-def _render(conversation: list[Any], order: dict[str, Any]) -> dict[str, Any]:
+def _render(request: dict[str, Any], order: dict[str, Any]) -> dict[str, Any]:
     try:
         rendered: Any = render_jinja_template(
-            [conversation], chat_template=order["template"], return_assistant_tokens_mask=True, **order["variables"]
+            [request["messages"]],
+            tools=request.get("tools"),
+            documents=request.get("documents"),
+            chat_template=order["template"],
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=request.get("generation_prompt", False),
+            **order["variables"] | (request.get("variables") or {}),
         )
         [text], [spans] = rendered
     except MemoryError:

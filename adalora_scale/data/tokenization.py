@@ -2,23 +2,25 @@
 
 For causal language models the result is what TRL's SFTTrainer would prepare itself (its `_prepare_dataset`), to be
 passed with ``dataset_kwargs={"skip_prepare_dataset": True}``: `input_ids`, `labels` (-100 where there is no loss) and,
-when packed, `seq_lengths`.
+when packed, `seq_lengths`. Conversations are tokenised in `conversations.py`.
 """
 
 from __future__ import annotations
 
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from trl.data_utils import common_prefix_length
 
 from adalora_scale.config import DataConfig
-from adalora_scale.data.chat_templates import assistant_masks, resolve_chat_template
+from adalora_scale.data.chat_templates import resolve_chat_template
+from adalora_scale.data.conversations import Conversations
+from adalora_scale.data.end_tokens import once, prompt_tokens, with_end
 from adalora_scale.data.preparing import Batch, Prepared, prepare
-from adalora_scale.data.rendering import Renderer, is_known
-from adalora_scale.data.rows import Layout, LossTarget, RawData, loss_target
+from adalora_scale.data.row_values import Layout
+from adalora_scale.data.rows import LossTarget, RawData, loss_target
 from adalora_scale.errors import UserError
 
 IGNORED = -100
@@ -43,22 +45,16 @@ def prepare_language_model(
         UserError: no chat template or end token, a conversation its template refuses, or no example has a loss.
     """
     loss = loss_target(config, raw.layout)
-    template = resolve_chat_template(tokenizer, config, layout=raw.layout)
-    if raw.layout != "messages" and tokenizer.eos_token is None:
-        raise UserError("the tokenizer has no end token (eos_token), which must end each example; set one in it.")
-    tokenize = partial(
-        _tokenize_language,
-        tokenizer=tokenizer,
-        template=template,
-        layout=raw.layout,
-        loss=loss,
-        max_length=config.max_length,
-    )
+    template = resolve_chat_template(tokenizer, config, layout=raw.layout, tools="tools" in raw.train.column_names)
     options = ["language_model", raw.layout, loss, template, config.max_length, config.packing, seed]
-    if template is None or is_known(template):
-        return prepare(raw, tokenizer, tokenize, config, options, seed, cache_dir)
-    with Renderer(template, {name: str(token) for name, token in tokenizer.special_tokens_map.items()}) as renderer:
-        return prepare(raw, tokenizer, partial(tokenize, renderer=renderer), config, options, seed, cache_dir)
+    if template is not None:
+        with closing(Conversations(tokenizer, template, loss, calls=raw.has_calls())) as conversations:
+            tokenize = partial(_tokenize_conversations, conversations=conversations, max_length=config.max_length)
+            return prepare(raw, tokenizer, tokenize, config, options, seed, cache_dir)
+    if tokenizer.eos_token is None:
+        raise UserError("the tokenizer has no end token (eos_token), which must end each example; set one in it.")
+    texts = partial(_tokenize_texts, tokenizer=tokenizer, layout=raw.layout, loss=loss, max_length=config.max_length)
+    return prepare(raw, tokenizer, texts, config, options, seed, cache_dir)
 
 
 def prepare_classification(
@@ -86,32 +82,31 @@ def prepare_classification(
     return prepare(raw, tokenizer, tokenize, config, ["classification", max_length, seed], seed, cache_dir)
 
 
-def _tokenize_language(
-    batch: Batch,
-    indices: list[int],
-    *,
-    tokenizer: Any,
-    template: str | None,
-    layout: Layout,
-    loss: LossTarget,
-    max_length: int,
-    renderer: Renderer | None = None,
+def _tokenize_conversations(
+    batch: Batch, indices: list[int], *, conversations: Conversations, max_length: int
 ) -> Batch:
-    match layout:
-        case "messages" if renderer is not None:
-            ids, masks = _tokenize_rendered(batch["messages"], indices, tokenizer, renderer, loss)
-        case "messages":
-            ids, masks = _tokenize_messages(batch["messages"], indices, tokenizer, template, loss)
-        case "prompt_completion":
-            ends = [_with_eos(text, tokenizer.eos_token) for text in batch["completion"]]
-            ids = tokenizer([p + c for p, c in zip(batch["prompt"], ends, strict=True)])["input_ids"]
-            prompts = tokenizer(batch["prompt"])["input_ids"] if loss == "completion" else [[]] * len(ids)
-            # Tokens may merge across the border, and a tokenizer may end the lone prompt with an end token.
-            starts = [common_prefix_length(prompt, whole) for prompt, whole in zip(prompts, ids, strict=True)]
-            masks = [[0] * start + [1] * (len(whole) - start) for start, whole in zip(starts, ids, strict=True)]
-        case _:
-            ids = tokenizer([_with_eos(text, tokenizer.eos_token) for text in batch["text"]])["input_ids"]
-            masks = [[1] * len(row) for row in ids]
+    ids, masks, notes = conversations.tokenize(batch, [f"row {index + 1}" for index in indices])
+    return _with_labels(ids, masks, max_length) | {"notes": notes}
+
+
+def _tokenize_texts(
+    batch: Batch, indices: list[int], *, tokenizer: Any, layout: Layout, loss: LossTarget, max_length: int
+) -> Batch:
+    if layout == "prompt_completion":
+        ends = [with_end(text, tokenizer.eos_token) for text in batch["completion"]]
+        ids = tokenizer([p + c for p, c in zip(batch["prompt"], ends, strict=True)])["input_ids"]
+        prompts = prompt_tokens(tokenizer, batch["prompt"]) if loss == "completion" else [[]] * len(ids)
+    else:
+        ids = tokenizer([with_end(text, tokenizer.eos_token) for text in batch["text"]])["input_ids"]
+        prompts = [[]] * len(ids)
+    ids = [once(tokenizer, row, [0] * len(row))[0] for row in ids]
+    # Tokens may merge across the border of prompt and completion.
+    starts = [common_prefix_length(prompt, whole) for prompt, whole in zip(prompts, ids, strict=True)]
+    masks = [[0] * start + [1] * (len(whole) - start) for start, whole in zip(starts, ids, strict=True)]
+    return _with_labels(ids, masks, max_length)
+
+
+def _with_labels(ids: list[list[int]], masks: list[list[int]], max_length: int) -> Batch:
     labels = [
         [token if bit else IGNORED for token, bit in zip(row[:max_length], mask[:max_length], strict=True)]
         for row, mask in zip(ids, masks, strict=True)
@@ -126,44 +121,10 @@ def _tokenize_language(
     }
 
 
-def _tokenize_messages(
-    conversations: list[Any], indices: list[int], tokenizer: Any, template: str | None, loss: LossTarget
-) -> tuple[list[list[int]], list[list[int]]]:
-    render = partial(
-        tokenizer.apply_chat_template,
-        chat_template=template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=loss == "assistant",
-    )
-    try:
-        output = render(conversations)
-    except jinja2.TemplateError as error:
-        for index, conversation in zip(indices, conversations, strict=True):
-            try:
-                render(conversation)
-            except jinja2.TemplateError as inner:
-                raise UserError(f"the chat template refuses row {index + 1}: {inner}") from None
-        raise UserError(f"the chat template cannot be rendered: {error}") from None
-    ids = output["input_ids"]
-    return ids, output["assistant_masks"] if loss == "assistant" else [[1] * len(row) for row in ids]
-
-
-def _tokenize_rendered(
-    conversations: list[Any], indices: list[int], tokenizer: Any, renderer: Renderer, loss: LossTarget
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Do what `_tokenize_messages` does with a template that needs limits."""
-    rendered = renderer.render(conversations, [f"row {index + 1}" for index in indices])
-    texts, spans = [text for text, _ in rendered], [spans for _, spans in rendered]
-    if loss == "assistant":
-        return assistant_masks(tokenizer, texts, spans)
-    ids = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False)["input_ids"]
-    return ids, [[1] * len(row) for row in ids]
-
-
 def _tokenize_classification(batch: Batch, indices: list[int], *, tokenizer: Any, max_length: int) -> Batch:
-    whole = [len(ids) for ids in tokenizer(batch["text"], verbose=False)["input_ids"]]
-    encoded = tokenizer(batch["text"], truncation=True, max_length=max_length)
+    texts = [batch["text"], *([batch["text_pair"]] if "text_pair" in batch else [])]
+    whole = [len(ids) for ids in tokenizer(*texts, verbose=False)["input_ids"]]
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
     return {
         **{name: encoded[name] for name in tokenizer.model_input_names if name in encoded},
         "labels": batch["label"],
@@ -171,7 +132,3 @@ def _tokenize_classification(batch: Batch, indices: list[int], *, tokenizer: Any
         "loss_tokens": [1] * len(whole),  # one prediction a text
         "truncated": [length > max_length for length in whole],
     }
-
-
-def _with_eos(text: str, eos_token: str) -> str:
-    return text if text.endswith(eos_token) else text + eos_token

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from transformers import Trainer, TrainingArguments
 
     from adalora_scale.data.preparing import Prepared
-    from adalora_scale.data.rows import Layout, RawData
+    from adalora_scale.data.row_values import Layout
+    from adalora_scale.data.rows import RawData
 
 _CLASSES = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
@@ -26,7 +27,7 @@ class CausalLM(Task):
 
     name: ClassVar[str] = "causal_lm"
     peft_type: ClassVar[str] = "CAUSAL_LM"
-    layouts: ClassVar[tuple[Layout, ...]] = ("messages", "prompt_completion", "text")
+    layouts: ClassVar[tuple[Layout, ...]] = ("messages", "prompt_completion", "prompt_completion_turns", "text")
     generates: ClassVar[bool] = True
 
     def auto_class(self) -> Any:
@@ -43,7 +44,7 @@ class CausalLM(Task):
         from adalora_scale.data.chat_templates import resolve_chat_template
         from adalora_scale.data.tokenization import prepare_language_model
 
-        template = resolve_chat_template(tokenizer, data, layout=raw.layout)
+        template = resolve_chat_template(tokenizer, data, layout=raw.layout, tools="tools" in raw.train.column_names)
         prepared = prepare_language_model(raw, tokenizer, data, seed=seed, cache_dir=cache_dir)
         if template is not None:
             # The saved tokenizer must render conversations the way the adapter learnt them.

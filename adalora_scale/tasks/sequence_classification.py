@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, Trainer, TrainingArguments
 
     from adalora_scale.data.preparing import Prepared
-    from adalora_scale.data.rows import Layout, RawData
+    from adalora_scale.data.row_values import Layout
+    from adalora_scale.data.rows import RawData
 
 _HEADS = ("classifier", "score", "classification_head")
 _LAST_LAYERS = ("classifier", "score", "out_proj", "linear_out", "logits_proj", "summary")

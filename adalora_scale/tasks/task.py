@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, Trainer, TrainingArguments
 
     from adalora_scale.data.preparing import Prepared
-    from adalora_scale.data.rows import Layout, RawData
+    from adalora_scale.data.row_values import Layout
+    from adalora_scale.data.rows import RawData
 
 
 class Task(ABC):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from adalora_scale.data.end_tokens import prompt_tokens
+
 
 @dataclass(frozen=True)
 class ExactMatch:
@@ -54,7 +56,8 @@ def exact_match(
     model.eval()
     try:
         for first in tqdm(range(0, len(prompts), batch_size), desc="Generating", leave=False, disable=None):
-            batch = tokenizer(list(prompts[first : first + batch_size]), return_tensors="pt", padding=True)
+            ids = prompt_tokens(tokenizer, list(prompts[first : first + batch_size]))
+            batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding=True)
             batch = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
             output = model.generate(
                 **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id

@@ -14,17 +14,24 @@ import zipfile
 
 import datasets
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from adalora_scale.config import DataConfig
 from adalora_scale.data import row_files, row_limits
-from adalora_scale.data.row_files import read_file
 from adalora_scale.data.row_limits import MAX_COLUMNS, MAX_ROW_BYTES
 from adalora_scale.data.rows import load_raw
 from adalora_scale.errors import UserError
 from adalora_scale.tasks.registry import find_task, wanted_rows
 
 ROW = b'{"text": "a"}\n'
+
+
+def read_file(path):
+    """The rows of a file, as they stand there."""
+    row_files.check_file(str(path))
+    return [row for _, row in row_files.iterate_rows(str(path))]
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +145,17 @@ def test_an_infinite_label_of_a_table(tmp_path):
         load(tmp_path / "rows.parquet", "sequence_classification")
 
 
+def test_json_inside_a_table_has_the_limits_of_json(tmp_path):
+    """Else Python's own recursion ends the run with a traceback."""
+    deep = pa.array(["[" * 900 + "]" * 900], pa.json_())
+    pq.write_table(pa.table({"messages": deep}), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows.parquet after row 0: a JSON value: nests deeper"):
+        load(tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": "[" * 900 + "]" * 900}))
+    with pytest.raises(UserError, match=r"rows.jsonl:1: column 'messages' must be a non-empty list"):
+        load(tmp_path / "rows.jsonl")
+
+
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
@@ -183,9 +201,9 @@ def test_what_is_allowed_is_read(tmp_path):
     (tmp_path / "one.json").write_text(json.dumps(rows[0], indent=1))
     (tmp_path / "mac.csv").write_bytes(b"text\rone\rtwo\r")
     for name in ("bom.jsonl", "rows.json", "texts.json"):
-        assert read_file(str(tmp_path / name)).to_list() == rows
-    assert read_file(str(tmp_path / "one.json")).to_list() == rows[:1]
-    assert read_file(str(tmp_path / "mac.csv"))["text"][:] == ["one", "two"]
+        assert read_file(tmp_path / name) == rows
+    assert read_file(tmp_path / "one.json") == rows[:1]
+    assert read_file(tmp_path / "mac.csv") == [{"text": "one"}, {"text": "two"}]
     many = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2000
     (tmp_path / "turns.jsonl").write_text(json.dumps({"messages": many}) + "\n")
     assert len(load(tmp_path / "turns.jsonl").train[0]["messages"]) == 4000
@@ -198,8 +216,8 @@ def test_a_line_of_a_gigabyte_in_a_process_of_its_own(tmp_path):
         file.write(b'{"text": "')
         file.truncate(2**30)
     code = (
-        "import sys; from adalora_scale.data.row_files import read_file\n"
-        "try: read_file(sys.argv[1])\n"
+        "import sys; from adalora_scale.data.row_files import check_file\n"
+        "try: check_file(sys.argv[1])\n"
         "except ValueError as error: print(error)\n"
         "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"  # ru_maxrss counts the parent's, too
     )
@@ -216,11 +234,11 @@ def test_a_large_file_is_passed_over_once_until_it_changes(tmp_path, monkeypatch
     monkeypatch.setattr(row_files, "_LARGE", 100)
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a row"}\n' * 20)
-    assert [len(row_files.read_file(str(path))) for _ in range(3)] == [20] * 3 and len(looked) == 1
+    assert [len(read_file(path)) for _ in range(3)] == [20] * 3 and len(looked) == 1
     path.write_text('{"text": "a row"}\n' * 20 + "[" * 200 + "\n")
     for _ in range(2):
         with pytest.raises(UserError, match="deeper than"):
-            row_files.read_file(str(path))
+            row_files.check_file(str(path))
     assert len(looked) == 3
 
 
@@ -229,4 +247,4 @@ def test_a_line_that_is_cut_off_is_named_in_large_files(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a row"}\n' * 20 + '{"text": "a r')
     with pytest.raises(UserError, match=r"rows\.jsonl:21: the row does not begin and end on its line"):
-        row_files.read_file(str(path))
+        row_files.check_file(str(path))

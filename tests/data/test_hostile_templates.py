@@ -58,7 +58,7 @@ def test_a_template_without_end_is_named(name):
     """Jinja's own limit, 100,000 steps of one loop, is none: loops nest, and texts double."""
     start = time.monotonic()
     with Renderer(HOSTILE[name], {}) as renderer, pytest.raises(LimitReached, match=r"on row 7 it "):
-        renderer.render([CHAT], ["row 7"])
+        renderer.render([{"messages": CHAT}], ["row 7"])
     assert time.monotonic() - start < 20
 
 
@@ -66,7 +66,7 @@ def test_a_template_without_end_is_named(name):
 def test_what_a_template_does_wrong_is_one_line(name):
     template, message = WRONG[name]
     with Renderer(template, {}) as renderer, pytest.raises(UserError, match=message):
-        renderer.render([CHAT], ["row 7"])
+        renderer.render([{"messages": CHAT}], ["row 7"])
 
 
 def test_the_row_that_a_template_waits_for_is_named():
@@ -75,21 +75,21 @@ def test_the_row_that_a_template_waits_for_is_named():
     rows = [CHAT, CHAT, [{"role": "user", "content": "now"}], CHAT]
     with Renderer(template, {}) as renderer:
         with pytest.raises(LimitReached, match=r"on row 3 it computes for more than"):
-            renderer.render(rows, [f"row {i}" for i in range(1, 5)])
-        assert renderer.render([CHAT], ["row 1"]) == [("x", [])]
+            renderer.render([{"messages": row} for row in rows], [f"row {i}" for i in range(1, 5)])
+        assert renderer.render([{"messages": CHAT}], ["row 1"]) == [("x", [])]
 
 
 def test_the_process_is_gone_afterwards_and_signals_are_left_alone():
     alarm = signal.getsignal(signal.SIGALRM)
     before = set(psutil.Process().children())
     with Renderer(MARKED, {"eos_token": "</s>"}) as renderer:
-        assert renderer.render([CHAT] * 2, ["a", "b"])[1] == (
+        assert renderer.render([{"messages": CHAT}] * 2, ["a", "b"])[1] == (
             "user: hi</s>assistant: there</s>",
             [(6, 12), (23, 32)],
         )
         copy = pickle.loads(pickle.dumps(renderer))  # as workers of `datasets.map` get it
         with copy:
-            assert copy.render([CHAT], ["a"]) == renderer.render([CHAT], ["a"])
+            assert copy.render([{"messages": CHAT}], ["a"]) == renderer.render([{"messages": CHAT}], ["a"])
         assert len(set(psutil.Process().children()) - before) == 1
     assert set(psutil.Process().children()) == before and signal.getsignal(signal.SIGALRM) == alarm
 

@@ -135,7 +135,9 @@ def _override(path: Path) -> None:
 
 def _render(path: Path) -> None:
     with Renderer(path.read_bytes().decode(errors="replace"), {"eos_token": "</s>"}) as renderer:
-        renderer.render([[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]] * 2, ["1", "2"])
+        renderer.render(
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 2, ["1", "2"]
+        )
 
 
 def watch(folder: Path) -> list[str]:
