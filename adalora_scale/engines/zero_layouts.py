@@ -244,7 +244,13 @@ def overlap(first: int, length: int, group: dist.ProcessGroup, size: int) -> tup
 def gathered_as_forward(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """Return whole copies of parameters that ZeRO-3 partitioned, as its forward gathers them; a collective call."""
     import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
+    # A forward without a backward (an evaluation) leaves on its way what it expects to need next, if one came before the
+    # first step too; DeepSpeed cannot partition such a parameter again.
+    for parameter in parameters:
+        if parameter.ds_status == ZeroParamStatus.INFLIGHT:  # type: ignore[attr-defined]
+            parameter._z3_optimizer.empty_partition_cache()  # type: ignore[attr-defined]
     with deepspeed.zero.GatheredParameters(list(parameters)):
         return [parameter.detach().clone() for parameter in parameters]
 

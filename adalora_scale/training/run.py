@@ -157,7 +157,8 @@ def prepare(config: RunConfig) -> Inputs:
         raise UserError("training.eval_strategy needs evaluation data; set data.eval or data.eval_fraction.")
     tokenizer = load_tokenizer(config)
     data = task.prepare(raw, tokenizer, config.data, seed=seed)
-    require_rows(config, tokenizer, data, raw.label_names, main=arguments.process_index == 0)
+    with engine.loading():  # it builds the model, without weights: under ZeRO-3 transformers would partition it
+        require_rows(config, tokenizer, data, raw.label_names, main=arguments.process_index == 0)
     steps = total_steps(arguments, len(data.train))
     if steps < 1:
         raise UserError("training.num_train_epochs and training.max_steps leave no step to train; raise one of them.")
