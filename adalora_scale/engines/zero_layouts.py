@@ -246,8 +246,8 @@ def gathered_as_forward(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    # A forward without a backward (an evaluation) leaves on its way what it expects to need next, if one came before the
-    # first step too; DeepSpeed cannot partition such a parameter again.
+    # A forward without a backward (an evaluation) leaves on its way what it expects to need next, if one came before
+    # the first step too; DeepSpeed cannot partition such a parameter again.
     for parameter in parameters:
         if parameter.ds_status == ZeroParamStatus.INFLIGHT:  # type: ignore[attr-defined]
             parameter._z3_optimizer.empty_partition_cache()  # type: ignore[attr-defined]
