@@ -103,6 +103,8 @@ class SequenceClassification(Task):
 def accuracy(prediction: Any) -> dict[str, float]:
     """Trainer's `compute_metrics`: the share of rows whose best class is the label."""
     logits, labels = prediction
+    if isinstance(logits, tuple):  # BART and T5 return their encoder's states too
+        logits = logits[0]
     return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == labels))}
 
 

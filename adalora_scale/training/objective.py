@@ -38,6 +38,10 @@ class _Own:
     aux: float
     rest: float
     """The loss less cross-entropy and routers' loss."""
+    unshifted: bool
+    """The loss is that of the tokens themselves, not of the next ones."""
+    has_routers: bool
+    """It returns a loss of its routers."""
 
 
 @torch.no_grad()
@@ -67,6 +71,11 @@ def settle_objective(trainer: Any) -> str | None:
             failed = _said(error)
         if reason is None and own is not None:
             reason = _difference(trainer, model, inner, inputs, own)
+    if own is not None and trainer.aux_loss_enabled and not own.has_routers:
+        trainer.aux_loss_enabled = False
+        _note(trainer, f"{type(inner).__name__} returns no loss of its routers, so none is added")
+    if own is not None and own.unshifted:
+        _note(trainer, f"{type(inner).__name__}'s own loss is of the tokens it was given; the next ones are trained")
     if own is None:
         _note(trainer, f"the loss was not compared with the model's own: {failed}")
     rest = own is not None and abs(own.rest) > _REST * max(1.0, -own.log_probs.mean().item())
@@ -118,9 +127,12 @@ def _own(model: Any, inputs: dict[str, Any], trainer: Any) -> _Own:
     aux = getattr(outputs, "aux_loss", None)
     routers = float(aux) if aux is not None and trainer.aux_loss_enabled else 0.0
     loss = getattr(outputs, "loss", None)
-    explained = -log_probs.mean().item() + trainer.router_aux_loss_coef * routers
-    rest = 0.0 if loss is None else float(loss) - explained
-    return _Own(log_probs, logits.abs().max().item(), routers, rest)
+    added = trainer.router_aux_loss_coef * routers
+    rest = 0.0 if loss is None else float(loss) + log_probs.mean().item() - added
+    # BART's decoder and its kin leave the shift to whoever makes the labels.
+    same = outputs.logits.float().log_softmax(-1).gather(-1, labels[..., None].to(logits.device)).mean().item()
+    unshifted = loss is not None and abs(rest) > abs(float(loss) + same - added)
+    return _Own(log_probs, logits.abs().max().item(), routers, 0.0 if unshifted else rest, unshifted, aux is not None)
 
 
 def _close(one: Tensor, other: Tensor, limits: tuple[float, float]) -> bool:

@@ -235,8 +235,12 @@ def test_shipped_shapes_are_whole(name):
     """Else a 70 B model is planned as something else."""
     config = model_config(ModelConfig(model_name_or_path=name))
     sizes = (config.hidden_size, config.num_hidden_layers, config.vocab_size)
-    expected = {"llama3_70b": (8192, 80, 128256), "llama3_8b": (4096, 32, 128256), "llama2_70b": (8192, 80, 32000)}
-    assert sizes == expected[SHAPES[name]] and config.num_key_value_heads == 8
+    expected = {
+        "llama3_70b": (8192, 80, 128256), "llama3_8b": (4096, 32, 128256), "llama2_70b": (8192, 80, 32000),
+        "llama3_2_3b": (3072, 28, 128256), "deberta_v3_base": (768, 12, 128100), "minilm_l6": (384, 6, 30522),
+    }  # fmt: skip
+    assert sizes == expected[SHAPES[name]]
+    assert getattr(config, "num_key_value_heads", 8) == 8
 
 
 def test_a_classifier_and_a_model_in_16_bits_can_be_planned(capsys, stories260k):
