@@ -81,8 +81,9 @@ def _architecture(name: str, kind: str, checks: list[str], logs: Path | None) ->
             if check in ("merge, PEFT", "FSDP2 × 2") and not (folder / "merged").exists():
                 continue  # nothing was trained that they could look at
             ranks = 2 if check.startswith("FSDP2") else 1
-            verdicts = _children(lambda check=check: runs.verdict(check, folder, kind), folder, check, ranks=ranks)
-            entry["checks"][check] = min(verdicts, key=_severity)
+            entry["checks"][check] = _verdict(check, folder, kind, ranks)
+            if entry["checks"][check][0] == "apart":
+                entry["checks"][check] = _verdict(runs.REPLICATED, folder, kind, ranks)
         if logs:
             shutil.copytree(
                 folder, logs / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*")
@@ -90,8 +91,10 @@ def _architecture(name: str, kind: str, checks: list[str], logs: Path | None) ->
     return entry
 
 
-def _severity(verdict: tuple[str, str]) -> int:
-    return ["wrong", "refused", "right"].index(verdict[0])
+def _verdict(check: str, folder: Path, kind: str, ranks: int) -> tuple[str, str]:
+    """Return the worst of the ranks' verdicts."""
+    verdicts = _children(lambda: runs.verdict(check, folder, kind), folder, check, ranks=ranks)
+    return min(verdicts, key=lambda verdict: ["wrong", "refused", "apart", "right"].index(verdict[0]))
 
 
 def _made(name: str, kind: str, folder: Path) -> tuple[str, str]:
