@@ -134,7 +134,7 @@ def test_classifier_on_a_language_model_gets_a_new_head(stories260k, run_config)
     config = run_config(stories260k, task="sequence_classification", load_in_4bit=True)
     torch.manual_seed(3)
     started = streaming.begin(
-        config, device=torch.device("cpu"), label_names=["a", "b", "c"], new_heads=lambda model: ["score"]
+        config, device=torch.device("cpu"), label_names=["a", "b", "c"], new_heads=lambda model, absent: ["score"]
     )
     model = streaming.load_whole(started)
     assert model.score.weight.shape == (3, 64) and 0.001 < model.score.weight.std() < 0.1
