@@ -257,7 +257,7 @@ def _loss(model: nn.Module, folder: Path, kind: str, rows: int) -> float:
     for first in range(0, len(batches), rows):
         chosen = batches[first : first + rows]
         longest = max(tokens.shape[1] for tokens, *_ in chosen)
-        pad = model.config.get_text_config().pad_token_id or 0
+        pad = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
         ids = torch.cat([nn.functional.pad(t, (0, longest - t.shape[1]), value=pad) for t, *_ in chosen])
         mask = torch.cat([nn.functional.pad(torch.ones_like(t), (0, longest - t.shape[1])) for t, *_ in chosen])
         logits = model(input_ids=ids, attention_mask=mask).logits.float()

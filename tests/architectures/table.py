@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -64,4 +65,5 @@ def rewrite(page: Path, found: dict[str, dict[str, Any]]) -> None:
 
 
 def _short(reason: str) -> str:
-    return " ".join(reason.split())[:220].replace("|", "\\|")
+    placeless = re.sub(r"/\S*coverage_\w+/", "", reason)  # where it was tried says nothing
+    return " ".join(placeless.split())[:220].replace("|", "\\|")
