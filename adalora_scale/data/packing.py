@@ -11,11 +11,14 @@ Models with recurrent or convolutional layers may mix examples whatever the mask
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from torch import nn
 from trl.data_utils import pack_dataset
 
 from adalora_scale.errors import Unsupported
@@ -66,11 +69,10 @@ def check_packing_isolated(model: Any, key: str = "data.packing") -> None:
     # A private generator: the check must not move the run's random state. Id 0 is often padding, so it is left out.
     generator = torch.Generator().manual_seed(0)
     first, *others = (torch.randint(1, config.vocab_size, (length,), generator=generator) for length in _LENGTHS)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        reference = _packed_logits(model, [first, *others], device)
-        changed = _packed_logits(model, [config.vocab_size - first, *others], device)
+        with evaluating(model):
+            reference = _packed_logits(model, [first, *others], device)
+            changed = _packed_logits(model, [config.vocab_size - first, *others], device)
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, ImportError) as error:
@@ -78,9 +80,6 @@ def check_packing_isolated(model: Any, key: str = "data.packing") -> None:
             f"{key}: {config.model_type} does not run on packed rows ({' '.join(str(error).split())[:200]}). Set "
             f"{key}=false."
         ) from error
-    finally:
-        for module, training in modes:
-            module.training = training
     start = _LENGTHS[0]
     difference = (reference[start:] - changed[start:]).abs().max().item()
     scale = reference[start:].std().item()
@@ -93,6 +92,18 @@ def check_packing_isolated(model: Any, key: str = "data.packing") -> None:
             f"{difference:.2g} when another changes). Set {key}=false, or "
             "use model.attn_implementation=sdpa or flash_attention_2 if the model supports it."
         )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and every module of it back into its own on the way out."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _packed_logits(model: Any, examples: list[torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adalora_scale.data.packing import evaluating
 from adalora_scale.engines.ranks import everywhere
 from adalora_scale.export.peft_adalora import unwrapped
 from adalora_scale.messages import say
@@ -62,7 +63,7 @@ def settle_objective(trainer: Any) -> str | None:
     if trainer.aux_loss_enabled:
         inputs["output_router_logits"] = True
     reason, own, failed = why_not_fused(inner), None, None
-    with _evaluating(model), trainer.compute_loss_context_manager():
+    with evaluating(model), trainer.compute_loss_context_manager():
         try:
             own = _own(model, inputs, trainer)
         except torch.OutOfMemoryError:
@@ -173,17 +174,6 @@ def _enlarged(inner: nn.Module, factor: float) -> Iterator[list[int]]:
         yield calls
     finally:
         handle.remove()
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _said(error: Exception) -> str:
