@@ -23,15 +23,29 @@ def pytest_configure(config):
     if "TORCH_EXTENSIONS_DIR" not in os.environ:
         folder = os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="torch_extensions_")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    # The locks of a run that a test kills are removed: they must not be those of another worker's build.
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        os.environ["TORCH_EXTENSIONS_DIR"] = os.path.join(os.environ["TORCH_EXTENSIONS_DIR"], worker)
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.pluginmanager.has_plugin("xdist"):
+        _group(items)
     if config.getoption("--full"):
         return
     skip = pytest.mark.skip(reason="a long matrix; run it with --full")
     for item in items:
         if item.get_closest_marker("full"):
             item.add_marker(skip)
+
+
+def _group(items):
+    """Keep a file, whose fixtures are costly, on one worker, and with it what has the machine's SLURM, sshd and network
+    namespaces to itself. What takes longest comes first, so that the workers end together."""
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "cluster" else str(item.path)))
+    items.sort(key=lambda item: item.path.name != "test_quickstart.py")
 
 
 def pytest_terminal_summary(terminalreporter):

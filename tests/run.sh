@@ -5,6 +5,8 @@
 #   bash tests/run.sh --full       and the long matrices
 #   bash tests/run.sh -k packaging
 #
+# Two files of tests run at a time (ADALORA_TEST_WORKERS): most of the time one process starts others and waits.
+#
 # A failed check does not hide the next one; the exit code is the first failure's.
 set -uo pipefail
 
@@ -56,7 +58,8 @@ stage "ruff format" ruff format --check .
 stage "mypy" mypy "${typed[@]}"
 
 echo "== pytest"
-ADALORA_FAILED_STAGES="$failed_stages" python -m pytest "$@"  # the last lines of the run are pytest's summary
+workers=(-n "${ADALORA_TEST_WORKERS:-2}" --dist loadgroup --no-loadscope-reorder)  # groups: see tests/conftest.py
+ADALORA_FAILED_STAGES="$failed_stages" python -m pytest "${workers[@]}" "$@"  # the last lines of the run are pytest's summary
 status=$?
 if ((first_failure)); then exit "$first_failure"; fi
 exit "$status"
