@@ -39,7 +39,11 @@ class Conversations:
         self._tokenizer, self._template, self._loss = tokenizer, template, loss
         variables = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         self._rendering = (DirectRenderer if is_known(template) else Renderer)(template, variables)
-        self._form = find_form(template, self._rendering, calls=calls)
+        try:
+            self._form = find_form(template, self._rendering, calls=calls)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the process that renders, if there is one."""
