@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from adalora_scale.cluster.launching.command import add_launch_check
 from adalora_scale.cluster.place import launched
@@ -21,6 +23,7 @@ from adalora_scale.config import RunConfig, load_config
 from adalora_scale.config.command_line import add_config_arguments
 from adalora_scale.errors import Interrupted, Unsupported, UserError, run_reporting_errors
 from adalora_scale.export.command import add_verbs as add_export_verbs
+from adalora_scale.installed import version_of
 from adalora_scale.messages import say, say_json
 from adalora_scale.placing.quantize import add_verb as add_quantize_verb
 from adalora_scale.sweep.arguments import add_parser as add_sweep
@@ -37,8 +40,8 @@ ADALORA_TRACEBACK=1 shows where an error came from.
 
 _VERIFY_STARTS = """
 one machine:  adalora-scale verify-engines --nproc 4
-a cluster:    torchrun --nnodes 2 --nproc-per-node 8 … -m adalora_scale.cli verify-engines
-              deepspeed --no_local_rank --module adalora_scale.cli verify-engines
+a cluster:    torchrun --nnodes 2 --nproc-per-node 8 … -m adalora_scale verify-engines
+              deepspeed --no_local_rank --module adalora_scale verify-engines
 NCCL is used where every rank has a GPU of its own, else gloo on the CPU.
 """
 
@@ -70,6 +73,7 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="adalora-scale", description="Adaptive-rank fine-tuning (AdaLoRA).")
+    parser.add_argument("--version", action=_Version, nargs=0, help="what is installed, for a report of a fault")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     train = verbs.add_parser(
@@ -123,6 +127,16 @@ def _parser() -> argparse.ArgumentParser:
     add_quantize_verb(verbs, _quiet_start)
     add_launch_check(verbs)
     return parser
+
+
+class _Version(argparse.Action):
+    """Prints this package's version and those that a report of a fault needs, and ends."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        packages = ("torch", "transformers", "trl", "peft", "deepspeed", "bitsandbytes")
+        beside = ", ".join(f"{name} {version_of(name)}" for name in packages)
+        say(f"adalora-scale {version_of('adalora-scale')} ({beside}, Python {platform.python_version()})")
+        parser.exit()
 
 
 def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -239,7 +253,3 @@ def _quiet_start() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns at import that it found no GPU
-
-
-if __name__ == "__main__":  # torchrun -m adalora_scale.cli
-    sys.exit(main())

@@ -53,9 +53,9 @@ class Interrupted(SystemExit):
         return self.message
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the closest candidate, or the empty string."""
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+def nearest(name: str, candidates: Iterable[str], *, cutoff: float = 0.5) -> str:
+    """Return ``" Did you mean 'x'?"`` for the closest candidate; empty where none is as close as `cutoff`."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 

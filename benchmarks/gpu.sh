@@ -63,10 +63,10 @@ gpu_tests() { "$python" -m pytest -q tests/gpu 2>&1 | tee "$out/tests_$card.log"
 part tests gpu_tests
 # Every engine against the float64 reference, over NCCL, then over a 4-bit base. zero3-offload would compile for minutes.
 engines=(--nproc 1 --engines ddp fsdp2 zero1 zero2 zero3)
-part engines "$python" -m adalora_scale.cli verify-engines "${engines[@]}" --json "$out/verify_engines_$card.json"
-part engines:paper "$python" -m adalora_scale.cli verify-engines "${engines[@]}" --quick --preset paper \
+part engines "$python" -m adalora_scale verify-engines "${engines[@]}" --json "$out/verify_engines_$card.json"
+part engines:paper "$python" -m adalora_scale verify-engines "${engines[@]}" --quick --preset paper \
     --json "$out/verify_engines_paper_$card.json"
-part engines:4bit "$python" -m adalora_scale.cli verify-engines "${engines[@]}" --load-in-4bit \
+part engines:4bit "$python" -m adalora_scale verify-engines "${engines[@]}" --load-in-4bit \
     --json "$out/verify_engines_4bit_$card.json"
 # The quickstart's run through the launchers, and its score from the adapter on disk.
 recipe=configs/recipes/quickstart.yaml
@@ -75,7 +75,7 @@ train() {
     shift
     run="$(mktemp -d)"
     "$@" "training.output_dir=$run" training.per_device_train_batch_size=64 2>&1 | tail -n 60 || return 1
-    "$python" -m adalora_scale.cli evaluate --config "$recipe" --adapter "$run" --max-new-tokens 16 --batch-size 100 \
+    "$python" -m adalora_scale evaluate --config "$recipe" --adapter "$run" --max-new-tokens 16 --batch-size 100 \
         --json | tee "$out/quickstart_${name}_$card.json" || return 1
     rm -rf "$run"
 }

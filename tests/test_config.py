@@ -50,6 +50,10 @@ def test_minimal_file_gets_the_documented_defaults(write):
         ("data.max_lenght=8", ["'data.max_lenght'", "'max_length'"]),
         ("engine.nam=ddp", ["'engine.nam'", "'name'"]),
         ("adalora.qqqqqq=1", ["'adalora.qqqqqq'", "Known:", "target_r"]),
+        ("learning_rate=1e-3", ["'learning_rate'", "'training.learning_rate'"]),  # of another section
+        ("num_train_epoch=1", ["'num_train_epoch'", "'training.num_train_epochs'"]),
+        ("max_length=8", ["'max_length'", "'data.max_length'?"]),  # not TRL's, which is set through it
+        ("model.lora_alpha=8", ["'model.lora_alpha'", "'adalora.lora_alpha'"]),
     ],
 )
 def test_unknown_key_is_named_with_the_nearest_one(write, override, expected):

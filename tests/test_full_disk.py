@@ -197,7 +197,7 @@ def test_verify_engines_names_its_file_when_the_disk_is_full(disk, tmp_path):
     """The table took an hour; a traceback at its end, and an empty file, are what was left of it."""
     (disk / "report.json").write_text("{}\n")
     fill(disk)
-    command = [sys.executable, "-m", "adalora_scale.cli", "verify-engines", "--engines", "ddp", "--variants", "plain"]
+    command = [sys.executable, "-m", "adalora_scale", "verify-engines", "--engines", "ddp", "--variants", "plain"]
     done = subprocess.run(
         [*command, "--steps", "24", "--json", str(disk / "report.json")],
         cwd=ROOT,
@@ -239,7 +239,7 @@ def test_report_on_standard_output_is_one_line_too(made, form):
     """`… --json > FILE` on a full disk ended with exit code 120 and an exception that was ignored, or a traceback."""
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "adalora_scale.cli", "inspect", str(made[1]), *form],
+            [sys.executable, "-m", "adalora_scale", "inspect", str(made[1]), *form],
             cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
     (line,) = done.stderr.splitlines()

@@ -82,7 +82,7 @@ def test_any_value_can_be_quoted():
 def test_a_config_named_with_an_escape_sequence(tmp_path):
     """The whole way out, in a process of its own."""
     name = tmp_path / "a\x1b]0;owned\x07\nerror: b.yaml"
-    command = [sys.executable, "-m", "adalora_scale.cli", "train", "--config", str(name)]
+    command = [sys.executable, "-m", "adalora_scale", "train", "--config", str(name)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
     assert "\x1b" not in run.stderr and r"\x1b]0;owned\x07" in run.stderr

@@ -281,3 +281,11 @@ def test_the_cpu_image_uses_a_tested_python():
     """Else the image cannot install the pinned wheels."""
     version = re.match(r"python:(\d+\.\d+)-slim", instructions(DOCKERFILES[1])[0][1])
     assert version and version[1] in PROJECT["requires-python"]
+
+
+def test_version_names_what_a_report_of_a_fault_needs():
+    """Else every report begins with a question."""
+    command = [sys.executable, "-m", "adalora_scale", "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert said.startswith(f"adalora-scale {PROJECT['version']} (")
+    assert f"transformers {constraints()['transformers']}" in said

@@ -11,6 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from adalora_scale.config import options
+from adalora_scale.config.hints import hint
 from adalora_scale.config.options import AdaLoraConfig, Fsdp2Config, RunConfig
 from adalora_scale.config.yaml_text import parse_yaml, read_yaml
 from adalora_scale.errors import UserError, nearest
@@ -118,9 +119,8 @@ def _explain(cls: type[Any], error: ValidationError, prefix: str) -> str:
     if problem["type"] == "unexpected_keyword_argument":
         owner = _owner(cls, path[:-1])
         names = [f.name for f in dataclasses.fields(owner)]
-        return (
-            f"unknown key '{prefix}{'.'.join(path)}'.{nearest(path[-1], names) or ' Known: ' + ', '.join(names) + '.'}"
-        )
+        near = hint(path[-1], names) or f" Known: {', '.join(names)}."
+        return f"unknown key '{prefix}{'.'.join(path)}'.{near}"
     # Union branches appear in pydantic's location ("tinit.int"); the user only knows the key.
     key = prefix + ".".join(_known_prefix(cls, path))
     if problem["type"] in ("missing", "missing_argument"):

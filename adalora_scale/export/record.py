@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from adalora_scale.errors import UserError
 from adalora_scale.files import replace_text
+from adalora_scale.installed import version_of
 from adalora_scale.reading.checksums import file_checksum
 from adalora_scale.reading.json_text import read_object
 from adalora_scale.reading.written import RECORD_NAME, TOOL
@@ -35,7 +35,7 @@ def write_record(folder: Path, report: dict[str, Any], *, every_digest: bool = F
         UserError: the disk is full.
     """
     files = {name: _entry(folder / name, every_digest) for name in sorted(_contents(folder)) if name != REPORT_NAME}
-    content = {**report, "tool": TOOL, "tool_version": _version(), "written": files}
+    content = {**report, "tool": TOOL, "tool_version": version_of(TOOL), "written": files}
     replace_text(folder / REPORT_NAME, json.dumps(content, indent=2) + "\n")
     return content
 
@@ -129,10 +129,3 @@ def _is_plain(path: Path) -> bool:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
-
-
-def _version() -> str:
-    try:
-        return metadata.version(TOOL)
-    except metadata.PackageNotFoundError:  # run from the source folder
-        return "not installed"

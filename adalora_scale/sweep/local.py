@@ -22,7 +22,7 @@ from adalora_scale.sweep.search import Source
 from adalora_scale.sweep.trial import SLURM_NOTE, Outcome, Trial, claimed, finished, group_lives, note_group
 
 _LOG = "train.log"
-_CLI = "adalora_scale.cli"
+_CLI = "adalora_scale"
 _MODULE = {"deepspeed": ["--no_local_rank", "--module"]}
 """The launchers' words for Python's -m, where they have others."""
 _HOPELESS = 3

@@ -12,8 +12,9 @@ import torch
 from transformers import TrainingArguments
 
 from adalora_scale.config import AdaLoraConfig, RunConfig, check_value
+from adalora_scale.config.hints import hint
 from adalora_scale.engines.engine import Engine
-from adalora_scale.errors import Unsupported, UserError, nearest
+from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.tasks.registry import find_task
 from adalora_scale.training.batch import batch_sizes
 
@@ -91,7 +92,7 @@ def convert_training_section(config: RunConfig) -> dict[str, Any]:
         if key in _MANAGED:
             raise UserError(f"training.{key} is set through {_MANAGED[key]} here; move it there.")
         if key not in hints:
-            raise UserError(f"unknown key 'training.{key}'.{nearest(key, hints)}")
+            raise UserError(f"unknown key 'training.{key}'.{hint(key, hints)}")
         if value is False and key.endswith("_strategy"):
             value = "no"  # YAML reads the bare word as false
         checked[key] = check_value(f"training.{key}", value, hints[key])

@@ -10,7 +10,6 @@ import platform
 import resource
 import sys
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from adalora_scale.files import replace_text, writing
+from adalora_scale.installed import version_of
 
 WRONG_END_NAME = "wrong-end.json"
 """Why a run ended without a result (`WrongEnd`); removed at the next start."""
@@ -81,11 +81,7 @@ class JsonLines:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide a run's figures."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
+    found |= {package: version_of(package) for package in _PACKAGES}
     found["torch"] = torch.__version__
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda

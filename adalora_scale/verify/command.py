@@ -78,7 +78,7 @@ def start_ranks(count: int, request: Request) -> int:
     if count < 1:
         raise UserError(f"--nproc is {count}; it must be at least 1.")
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    command = [sys.executable, "-m", *launcher, "-m", "adalora_scale.cli", "verify-engines", *request.arguments()]
+    command = [sys.executable, "-m", *launcher, "-m", "adalora_scale", "verify-engines", *request.arguments()]
     # Ranks share the machine's cores; without this every one of them starts as many threads as there are cores.
     threads = str(max(1, (os.cpu_count() or 1) // count))
     return subprocess.run(command, env={"OMP_NUM_THREADS": threads} | os.environ, check=False).returncode

@@ -19,7 +19,7 @@ QUICKSTART = "configs/recipes/quickstart.yaml"
 
 def launch_check(*arguments):
     """(exit code, {name: value} as a shell would read it, standard error)."""
-    command = [sys.executable, "-m", "adalora_scale.cli", "launch-check", *map(str, arguments)]
+    command = [sys.executable, "-m", "adalora_scale", "launch-check", *map(str, arguments)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     values = dict(word.split("=", 1) for line in result.stdout.splitlines() for word in shlex.split(line))
     return result.returncode, values, result.stderr

@@ -64,20 +64,20 @@ def train_config(tmp_path):
 def test_one_process_checks_what_it_can_and_says_what_it_cannot(tmp_path):
     """Else a user thinks links were checked."""
     config = train_config(tmp_path)
-    result = start("adalora_scale.cli", "preflight", "--json", "--config", config)
+    result = start("adalora_scale", "preflight", "--json", "--config", config)
     found = answer(result)
     assert result.returncode == 0 and found["passed"]
     status = {finding["check"]: finding["status"] for finding in found["findings"]}
     assert status["links"] == "skipped" and status["versions"] == "ok" and status["disk write"] == "ok"
     assert "disk read" in status
-    table = start("adalora_scale.cli", "preflight").stdout
+    table = start("adalora_scale", "preflight").stdout
     assert table.splitlines()[-1] == "passed" and "skipped  links" in table
 
 
 def test_a_limit_that_is_missed_fails_with_figure_and_limit(tmp_path):
     """Else thresholds are decoration."""
     (tmp_path / "strict.yaml").write_text("shared_memory_min_gib: 1.0e+9\n")
-    result = start("adalora_scale.cli", "preflight", "--thresholds", str(tmp_path / "strict.yaml"))
+    result = start("adalora_scale", "preflight", "--thresholds", str(tmp_path / "strict.yaml"))
     assert result.returncode == 1
     assert "at least 1e+09 are needed" in result.stdout and result.stdout.splitlines()[-1].startswith("FAILED: 1 of")
 
@@ -85,7 +85,7 @@ def test_a_limit_that_is_missed_fails_with_figure_and_limit(tmp_path):
 def test_two_deepspeed_ranks_pass(tmp_path):
     """Else it works under torchrun alone."""
     launcher = ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_addr", "127.0.0.1"]
-    launcher += ["--master_port", str(free_port()), "--no_local_rank", "--module", "adalora_scale.cli", "preflight"]
+    launcher += ["--master_port", str(free_port()), "--no_local_rank", "--module", "adalora_scale", "preflight"]
     result = start(*launcher, "--json", env={"DS_ACCELERATOR": "cpu"})
     found = answer(result)
     assert found["passed"] and found["backend"] == "gloo" and len(found["links"]) == 2
@@ -96,7 +96,7 @@ def test_two_srun_ranks_pass(tmp_path):
     port = str(free_port())
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_JOB_ID": "7"}
     step |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "adalora_scale.cli", "preflight", "--json"]
+    command = [sys.executable, "-m", "adalora_scale", "preflight", "--json"]
     tasks = [
         subprocess.Popen(
             command,
@@ -209,7 +209,7 @@ def test_wrong_use_is_one_line_and_exit_code_2(tmp_path, arguments, message, cap
 def test_weights_that_are_not_there_fail(tmp_path):
     """A volume that one host did not mount is found here, not by its rank after the others have loaded."""
     config = train_config(tmp_path)
-    result = start("adalora_scale.cli", "preflight", "--config", config, "model.model_name_or_path=/no/such/weights")
+    result = start("adalora_scale", "preflight", "--config", config, "model.model_name_or_path=/no/such/weights")
     assert result.returncode == 1
     (line,) = (line for line in result.stdout.splitlines() if line.startswith("FAIL "))
     assert "disk read" in line and "/no/such/weights: No such file" in line

@@ -11,7 +11,7 @@ from tests.cluster.bridged_hosts import bridged_hosts
 from tests.cluster.overlay import other_version
 from tests.conftest import ROOT
 
-CLI = "adalora_scale.cli"
+CLI = "adalora_scale"
 
 
 @pytest.fixture(autouse=True)

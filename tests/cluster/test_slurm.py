@@ -64,7 +64,7 @@ def test_usr1_leads_to_a_checkpoint_a_requeue_and_the_result_of_one_process(
 def test_preflight_runs_under_srun(slurm, tmp_path):
     """The nodes are tested before the job by the same srun that would start it, with no torchrun between."""
     out = tmp_path / "out"
-    command = ["srun", "--nodes=2", "--ntasks=2", "--overlap", "python", "-m", "adalora_scale.cli", "preflight"]
+    command = ["srun", "--nodes=2", "--ntasks=2", "--overlap", "python", "-m", "adalora_scale", "preflight"]
     said = slurm.call(*command, "--json", "--output-dir", str(out), timeout=180)
     (line,) = (line for line in said.splitlines() if line.startswith("{"))
     answer = json.loads(line)
@@ -133,7 +133,7 @@ def test_a_sweep_submits_every_trial_once_and_reads_what_came_of_it(slurm, tmp_p
     """A second call that submits what is queued or done trains twice in one folder, and pays for it."""
     slurm.environment["ADALORA_LOG_DIR"] = str(tmp_path / "logs")
     words = [
-        sys.executable, "-m", "adalora_scale.cli", "sweep", *ARGUMENTS, "training.max_steps=20",
+        sys.executable, "-m", "adalora_scale", "sweep", *ARGUMENTS, "training.max_steps=20",
         "adalora.tfinal=10", "--output", f"{tmp_path}/sweep", "--grid", "training.learning_rate=1e-3,1e-2",
         f"--sbatch={' '.join(FITTED)} --nodes=1 --hold", "--json",
     ]  # fmt: skip

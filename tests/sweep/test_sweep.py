@@ -29,7 +29,7 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith(("ADALORA
 def command(folder, *arguments):
     recipe = "configs/recipes/quickstart.yaml"
     return [
-        sys.executable, "-m", "adalora_scale.cli", "sweep", "--config", recipe, "--output", str(folder), *SMALL,
+        sys.executable, "-m", "adalora_scale", "sweep", "--config", recipe, "--output", str(folder), *SMALL,
         *arguments,
     ]  # fmt: skip
 

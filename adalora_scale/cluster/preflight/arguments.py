@@ -8,9 +8,9 @@ from typing import Any
 
 _STARTS = """
 every host of the job, one process for each GPU, as the run itself would be started:
-  torchrun --nnodes 2 --nproc-per-node 8 … -m adalora_scale.cli preflight --config FILE
-  deepspeed --hostfile FILE --no_local_rank --module adalora_scale.cli preflight --config FILE
-  srun --ntasks-per-node 8 python -m adalora_scale.cli preflight --config FILE
+  torchrun --nnodes 2 --nproc-per-node 8 … -m adalora_scale preflight --config FILE
+  deepspeed --hostfile FILE --no_local_rank --module adalora_scale preflight --config FILE
+  srun --ntasks-per-node 8 python -m adalora_scale preflight --config FILE
 Exit code: 0 healthy, 1 a check failed, 2 wrong use. NCCL is used where every rank has a GPU, else gloo on the CPU.
 """
 

@@ -11,7 +11,6 @@ import socket
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,10 @@ from adalora_scale.cluster.place import Place
 from adalora_scale.cluster.preflight.findings import Finding
 from adalora_scale.cluster.preflight.thresholds import Thresholds
 from adalora_scale.cluster.ranks import ranks_text
+from adalora_scale.installed import ABSENT, version_of
 from adalora_scale.training.records import versions
 
 _ALSO = ("peft", "numpy", "safetensors", "tokenizers", "triton")
-_ABSENT = "not installed"
 COMMUNICATION = ("torch", "cuda", "nccl")
 """Where these differ, a collective may hang instead of failing."""
 
@@ -86,11 +85,7 @@ def own_facts(place: Place) -> Facts:
 def all_versions() -> dict[str, str]:
     """Return the versions that must be equal on all ranks, this package's source files included."""
     found = versions()
-    for package in _ALSO:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = _ABSENT
+    found |= {package: version_of(package) for package in _ALSO}
     found["adalora-scale's files"] = _source_digest()
     if torch.version.cuda:
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call, unused-ignore]
@@ -118,7 +113,7 @@ def compare_versions(everyone: list[Facts], hosts: list[Host]) -> list[Finding]:
     findings = []
     names = {rank: host.name for host in hosts for rank in host.ranks}
     for package in sorted({package for facts in everyone for package in facts.versions}):
-        said = [facts.versions.get(package, _ABSENT) for facts in everyone]
+        said = [facts.versions.get(package, ABSENT) for facts in everyone]
         usual = Counter(said).most_common(1)[0][0]  # the first of equals is rank 0's
         odd: dict[str, list[int]] = {}
         for facts, version in zip(everyone, said, strict=True):
