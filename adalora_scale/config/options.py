@@ -210,6 +210,9 @@ class ModelConfig:
     """`eager`, `sdpa` or `flash_attention_2`; None lets transformers choose."""
     trust_remote_code: bool = False
     """Run model code that comes with a hub checkpoint."""
+    resize_token_embeddings: bool = False
+    """Give embedding and output head a row for every token of the tokenizer that lacks one, up to a multiple of 64;
+    both are then trained in full and saved with the adapter. Nothing is added where no token lacks a row."""
     load_in_4bit: bool = False
     """Quantise the frozen base to 4 bits while loading (QAdaLoRA)."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"

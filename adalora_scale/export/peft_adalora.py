@@ -50,6 +50,7 @@ from adalora_scale.export.tensor_files import TensorFile
 from adalora_scale.export.tied import part_what_differs
 from adalora_scale.files import replacing
 from adalora_scale.tasks.registry import task_of_model
+from adalora_scale.tasks.vocabulary import fit_rows
 
 
 @torch.no_grad()
@@ -130,6 +131,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
     others = {k.removeprefix(_PREFIX): v for k, v in tensors.items() if found[k] is None}
     copies = {name.replace(BASE_LAYER, "."): partial(others.pop, name) for name in list(others) if BASE_LAYER in name}
     require_own_copies(copies, dict(model.named_parameters(remove_duplicate=False)).get, directory)
+    fit_rows(model, {name: tuple(value.shape) for name, value in others.items()})
     _check_others(model, others, directory)
 
     fields = {field.name for field in dataclasses.fields(AdaLoraConfig)}

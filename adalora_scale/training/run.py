@@ -79,6 +79,8 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     data: Prepared
     steps: int
+    rows: int | None = None
+    """Of the embedding, where the base's are too few."""
 
 
 def train(config: RunConfig, lease: Lease | None = None) -> dict[str, Any]:
@@ -158,13 +160,13 @@ def prepare(config: RunConfig) -> Inputs:
     tokenizer = load_tokenizer(config)
     data = task.prepare(raw, tokenizer, config.data, seed=seed)
     with engine.loading():  # it builds the model, without weights: under ZeRO-3 transformers would partition it
-        require_rows(config, tokenizer, data, raw.label_names, main=arguments.process_index == 0)
+        rows = require_rows(config, tokenizer, data, raw.label_names, main=arguments.process_index == 0)
     steps = total_steps(arguments, len(data.train))
     if steps < 1:
         raise UserError("training.num_train_epochs and training.max_steps leave no step to train; raise one of them.")
     config.adalora.phase_steps(steps)
     require_evaluation_at_budget(arguments, config.adalora, steps)
-    return Inputs(engine, arguments, raw, tokenizer, data, steps)
+    return Inputs(engine, arguments, raw, tokenizer, data, steps, rows)
 
 
 def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLoraTrainer:
@@ -185,6 +187,7 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
             label_names=inputs.raw.label_names,
             bf16=computes_in_bf16(training),
             fit_ranks=rank_fitter(config, arguments, engine, checkpoint),
+            rows=inputs.rows,
         )
     if arguments.process_index == 0:
         say(coverage(model))
