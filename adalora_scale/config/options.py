@@ -264,7 +264,10 @@ class DataConfig:
     text_pair_column: str | None = None
     """Column with the second text of a pair to classify; the columns of GLUE's pairs are found without this key."""
     label_column: str = "label"
-    """Column with the class, a name or a number."""
+    """Column with the class, a name or a number; or with a number as the target, or a list of classes (`labels`)."""
+    labels: Literal["auto", "classes", "numbers", "several"] = "auto"
+    """What a label is: one of some `classes`, one of the `numbers` (regression), or `several` classes, a list; `auto`:
+    lists are several, numbers that are not all whole are numbers, everything else classes."""
     loss_on: Literal["auto", "completion", "assistant", "all"] = "auto"
     """Tokens that count in the loss; `auto`: completions of prompt/completion rows, assistant turns of messages."""
     chat_template: str | None = None

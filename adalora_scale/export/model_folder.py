@@ -80,6 +80,9 @@ def write_companions(adapter: AdapterFile, base: BaseCheckpoint, plan: Plan, fol
         config["id2label"] = {str(number): label for number, label in enumerate(labels)}
         config["label2id"] = {label: number for number, label in enumerate(labels)}
         config.pop("num_labels", None)
+        config.pop("problem_type", None)  # the base's
+        if problem := adapter.record.get("problem_type"):
+            config["problem_type"] = problem
         _add_padding(config, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

@@ -182,6 +182,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
     if isinstance(labels, list) and getattr(getattr(model, "config", None), "num_labels", None) == len(labels):
         model.config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
         model.config.label2id = {name: index for index, name in enumerate(labels)}  # type: ignore[union-attr]
+        model.config.problem_type = record.get("problem_type")  # type: ignore[union-attr]
     return model
 
 
@@ -289,6 +290,8 @@ def _record(base: nn.Module, injection: Injection) -> dict[str, str]:
     if task is not None and task.has_labels:
         labels: dict[int, str] = base.config.id2label  # type: ignore[union-attr, assignment]
         record["labels"] = [labels[index] for index in sorted(labels)]
+        if problem := getattr(base.config, "problem_type", None):
+            record["problem_type"] = problem
     if quantisation := quantised_base(base):
         record["quantisation"] = quantisation
     return {RECORD_KEY: json.dumps(record, sort_keys=True)}

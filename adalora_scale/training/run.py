@@ -157,6 +157,7 @@ def prepare(config: RunConfig) -> Inputs:
     arguments = training_arguments(config, engine)
     if raw.eval is None and arguments.eval_strategy != "no":
         raise UserError("training.eval_strategy needs evaluation data; set data.eval or data.eval_fraction.")
+    task.check_labels(raw.label_names, arguments)
     tokenizer = load_tokenizer(config)
     data = task.prepare(raw, tokenizer, config.data, seed=seed)
     with engine.loading():  # it builds the model, without weights: under ZeRO-3 transformers would partition it
@@ -200,7 +201,7 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
         train_dataset=inputs.data.train,
         eval_dataset=inputs.data.eval,
         processing_class=inputs.tokenizer,
-        **task.trainer_options(inputs.tokenizer),
+        **task.trainer_options(inputs.tokenizer, inputs.raw.label_names),
     )
     trainer.asked_engine = inputs.engine
     trainer.checkpoints.run_identity = run_identity(config)
