@@ -52,6 +52,7 @@ from adalora_scale.training.base_weights import BaseWeights
 from adalora_scale.training.checkpointing import check_asked_checkpoint, choose_checkpoint
 from adalora_scale.training.console import use_console
 from adalora_scale.training.continuing import rank_fitter, run_identity
+from adalora_scale.training.dry_run import check_loop, check_tokens, check_values, name_unused
 from adalora_scale.training.lease import Lease
 from adalora_scale.training.optimizers import check_optimizer
 from adalora_scale.training.output_dir import hold_output_dir
@@ -143,6 +144,7 @@ def prepare(config: RunConfig) -> Inputs:
     """
     engine = engine_for(config.engine)
     training = check_training_section(config)
+    check_values(training)
     check_optimizer(training)
     check_packages(config, training, engine)
     check_asked_checkpoint(training.get("resume_from_checkpoint"), Path(training["output_dir"]))
@@ -157,14 +159,20 @@ def prepare(config: RunConfig) -> Inputs:
     arguments = training_arguments(config, engine)
     if raw.eval is None and arguments.eval_strategy != "no":
         raise UserError("training.eval_strategy needs evaluation data; set data.eval or data.eval_fraction.")
+    if raw.eval is None and arguments.eval_on_start:
+        raise UserError("training.eval_on_start needs evaluation data; set data.eval or data.eval_fraction.")
     task.check_labels(raw.label_names, arguments)
     tokenizer = load_tokenizer(config)
+    check_tokens(training, tokenizer)
     data = task.prepare(raw, tokenizer, config.data, seed=seed)
     with engine.loading():  # it builds the model, without weights: under ZeRO-3 transformers would partition it
         rows = require_rows(config, tokenizer, data, raw.label_names, main=arguments.process_index == 0)
     steps = total_steps(arguments, len(data.train))
     if steps < 1:
         raise UserError("training.num_train_epochs and training.max_steps leave no step to train; raise one of them.")
+    check_loop(arguments, steps)
+    if arguments.process_index == 0:
+        name_unused(training)
     config.adalora.phase_steps(steps)
     require_evaluation_at_budget(arguments, config.adalora, steps)
     return Inputs(engine, arguments, raw, tokenizer, data, steps, rows)
