@@ -210,6 +210,9 @@ class ModelConfig:
     """`eager`, `sdpa` or `flash_attention_2`; None lets transformers choose."""
     trust_remote_code: bool = False
     """Run model code that comes with a hub checkpoint."""
+    resize_token_embeddings: bool = False
+    """Give embedding and output head a row for every token of the tokenizer that lacks one, up to a multiple of 64;
+    both are then trained in full and saved with the adapter. Nothing is added where no token lacks a row."""
     load_in_4bit: bool = False
     """Quantise the frozen base to 4 bits while loading (QAdaLoRA)."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
@@ -261,7 +264,10 @@ class DataConfig:
     text_pair_column: str | None = None
     """Column with the second text of a pair to classify; the columns of GLUE's pairs are found without this key."""
     label_column: str = "label"
-    """Column with the class, a name or a number."""
+    """Column with the class, a name or a number; or with a number as the target, or a list of classes (`labels`)."""
+    labels: Literal["auto", "classes", "numbers", "several"] = "auto"
+    """What a label is: one of some `classes`, one of the `numbers` (regression), or `several` classes, a list; `auto`:
+    lists are several, numbers that are not all whole are numbers, everything else classes."""
     loss_on: Literal["auto", "completion", "assistant", "all"] = "auto"
     """Tokens that count in the loss; `auto`: completions of prompt/completion rows, assistant turns of messages."""
     chat_template: str | None = None

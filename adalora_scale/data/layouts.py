@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import Any
 
 from adalora_scale.config import DataConfig
-from adalora_scale.data.row_values import Reader, Row, class_name, text_in
+from adalora_scale.data.row_values import Reader, Row, label_in, text_in
 from adalora_scale.data.turn_layouts import (
     ALPACA,
     alpaca_reader,
@@ -123,7 +123,7 @@ def _classification(columns: list[str], config: DataConfig) -> Reader:
 
     def read(row: Row, _: set[str]) -> dict[str, Any]:
         named = dict(zip(("text", "text_pair"), texts, strict=False))
-        label = class_name(row, config.label_column)
+        label = label_in(row, config.label_column)
         return {**{key: text_in(row, name) for key, name in named.items()}, "label": label}
 
     return Reader("classification", read, frozenset([*texts, config.label_column]))

@@ -94,7 +94,7 @@ def gather(source: Source, reader: Reader, options: Any) -> tuple[datasets.Datas
                 writer.write_batch(batch)
         (directory / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
 
-    key = digest(["rows", 1, source.identity, reader.layout, sorted(reader.used), options])
+    key = digest(["rows", 2, source.identity, reader.layout, sorted(reader.used), options])
     directory = build_once(default_cache_dir() / "rows", key, build)
     known = json.loads((directory / "notes.json").read_text(encoding="utf-8"))
     info = datasets.DatasetInfo(features=_features(reader))

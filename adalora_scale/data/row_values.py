@@ -6,6 +6,7 @@ Nothing here knows a layout's columns in the file (`layouts.py`), only those tha
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -25,7 +26,7 @@ COLUMNS: dict[Layout, dict[str, str]] = {
         **dict.fromkeys(("messages", "tools", "documents", "chat_template_kwargs"), "json"),
         "prompt_turns": "int64",
     },
-    "classification": dict.fromkeys(("text", "text_pair", "label"), "string"),
+    "classification": {**dict.fromkeys(("text", "text_pair"), "string"), "label": "json"},
     "text": {"text": "string"},
 }
 """Columns of each layout and their types: text, whole numbers, and JSON of any shape."""
@@ -54,18 +55,15 @@ class Reader:
     """What is said of every row, in words."""
 
 
-def class_name(row: Row, column: str) -> str:
-    """Return a row's class: a name, or a whole number as its text."""
+def label_in(row: Row, column: str) -> str:
+    """Return the JSON of a row's label: text, a number, or a list of them; `labels.py` says what they mean."""
     value = required(row, column)
-    if isinstance(value, list):
-        raise BadColumn(column, f"must be one class, not {quoted(value)}: several labels a row cannot be trained on")
-    if value == "" or not isinstance(value, str | int | float) or value != value:
-        raise BadColumn(column, f"must be a class name or a whole number, not {quoted(value)}")
-    if isinstance(value, float):
-        if not value.is_integer():
-            raise BadColumn(column, f"must be whole, not {value}: numbers as targets (regression) cannot be trained on")
-        value = int(value)
-    return str(value)
+    for part in value if isinstance(value, list) else [value]:
+        if part == "" or not isinstance(part, str | int | float) or part != part:
+            raise BadColumn(column, f"must be a class name, a number or a list of them, not {quoted(value)}")
+        if isinstance(part, float) and math.isinf(part):
+            raise BadColumn(column, f"must be finite, not {part}")
+    return as_json(column, value)
 
 
 def first_there(row: Row, names: tuple[str, ...]) -> str | None:

@@ -10,7 +10,7 @@ Whatever the columns are called in the file, the result has those of its layout 
 | prompt_completion       | `prompt`, `completion`                                                                |
 | prompt_completion_turns | `messages`, and `prompt_turns`: how many of them are the prompt                       |
 | text                    | `text`                                                                                |
-| classification          | `text`, `label` (an index into `label_names`)                                         |
+| classification          | `text`, `label` (an index into `label_names`, a number, or 0 and 1 for each of them)  |
 
 Beside conversations `tools`, `documents` and `chat_template_kwargs`, beside texts to classify `text_pair`; each only
 where some row has it.
@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import logging
 import os
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -32,6 +31,7 @@ import pyarrow.compute as pc
 
 from adalora_scale.config import DataConfig
 from adalora_scale.data.arrow_rows import class_names, plain_rows
+from adalora_scale.data.labels import LabelNames, Place, encoded, find_labels
 from adalora_scale.data.layouts import missing_columns, reader_of, user_columns
 from adalora_scale.data.row_files import BUILDERS, check_file, file_identity, first_line, is_local, sample_of
 from adalora_scale.data.row_files import iterate_rows as file_rows
@@ -53,7 +53,6 @@ _LOSS: dict[Layout, tuple[LossTarget, ...]] = {  # the first is the default
 }
 _OPTIONAL = {"tools", "documents", "chat_template_kwargs", "text_pair"}
 _HUB_ROWS = 256
-_NUMBER = re.compile(r"-?\d+(\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ class RawData:
     train: datasets.Dataset
     eval: datasets.Dataset | None
     layout: Layout
-    label_names: list[str] | None
-    """Classification: the class of each label index."""
+    label_names: LabelNames | None
+    """Classification: the class of each of the model's outputs, and what a row's label is."""
 
     def has_calls(self) -> bool:
         """Whether some turn calls a tool."""
@@ -107,11 +106,13 @@ def load_raw(config: DataConfig, wanted: Wanted, *, seed: int) -> RawData:
             raise UserError(f"data.train has {layout} rows and data.eval {other} rows; give both the same form.")
     label_names = None
     if layout == "classification":
-        names = train["label"][:]
         # Over all rows, so that max_train_samples of a file sorted by class does not lose classes.
-        label_names = sorted(set(names), key=_label_order(names))
-        train = _encode_labels(train, label_names, train_sources)
-        held_out = _encode_labels(held_out, label_names, eval_sources) if held_out is not None else None
+        where = _label_place(train_sources, config)
+        label_names, taken = find_labels(train["label"][:], config.labels, where)
+        if taken is not None and int(os.environ.get("RANK", "0")) == 0:
+            logger.warning("data: %s: %s", train_sources[0].name, taken)
+        train = encoded(train, label_names, where)
+        held_out = encoded(held_out, label_names, _label_place(eval_sources, config)) if held_out is not None else None
     else:
         loss_target(config, layout)
     if config.eval_fraction:
@@ -254,23 +255,14 @@ def _column(dataset: datasets.Dataset, name: str) -> pa.ChunkedArray:
     return dataset.with_format("arrow")[:][name]
 
 
-def _label_order(names: list[str]) -> Callable[[str], tuple[float, str]]:
-    if all(_NUMBER.fullmatch(name) for name in names):
-        return lambda name: (float(name), name)
-    return lambda name: (0.0, name)
+def _label_place(sources: list[Source], config: DataConfig) -> Place:
+    """Return what says where a row's label stands."""
 
+    def where(row: int) -> str:
+        name, _ = next(islice((place for source in sources for place in source.rows(None)), row, None))
+        return f"{name}: column '{config.label_column}'"
 
-def _encode_labels(dataset: datasets.Dataset, label_names: list[str], sources: list[Source]) -> datasets.Dataset:
-    index = {name: i for i, name in enumerate(label_names)}
-    names = dataset["label"][:]
-    for row, name in enumerate(names):
-        if name not in index:
-            for where, _ in islice((place for source in sources for place in source.rows(None)), row, None):
-                raise UserError(
-                    f"{where}: label '{name}' does not occur among the {len(index)} classes of the training data; "
-                    "correct the row, or add rows of that class to data.train."
-                )
-    return dataset.remove_columns("label").add_column("label", [index[name] for name in names])
+    return where
 
 
 def _split(dataset: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:

@@ -6,7 +6,7 @@ model's. The renaming is asked of transformers itself, on a model without memory
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from adalora_scale.reading.json_text import read_object
 from adalora_scale.reading.written import check_written
 from adalora_scale.tasks.building import build_on_meta
 from adalora_scale.tasks.task import Task
+from adalora_scale.tasks.vocabulary import fit_rows
 
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
 
@@ -53,6 +54,7 @@ class BaseCheckpoint:
         directory: the base model's folder.
         task: decides the class of the model; None takes the one that config.json names.
         num_labels: classes of a sequence classifier.
+        held: shape of every tensor that an adapter holds beside its factors; the model gets the rows of its embedding.
         trust_remote_code: run model code that lies in the folder.
 
     Raises:
@@ -61,7 +63,13 @@ class BaseCheckpoint:
     """
 
     def __init__(
-        self, directory: Path, *, task: Task | None, num_labels: int | None, trust_remote_code: bool = False
+        self,
+        directory: Path,
+        *,
+        task: Task | None,
+        num_labels: int | None,
+        held: Mapping[str, tuple[int, ...]] | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.directory = directory
         check_base(str(directory))
@@ -71,6 +79,8 @@ class BaseCheckpoint:
         self.checkpoint = _open(directory)
         files = {path: TensorFile(path) for path in dict.fromkeys(t.file for t in self.checkpoint.tensors.values())}
         self.model = _meta_model(directory, task, num_labels, trust_remote_code)
+        self.grown = fit_rows(self.model, held or {})
+        """Tensors that have more rows in the adapter than here → rows of the checkpoint."""
         self.parameters: dict[str, torch.Size] = {name: t.shape for name, t in self.model.state_dict().items()}
         self.aliases = _aliases(self.model)
         """Parameter → every name of the tensor that the model holds under several (tied embeddings)."""
@@ -164,6 +174,11 @@ class BaseCheckpoint:
             known = name in state or pattern is not None
             found[key] = (name if known else None, pattern is not None)
         return found
+
+
+def rows_in(base: BaseCheckpoint) -> int:
+    """Return the rows that the embedding has in the model of an adapter that enlarged it."""
+    return base.parameters[next(iter(base.grown))][0]
 
 
 def local_base(name: str, revision: str | None = None) -> Path:

@@ -143,6 +143,12 @@ def _heads(model: nn.Module, adapter: AdapterFile) -> list[tuple[nn.Module, dict
             f"model.adapter_path={adapter.directory} was trained on other classes ({labels[0]}, … {len(labels)} in "
             f"all) than this run's data has; train a new adapter, or use data with the same classes."
         )
+    earlier, asked = adapter.record.get("problem_type"), getattr(getattr(model, "config", None), "problem_type", None)
+    if earlier and asked and earlier != asked:
+        raise UserError(
+            f"model.adapter_path={adapter.directory} was trained for {earlier} and this run's labels are for {asked}; "
+            f"set data.labels, or train a new adapter."
+        )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     modules: dict[str, dict[str, nn.Parameter]] = {}
     for name, shape in adapter.others.items():

@@ -8,7 +8,7 @@ from typing import Any
 from adalora_scale.adalora.adaptables import adaptable_of
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import AdapterFile
-from adalora_scale.export.base_checkpoint import BaseCheckpoint, local_base
+from adalora_scale.export.base_checkpoint import BaseCheckpoint, local_base, rows_in
 from adalora_scale.export.dequantise import Dequantised, dequantised_weights, refuse_quantised
 from adalora_scale.export.fidelity import NotMeasurable
 from adalora_scale.export.from_checkpoint import adapter_folder
@@ -49,6 +49,13 @@ def _export(request: Request, adapter: AdapterFile, whole: AdapterFile, pruning:
     }
     if not adapter.final:
         report["notes"].append("the adapter is from before its final allocation: it holds more than the target budget")
+    if base is not None and base.grown:
+        report["vocabulary"], old = rows_in(base), next(iter(base.grown.values()))
+        if request.format.startswith("peft"):
+            report["notes"].append(
+                f"the adapter has {report['vocabulary']} embeddings and the base {old}: before PEFT opens it, call "
+                f"base.resize_token_embeddings({report['vocabulary']})"
+            )
     if pruning is not None:
         report |= {"pruning": pruning.as_dict(), "pruning_text": str(pruning)}
         if adapter is whole:
@@ -118,6 +125,7 @@ def _base(request: Request, adapter: AdapterFile) -> BaseCheckpoint | None:
             local_base(name, None if request.base else adapter.config.get("revision")),
             task=adapter.task,
             num_labels=num_labels(adapter),
+            held=adapter.others,
             trust_remote_code=request.trust_remote_code,
         )
     except (UserError, Unsupported):

@@ -25,6 +25,7 @@ from adalora_scale.export.peft_adalora import load_adapter
 from adalora_scale.export.request import Request
 from adalora_scale.export.rounding import add_rounding
 from adalora_scale.export.tensor_files import DTYPES
+from adalora_scale.tasks.vocabulary import fit_rows
 
 _HEADROOM = 1.5  # loading holds a tensor twice, computing needs activations
 
@@ -85,12 +86,16 @@ def measure(
     head = options | ({"num_labels": labels, "ignore_mismatched_sizes": True} if labels is not None else {})
 
     def load_base() -> nn.Module:
-        return quantised.load_model() if quantised else load_float32(base.directory, base.model, **head)
+        return enlarged(quantised.load_model() if quantised else load_float32(base.directory, base.model, **head))
+
+    def enlarged(model: nn.Module) -> nn.Module:
+        fit_rows(model, adapter.others)
+        return model
 
     def load_exported() -> nn.Module:
         if request.format == "merged":
             return load_float32(written, base.model, **options)
-        return _with_peft(load_float32(base.directory, base.model, **head), written)
+        return _with_peft(enlarged(load_float32(base.directory, base.model, **head)), written)
 
     def with_adapter(model: nn.Module) -> nn.Module:
         if adapter.method == "LORA":

@@ -120,6 +120,13 @@ def check_same_base(adapter: AdapterFile, base: BaseCheckpoint) -> None:
                 f"the adapter in {adapter.directory} holds '{name}' of shape {size}, which the base in "
                 f"{base.directory} has not; pass the base it was trained on to --base."
             )
+    for name in base.grown:
+        twins = base.aliases.get(name, []) if adapter.keeps_ties else []
+        if not adapter.others.keys() & {name, *twins}:
+            raise UserError(
+                f"the adapter in {adapter.directory} has more embeddings than the base in {base.directory}, and no "
+                f"rows of '{name}' for them; save that module with the adapter too (modules_to_save)."
+            )
     adapter.require_own_copies(base.tensor)
     if not same_base(adapter.record.get("base") or {}, base.digests(list(adapter.modules), adapter.saved)):
         raise UserError(

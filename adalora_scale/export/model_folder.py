@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import AdapterFile
-from adalora_scale.export.base_checkpoint import BaseCheckpoint
+from adalora_scale.export.base_checkpoint import BaseCheckpoint, rows_in
 from adalora_scale.export.merge import Plan, Planned
 from adalora_scale.export.output import copy_tokenizer
 from adalora_scale.export.tensor_files import DTYPES, TensorFileWriter
@@ -66,6 +66,8 @@ def write_companions(adapter: AdapterFile, base: BaseCheckpoint, plan: Plan, fol
     copy_tokenizer(adapter.directory, folder)
     config = dict(base.config)
     config["architectures"] = [type(base.model).__name__]
+    if base.grown:
+        _set_vocabulary(config, rows_in(base))
     if plan.untied:
         config["tie_word_embeddings"] = False
     if dtype is not None:
@@ -78,6 +80,9 @@ def write_companions(adapter: AdapterFile, base: BaseCheckpoint, plan: Plan, fol
         config["id2label"] = {str(number): label for number, label in enumerate(labels)}
         config["label2id"] = {label: number for number, label in enumerate(labels)}
         config.pop("num_labels", None)
+        config.pop("problem_type", None)  # the base's
+        if problem := adapter.record.get("problem_type"):
+            config["problem_type"] = problem
         _add_padding(config, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -94,6 +99,15 @@ def shard_bytes(text: str) -> int:
     if match is None or unit not in _UNITS or float(match.group(1)) <= 0:
         raise UserError(f"--max-shard-size {text} is no size; write for example 5GB.")
     return int(float(match.group(1)) * _UNITS[unit])
+
+
+def _set_vocabulary(config: dict[str, Any], rows: int) -> None:
+    """Say how many tokens the embedding has, where the base's config says it: a part of models with several."""
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"] = config["text_config"] | {"vocab_size": rows}
+        if "vocab_size" not in config:
+            return
+    config["vocab_size"] = rows
 
 
 def _add_padding(config: dict[str, Any], folder: Path) -> None:

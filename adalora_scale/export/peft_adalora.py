@@ -50,6 +50,7 @@ from adalora_scale.export.tensor_files import TensorFile
 from adalora_scale.export.tied import part_what_differs
 from adalora_scale.files import replacing
 from adalora_scale.tasks.registry import task_of_model
+from adalora_scale.tasks.vocabulary import fit_rows
 
 
 @torch.no_grad()
@@ -130,6 +131,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
     others = {k.removeprefix(_PREFIX): v for k, v in tensors.items() if found[k] is None}
     copies = {name.replace(BASE_LAYER, "."): partial(others.pop, name) for name in list(others) if BASE_LAYER in name}
     require_own_copies(copies, dict(model.named_parameters(remove_duplicate=False)).get, directory)
+    fit_rows(model, {name: tuple(value.shape) for name, value in others.items()})
     _check_others(model, others, directory)
 
     fields = {field.name for field in dataclasses.fields(AdaLoraConfig)}
@@ -180,6 +182,7 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
     if isinstance(labels, list) and getattr(getattr(model, "config", None), "num_labels", None) == len(labels):
         model.config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
         model.config.label2id = {name: index for index, name in enumerate(labels)}  # type: ignore[union-attr]
+        model.config.problem_type = record.get("problem_type")  # type: ignore[union-attr]
     return model
 
 
@@ -287,6 +290,8 @@ def _record(base: nn.Module, injection: Injection) -> dict[str, str]:
     if task is not None and task.has_labels:
         labels: dict[int, str] = base.config.id2label  # type: ignore[union-attr, assignment]
         record["labels"] = [labels[index] for index in sorted(labels)]
+        if problem := getattr(base.config, "problem_type", None):
+            record["problem_type"] = problem
     if quantisation := quantised_base(base):
         record["quantisation"] = quantisation
     return {RECORD_KEY: json.dumps(record, sort_keys=True)}

@@ -15,21 +15,32 @@ from adalora_scale.adalora.targets import is_inside, modules_to_save
 from adalora_scale.config import AdaLoraConfig, RunConfig
 from adalora_scale.errors import UserError
 from adalora_scale.tasks.registry import find_task
+from adalora_scale.tasks.vocabulary import grown_modules
 
 _POOLER = "pooler"
 
 
-def adalora_config_for(config: RunConfig, model: nn.Module, absent: Sequence[str] = ()) -> AdaLoraConfig:
+def adalora_config_for(
+    config: RunConfig, model: nn.Module, absent: Sequence[str] = (), grown: Collection[str] = ()
+) -> AdaLoraConfig:
     """Return the adalora section; unless the user named some, modules_to_save has all that is new for the task.
 
     Args:
         config: the run's.
         model: the base, without adapters.
         absent: names of its tensors that the checkpoint does not hold.
+        grown: names of its tensors that were given more rows, whose modules are trained in full whatever was named.
 
     Raises:
         UserError: the task has a head and nobody can tell which module it is.
     """
+    adalora = _with_new(config, model, absent)
+    saved = modules_to_save(model, adalora)
+    more = [name for name in grown_modules(grown) if not is_inside(name, saved)]
+    return adalora.replace(modules_to_save=[*(adalora.modules_to_save or []), *more]) if more else adalora
+
+
+def _with_new(config: RunConfig, model: nn.Module, absent: Sequence[str]) -> AdaLoraConfig:
     adalora, task = config.adalora, find_task(config.task)
     if adalora.modules_to_save is not None or not task.has_labels:
         return adalora

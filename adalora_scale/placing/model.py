@@ -29,6 +29,7 @@ from adalora_scale.quantization.base_files import BaseFiles
 from adalora_scale.reading.base_config import foreign, said_of
 from adalora_scale.reading.written import check_written
 from adalora_scale.tasks.registry import find_task
+from adalora_scale.tasks.vocabulary import grow_in_memory
 
 
 def load_model(config: RunConfig, label_names: list[str] | None = None, *, given: Collection[str] = ()) -> nn.Module:
@@ -42,13 +43,15 @@ def load_model(config: RunConfig, label_names: list[str] | None = None, *, given
     Raises:
         UserError: the base cannot be loaded, or its checkpoint lacks weights.
     """
-    model, absent = _load_whole(config, label_names)
+    model, absent, _ = _load_whole(config, label_names)
     require_saved(model, adalora_config_for(config, model, absent), absent, given)
     return model
 
 
-def _load_whole(config: RunConfig, label_names: list[str] | None) -> tuple[nn.Module, list[str]]:
-    """Return the base model, and the names of the tensors that its checkpoint does not hold."""
+def _load_whole(
+    config: RunConfig, label_names: list[str] | None, rows: int | None = None
+) -> tuple[nn.Module, list[str], dict[str, int]]:
+    """Return the base model, the names of the tensors that its checkpoint does not hold, and those that grew."""
     model_config = config.model
     streamed = streaming.is_streamed(model_config)  # looks at the folder before transformers does
     with said_of(model_config.model_name_or_path):
@@ -56,7 +59,7 @@ def _load_whole(config: RunConfig, label_names: list[str] | None) -> tuple[nn.Mo
     if streamed:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         started = streaming.begin(config, device=device, label_names=label_names, new_heads=partial(new_heads, config))
-        return streaming.load_whole(started), started.absent
+        return streaming.load_whole(started), started.absent, {}
     options: dict[str, Any] = {
         "dtype": model_config.torch_dtype,
         "revision": model_config.revision,
@@ -87,7 +90,8 @@ def _load_whole(config: RunConfig, label_names: list[str] | None) -> tuple[nn.Mo
             raise
     finally:
         hf_logging.set_verbosity(verbosity)
-    return model, sorted(loaded["missing_keys"])
+    grown = grow_in_memory(model, rows, seed=config.training.get("seed", 42)) if rows is not None else {}
+    return model, sorted(loaded["missing_keys"]), grown
 
 
 def place_model(
@@ -98,6 +102,7 @@ def place_model(
     label_names: list[str] | None = None,
     bf16: bool = False,
     fit_ranks: Callable[[nn.Module], None] | None = None,
+    rows: int | None = None,
 ) -> nn.Module:
     """Return the base model with its adapters, where the engine wants it.
 
@@ -110,12 +115,13 @@ def place_model(
         label_names: names of the classes, for a classifier.
         bf16: whether a sharded model computes in bfloat16.
         fit_ranks: a run that continues from a checkpoint: builds the injected adapters at that checkpoint's ranks.
+        rows: of the embedding and the output head, where the base's are too few (`tokens.require_rows`).
 
     Raises:
         UserError, Unsupported: the base cannot be loaded; raised on all ranks though it be one rank's file.
     """
     # Each rank by itself up to here, and then in collectives: a file that is damaged on one machine ends all ranks.
-    loader = together(lambda: _prepared(config, engine, arguments, label_names, fit_ranks))
+    loader = together(lambda: _prepared(config, engine, arguments, label_names, fit_ranks, rows))
     return together(lambda: engine.load(loader, device=arguments.device, bf16=bf16))
 
 
@@ -125,14 +131,15 @@ def _prepared(
     arguments: TrainingArguments,
     label_names: list[str] | None,
     fit_ranks: Callable[[nn.Module], None] | None,
+    rows: int | None,
 ) -> Loader:
     """Build the model with its adapters; no collective."""
     check_written(config.model.model_name_or_path, *rank_and_size())
     streams = engine.streams or streaming.is_streamed(config.model)
-    started = _begin_streaming(config, arguments, label_names) if streams else None
+    started = _begin_streaming(config, arguments, label_names, rows) if streams else None
     if started is None:
-        model, absent = _load_whole(config, label_names)
-        inject_adalora(model, _settled(config, model, absent))
+        model, absent, grown = _load_whole(config, label_names, rows)
+        inject_adalora(model, _settled(config, model, absent, grown))
         if fit_ranks is not None:
             fit_ranks(model)
         elif config.model.adapter_path:
@@ -182,7 +189,7 @@ class _Streamed:
 
 def _inject_streamed(config: RunConfig, started: streaming.Loading, *, continues: bool) -> None:
     """Put adapters on the meta device around a base, with the triplets of an earlier adapter if the run has one."""
-    adalora, path = _settled(config, started.model, started.absent), config.model.adapter_path
+    adalora, path = _settled(config, started.model, started.absent, started.grown), config.model.adapter_path
     if not path or continues:  # a checkpoint brings its own values
         streaming.inject(started, adalora)
         return
@@ -194,12 +201,12 @@ def _inject_streamed(config: RunConfig, started: streaming.Loading, *, continues
 
 
 def _begin_streaming(
-    config: RunConfig, arguments: TrainingArguments, label_names: list[str] | None
+    config: RunConfig, arguments: TrainingArguments, label_names: list[str] | None, rows: int | None
 ) -> streaming.Loading | None:
     """Begin to stream the base; None, with a note, for a 16-bit base whose files need transformers to load them."""
     heads = partial(new_heads, config)
     try:
-        return streaming.begin(config, device=arguments.device, label_names=label_names, new_heads=heads)
+        return streaming.begin(config, device=arguments.device, label_names=label_names, new_heads=heads, rows=rows)
     except Unsupported as reason:
         if streaming.is_streamed(config.model):
             raise
@@ -215,9 +222,9 @@ def new_heads(config: RunConfig, model: nn.Module, absent: list[str]) -> list[st
     return [name for name in saved if labels or any(is_inside(tensor, [name]) for tensor in absent)]
 
 
-def _settled(config: RunConfig, model: nn.Module, absent: list[str]) -> AdaLoraConfig:
+def _settled(config: RunConfig, model: nn.Module, absent: list[str], grown: Collection[str]) -> AdaLoraConfig:
     """Return the run's adalora section with what is new in modules_to_save; nothing else may lack."""
-    adalora = adalora_config_for(config, model, absent)
+    adalora = adalora_config_for(config, model, absent, grown)
     require_saved(model, adalora, absent)
     if absent and rank_and_size()[0] == 0:
         say(describe(absent))

@@ -94,7 +94,7 @@ def _quantize(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int
     source = _small_files(arguments.model, arguments.revision)
     with (
         output_folder(arguments.output, overwrite=arguments.overwrite, inputs=[source]) as folder,
-        streaming.progress(started) as on_slot,
+        streaming.progress(started.plan) as on_slot,
     ):
         done = quantize_checkpoint(
             started.plan,

@@ -8,8 +8,6 @@ each block at once, elsewhere every rank holds the base whole, in 4 bits if aske
 from __future__ import annotations
 
 import contextlib
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +17,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -36,18 +33,20 @@ from adalora_scale.config import AdaLoraConfig, ModelConfig, RunConfig
 from adalora_scale.engines.ranks import together
 from adalora_scale.errors import UserError
 from adalora_scale.export.tensor_files import TensorFile
-from adalora_scale.messages import say
+from adalora_scale.placing.new_rows import draw_rows
+from adalora_scale.placing.progress import note, progress
 from adalora_scale.quantization.base_files import FLOATS, BaseFiles
 from adalora_scale.quantization.fill import copy_rows, draw_fresh, fill
 from adalora_scale.quantization.functional import check_kernels
 from adalora_scale.quantization.linear import Linear4bit, quantized_share
 from adalora_scale.quantization.materialize import materialize, materialize_shards
 from adalora_scale.quantization.memory import give_back_freed
-from adalora_scale.quantization.plan import LoadingPlan, Slot, absent_tensors, make_plan
+from adalora_scale.quantization.plan import LoadingPlan, absent_tensors, make_plan
 from adalora_scale.quantization.spec import QuantSpec
 from adalora_scale.reading.base_config import check_base, foreign, said_of
 from adalora_scale.tasks import building
 from adalora_scale.tasks.registry import find_task
+from adalora_scale.tasks.vocabulary import grow
 
 Fresh = list[tuple[nn.Module, dict[str, nn.Parameter]]]
 
@@ -64,6 +63,8 @@ class Loading:
     """Where this rank computes, and quantises."""
     absent: list[str] = field(default_factory=list)
     """Names of the tensors that the checkpoint does not hold."""
+    grown: dict[str, int] = field(default_factory=dict)
+    """Tensors that were given rows (`tasks.vocabulary.grow`) → rows of the checkpoint."""
 
 
 def is_streamed(config: ModelConfig) -> bool:
@@ -77,6 +78,7 @@ def begin(
     device: torch.device,
     label_names: list[str] | None = None,
     new_heads: Callable[[nn.Module, list[str]], list[str]] = lambda _, __: [],
+    rows: int | None = None,
 ) -> Loading:
     """Build the base model without memory and check that its files fill it.
 
@@ -86,6 +88,7 @@ def begin(
         label_names: names of the classes, for a classifier.
         new_heads: given a model and the names of the tensors that its checkpoint lacks, names the modules that it need
             not hold.
+        rows: of the embedding and the output head, where the checkpoint's are too few.
 
     Raises:
         UserError: the checkpoint is incomplete, damaged or another model's; a weight cannot be quantised.
@@ -101,6 +104,7 @@ def begin(
     with foreign(f"model.model_name_or_path={config.model.model_name_or_path}"):
         model = build_on_meta(config, model_config, dtype, label_names)
         _take_generation_config(model, config)
+    grown = grow(model, rows) if rows is not None else {}
     absent = absent_tensors(model, checkpoint)
     heads = new_heads(model, absent)
     plan = make_plan(
@@ -111,11 +115,13 @@ def begin(
         compute_dtype=getattr(torch, config.model.bnb_4bit_compute_dtype),
         skip_modules=[*(config.model.bnb_4bit_skip_modules or []), *(config.adalora.modules_to_save or [])],
         new_heads=heads,
+        grown=grown,
     )
+    draw_rows(plan, grown, seed=config.training.get("seed", 42))
     if config.model.load_in_4bit and plan.stored_in_4bit:
         stored = next(slot.module.spec for slot in plan.slots if isinstance(slot.module, Linear4bit))
-        _note(f"the checkpoint is in 4 bits already, as {stored}; the run's own bnb_4bit options do not apply")
-    return Loading(model, plan, draw_fresh(plan, model), device, absent)
+        note(f"the checkpoint is in 4 bits already, as {stored}; the run's own bnb_4bit options do not apply")
+    return Loading(model, plan, draw_fresh(plan, model), device, absent, grown)
 
 
 def build_on_meta(
@@ -159,7 +165,7 @@ def quant_spec(config: ModelConfig) -> QuantSpec:
 def load_whole(loading: Loading) -> nn.Module:
     """Fill the base on this rank's device, whole, and return it."""
     materialize(loading.model.modules(), loading.device, loading.plan.ties)
-    with progress(loading) as on_slot:
+    with progress(loading.plan) as on_slot:
         fill(loading.plan, loading.plan.slots, device=loading.device, on_slot=on_slot)
     _fill_drawn(loading, loading.model)
     give_back_freed()
@@ -207,7 +213,7 @@ def load_sharded(loading: Loading, shard: Callable[[nn.Module], None], storage: 
     """
     shard(loading.model)
     materialize_shards(loading.model, storage, loading.device, loading.plan.ties)
-    with progress(loading) as on_slot:
+    with progress(loading.plan) as on_slot:
         fill(loading.plan, loading.plan.slots, device=loading.device, on_slot=on_slot, together=together)
     _fill_drawn(loading, loading.model)
     give_back_freed()
@@ -234,7 +240,7 @@ def load_partitioned(
     units = [[module] for module in loading.model.modules() if id(module) not in inside]
     units += [list(block.modules()) for block in blocks]
     reads = dist.get_rank() == 0
-    with progress(loading) as on_slot:
+    with progress(loading.plan) as on_slot:
         for unit in units:
             materialize(unit, loading.device, plan.ties)
             members = {id(module) for module in unit}
@@ -282,35 +288,6 @@ def _fill_drawn(loading: Loading, where: nn.Module | list[nn.Module]) -> None:
                     copy_rows(parameter, values[f"{prefix}.{leaf}" if prefix else leaf], leaf)
 
 
-class progress:
-    """A bar over the tensors on rank 0's terminal, and a line with bytes and seconds when all are there.
-
-    The block gets a function to call after each tensor.
-    """
-
-    def __init__(self, loading: Loading) -> None:
-        self._loading = loading
-        self._main = not dist.is_initialized() or dist.get_rank() == 0
-
-    def __enter__(self) -> Callable[[Slot], None]:
-        self._started = time.perf_counter()
-        shown = self._main and sys.stderr.isatty()
-        self._bar = tqdm(total=len(self._loading.plan.slots), desc="loading", unit="tensor", disable=not shown)
-        return self._advance
-
-    def _advance(self, slot: Slot) -> None:
-        self._bar.update()
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._bar.close()
-        if self._main and kind is None:
-            read = self._loading.plan.checkpoint.bytes_read
-            seconds = time.perf_counter() - self._started
-            _note(f"base read: {read / 2**20:,.1f} MiB by this rank in {seconds:.1f} s")
-            if ignored := self._loading.plan.ignored:
-                _note(f"not used of the checkpoint: {', '.join(ignored[:3])}{' …' * (len(ignored) > 3)}")
-
-
 def _filled_buffers(modules: list[nn.Module]) -> Iterator[Tensor]:
     """Yield the buffers that come from the checkpoint: persistent ones, and the second level of 4-bit weights."""
     for module in modules:
@@ -318,11 +295,6 @@ def _filled_buffers(modules: list[nn.Module]) -> Iterator[Tensor]:
             stored = leaf not in module._non_persistent_buffers_set or isinstance(module, Linear4bit)
             if buffer is not None and stored and buffer.numel():
                 yield buffer
-
-
-def _note(line: str) -> None:
-    """Say something that is no result: standard output may be somebody's JSON."""
-    say(line, to=sys.stderr)
 
 
 def _samples(loading: Loading, adalora: AdaLoraConfig) -> Iterator[WeightSample]:

@@ -17,11 +17,13 @@ from torch import nn
 from adalora_scale.config import RunConfig
 from adalora_scale.data.preparing import Prepared
 from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.messages import quoted, say
 from adalora_scale.placing import streaming
 from adalora_scale.quantization.base_files import BaseFiles
 from adalora_scale.quantization.naming import match_names
 from adalora_scale.reading.base_config import foreign, said_of
+from adalora_scale.tasks.vocabulary import rows_for, token_table
 
 _COLUMN = "input_ids"
 _NAMED = ("pad_token", "bos_token", "eos_token", "unk_token", "cls_token", "sep_token")
@@ -29,8 +31,10 @@ _NAMED = ("pad_token", "bos_token", "eos_token", "unk_token", "cls_token", "sep_
 
 def require_rows(
     config: RunConfig, tokenizer: Any, data: Prepared, label_names: list[str] | None, *, main: bool = True
-) -> None:
+) -> int | None:
     """See that the base's embedding has rows for the tokens of the rows and for the tokenizer's special ones.
+
+    With `model.resize_token_embeddings` it is given those that lack, for all tokens of the tokenizer.
 
     Special tokens of other names than padding, beginning and end are named, once, where only they are beyond: no row
     of this run holds them.
@@ -42,44 +46,86 @@ def require_rows(
         label_names: of a classifier.
         main: whether this process names what is only worth a note.
 
+    Returns:
+        The rows that the embedding must be given; None where it has enough.
+
     Raises:
-        UserError: a token has no row.
+        UserError: a token has no row and may not get one.
+        Unsupported: it may, and the model has no embedding of tokens.
     """
     rows = embedding_rows(config, label_names)
+    resize = config.model.resize_token_embeddings
     if rows is None:
-        return
+        if resize:
+            raise Unsupported("model.resize_token_embeddings: the model has no embedding of tokens; remove the key.")
+        return None
     largest = max((largest_token(part) for part in (data.train, data.eval) if part is not None), default=-1)
     found = [(largest, "the rows of data")]
     for name in _NAMED:
         if isinstance(number := getattr(tokenizer, f"{name}_id", None), int):
             found.append((number, f"the tokenizer's {name}"))
+    if resize:
+        return _enlarged(config, tokenizer, rows, max(number for number, _ in found), main=main)
+    _require_rows_of_start(config, rows)
     beyond = [(number, where) for number, where in found if number >= rows]
     if beyond:
         number, where = beyond[0]
         raise UserError(
             f"token {number} ({quoted(tokenizer.convert_ids_to_tokens(number))}, of {where}) has no embedding: "
             f"{config.model.model_name_or_path} has {rows} (0 to {rows - 1}). Name the tokenizer that belongs to the "
-            f"model in model.tokenizer_name_or_path, or enlarge the model once (transformers' "
-            f"resize_token_embeddings({number + 1}), then save_pretrained) and name that."
+            f"model in model.tokenizer_name_or_path, or set model.resize_token_embeddings=true to add rows, which are "
+            f"trained and saved with the adapter."
         )
     if main and (unused := [number for number in _special(tokenizer) if number >= rows]):
         token = quoted(tokenizer.convert_ids_to_tokens(unused[0]))
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         say(f"note: the tokenizer's {token}{more} has no embedding in the model ({rows}); no row of this run holds it")
+    return None
+
+
+def _enlarged(config: RunConfig, tokenizer: Any, rows: int, largest: int, *, main: bool) -> int | None:
+    """Return how many rows embedding and head get so that each token has one: here, and in the earlier adapter."""
+    tokens = max(largest + 1, len(tokenizer), *(number + 1 for number in _special(tokenizer)))
+    earlier = _rows_of_start(config)
+    if tokens <= rows and earlier <= rows:
+        if main:
+            say(f"model.resize_token_embeddings=true: every token has one of the {rows} rows, so none is added")
+        return None
+    wanted = max(rows_for(tokens) if tokens > rows else rows, earlier)
+    if main:
+        say(
+            f"embedding and output head: {wanted - rows} rows added to {rows} for the tokens from {rows} on; both are "
+            f"trained in full and saved with the adapter"
+        )
+    return wanted
+
+
+def _rows_of_start(config: RunConfig) -> int:
+    """Return the rows of the embedding in the adapter that the run starts from; 0 without one."""
+    if not config.model.adapter_path:
+        return 0
+    with foreign(f"model.model_name_or_path={config.model.model_name_or_path}"):
+        model = streaming.build_on_meta(config, streaming.shape_of_base(config.model), torch.float32, ["0"])
+    table = token_table(model)
+    held = AdapterFile(config.model.adapter_path).others.get(f"{table[0]}.weight") if table else None
+    return held[0] if held else 0
+
+
+def _require_rows_of_start(config: RunConfig, rows: int) -> None:
+    if (earlier := _rows_of_start(config)) > rows:
+        raise UserError(
+            f"model.adapter_path={config.model.adapter_path} has {earlier} embeddings, the base {rows}: set "
+            f"model.resize_token_embeddings=true."
+        )
 
 
 def embedding_rows(config: RunConfig, label_names: list[str] | None = None) -> int | None:
     """Return the rows of the base's embedding as its files have them, or as its config says; None without a table."""
     with foreign(f"model.model_name_or_path={config.model.model_name_or_path}"):
         model = streaming.build_on_meta(config, streaming.shape_of_base(config.model), torch.float32, label_names)
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = getter() if callable(getter) else None
-    except NotImplementedError:
+    if (table := token_table(model)) is None:
         return None
-    if not isinstance(embedding, nn.Embedding):
-        return None
-    return _stored_rows(config, model, embedding) or embedding.num_embeddings
+    return _stored_rows(config, model, f"{table[0]}.weight") or table[1].num_embeddings
 
 
 def largest_token(rows: datasets.Dataset) -> int:
@@ -96,8 +142,7 @@ def _special(tokenizer: Any) -> list[int]:
     return sorted({number for number in getattr(tokenizer, "all_special_ids", []) if isinstance(number, int)})
 
 
-def _stored_rows(config: RunConfig, model: nn.Module, embedding: nn.Module) -> int | None:
-    name = next((f"{path}.weight" for path, module in model.named_modules() if module is embedding), "")
+def _stored_rows(config: RunConfig, model: nn.Module, name: str) -> int | None:
     with said_of(config.model.model_name_or_path):
         files = BaseFiles.open(config.model.model_name_or_path, config.model.revision)
     try:

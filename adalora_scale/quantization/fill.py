@@ -51,8 +51,13 @@ def fill(
             if target.dim() == 0:
                 local.copy_(plan.checkpoint.whole(slot.source))
             else:
-                for first, last in row_pieces(start, stop, local[:1].numel(), PIECE):
+                added = plan.added.get(slot.name)
+                stored = stop if added is None else target.shape[0] - added.shape[0]
+                for first, last in row_pieces(start, min(stop, stored), local[:1].numel(), PIECE):
                     local[first - start : last - start].copy_(plan.checkpoint.rows(slot.source, first, last))
+                if added is not None and stop > stored:
+                    first = max(start, stored)
+                    local[first - start :].copy_(added[first - stored : stop - stored])
         give_back_freed()
         on_slot(slot)
 

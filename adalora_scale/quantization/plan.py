@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -55,6 +55,8 @@ class LoadingPlan:
     """Places that share one parameter."""
     ignored: list[str]
     """Tensors of the checkpoint that belong to another head."""
+    added: dict[str, Tensor] = field(default_factory=dict)
+    """Rows that a tensor has behind the checkpoint's, by the slot's name."""
 
     @property
     def stored_in_4bit(self) -> bool:
@@ -71,6 +73,7 @@ def make_plan(
     compute_dtype: torch.dtype = torch.bfloat16,
     skip_modules: list[str] | None = None,
     new_heads: Sequence[str] = (),
+    grown: Mapping[str, int] | None = None,
 ) -> LoadingPlan:
     """Put 4-bit layers into `model` and say how every parameter is filled.
 
@@ -82,6 +85,7 @@ def make_plan(
         compute_dtype: of weights that are stored in 4 bits.
         skip_modules: modules that stay in `dtype`.
         new_heads: modules that may be missing in the checkpoint and are then initialised as transformers does.
+        grown: rows that the checkpoint has of tensors that have more in the model; the others go to `added`.
 
     Raises:
         UserError: tensors are missing, unexpected or have another shape; a weight cannot be quantised.
@@ -108,7 +112,7 @@ def make_plan(
             continue
         filled.add(name)
         slot = Slot(name, module, leaf, source, names.states.get(name, {}))
-        _check(slot, tensor, checkpoint)
+        _check(slot, tensor, checkpoint, (grown or {}).get(name))
         slots.append(slot)
     if missing:
         raise UserError(
@@ -212,7 +216,7 @@ def _ties(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _check(slot: Slot, tensor: Tensor, checkpoint: BaseFiles) -> None:
+def _check(slot: Slot, tensor: Tensor, checkpoint: BaseFiles, rows: int | None) -> None:
     stored = checkpoint.tensors[slot.source]
     layer = slot.module
     if slot.parts and isinstance(layer, Linear4bit):
@@ -222,7 +226,7 @@ def _check(slot: Slot, tensor: Tensor, checkpoint: BaseFiles) -> None:
         sides = (layer.out_features, layer.in_features)
         shape: tuple[int, ...] = sides[::-1] if layer.transposed else sides
     else:
-        shape = tuple(tensor.shape)
+        shape = tuple(tensor.shape) if rows is None else (rows, *tensor.shape[1:])
     if stored.shape != shape:
         raise UserError(f"'{slot.source}' has shape {stored.shape} in {stored.file.name}, the model {shape}; {_fits}.")
     if stored.dtype not in FLOATS and (tensor.is_floating_point() or slot.quantized):

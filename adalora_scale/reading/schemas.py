@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
@@ -131,6 +131,7 @@ class AdapterRecord(_Strict):
 
     base: Annotated[dict[str, Any], _each(dict[str, str])] | None = None
     labels: Names | None = None
+    problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
     quantisation: dict[str, Any] | None = None
     peft_scale: bool | None = None
     checksum: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None

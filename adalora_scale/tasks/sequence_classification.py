@@ -1,4 +1,4 @@
-"""Models that choose one class for a text: a new head over the base, trained in full beside the adapters."""
+"""Models that give a text one class, several, or a number: a new head over the base, trained beside the adapters."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
 import torch
 from torch import nn
 
 from adalora_scale.config import DataConfig
+from adalora_scale.data.labels import LabelKind, kind_of
 from adalora_scale.errors import UserError
+from adalora_scale.messages import quoted
+from adalora_scale.tasks.label_metrics import METRICS
 from adalora_scale.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
     from adalora_scale.data.rows import RawData
 
 _HEADS = ("classifier", "score", "classification_head")
+_PROBLEM: dict[LabelKind, str] = {
+    "classes": "single_label_classification",
+    "numbers": "regression",
+    "several": "multi_label_classification",
+}
+"""transformers' `problem_type`, which decides the loss."""
 _LAST_LAYERS = ("classifier", "score", "out_proj", "linear_out", "logits_proj", "summary")
 """Layers that give a number a class, the surest first: XLNet has `logits_proj` behind `summary`, XLM has no other."""
 
@@ -50,6 +58,7 @@ class SequenceClassification(Task):
             "num_labels": len(label_names),  # first: setting it renames the classes
             "id2label": dict(enumerate(label_names)),
             "label2id": {name: index for index, name in enumerate(label_names)},
+            "problem_type": _PROBLEM[kind_of(label_names)],  # said always: a base may have been trained for another
         }
 
     def new_heads(self, model: nn.Module) -> list[str]:
@@ -84,10 +93,22 @@ class SequenceClassification(Task):
     def settle_arguments(self, options: dict[str, Any], data: DataConfig) -> None:
         options.setdefault("include_num_input_tokens_seen", "non_padding")  # tokens_per_second needs it
 
-    def trainer_options(self, tokenizer: Any) -> dict[str, Any]:
+    def check_labels(self, label_names: list[str] | None, arguments: TrainingArguments) -> None:
+        kind = kind_of(label_names)
+        if kind == "classes" and label_names is not None and len(label_names) < 2:
+            raise UserError(
+                f"every row of data.train has the label {quoted(label_names[0])}: there is nothing to tell apart. Look "
+                f"at data.label_column; numbers as targets (regression) are data.labels=numbers."
+            )
+        if kind != "classes" and arguments.label_smoothing_factor:
+            raise UserError(
+                f"training.label_smoothing_factor is for one class a row, and data.labels are {kind}; remove it."
+            )
+
+    def trainer_options(self, tokenizer: Any, label_names: list[str] | None = None) -> dict[str, Any]:
         from transformers import DataCollatorWithPadding
 
-        return {"data_collator": DataCollatorWithPadding(tokenizer), "compute_metrics": accuracy}
+        return {"data_collator": DataCollatorWithPadding(tokenizer), "compute_metrics": METRICS[kind_of(label_names)]}
 
     def complete_shape(self, shape: PretrainedConfig) -> None:
         if getattr(shape, "pad_token_id", None) is None:
@@ -98,14 +119,6 @@ class SequenceClassification(Task):
             "input_ids": torch.zeros(sequences, length, dtype=torch.long),
             "labels": torch.zeros(sequences, dtype=torch.long),
         }
-
-
-def accuracy(prediction: Any) -> dict[str, float]:
-    """Trainer's `compute_metrics`: the share of rows whose best class is the label."""
-    logits, labels = prediction
-    if isinstance(logits, tuple):  # BART and T5 return their encoder's states too
-        logits = logits[0]
-    return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == labels))}
 
 
 TASK = SequenceClassification()

@@ -93,7 +93,14 @@ class Task(ABC):
     def settle_arguments(self, options: dict[str, Any], data: DataConfig) -> None:  # noqa: B027 (most tasks add nothing)
         """Add what prepared rows ask of the training arguments."""
 
-    def trainer_options(self, tokenizer: Any) -> dict[str, Any]:
+    def check_labels(self, label_names: list[str] | None, arguments: TrainingArguments) -> None:  # noqa: B027 (most tasks have none)
+        """See that the rows' labels can be learnt under these arguments.
+
+        Raises:
+            UserError: they cannot.
+        """
+
+    def trainer_options(self, tokenizer: Any, label_names: list[str] | None = None) -> dict[str, Any]:
         """Return the trainer's further keywords: collator, metrics."""
         return {}
 

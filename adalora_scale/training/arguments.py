@@ -168,7 +168,7 @@ def training_arguments(config: RunConfig, engine: Engine) -> TrainingArguments:
     engine.join(_timeout(options), launched=launched, use_cpu=options["use_cpu"])
     try:
         arguments = None if alone else task.arguments_class()(**options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, OSError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from None
     if arguments is None or arguments.world_size != launched:
         seen = 1 if arguments is None else arguments.world_size

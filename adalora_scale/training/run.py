@@ -52,6 +52,7 @@ from adalora_scale.training.base_weights import BaseWeights
 from adalora_scale.training.checkpointing import check_asked_checkpoint, choose_checkpoint
 from adalora_scale.training.console import use_console
 from adalora_scale.training.continuing import rank_fitter, run_identity
+from adalora_scale.training.dry_run import check_loop, check_tokens, check_values, name_unused
 from adalora_scale.training.lease import Lease
 from adalora_scale.training.optimizers import check_optimizer
 from adalora_scale.training.output_dir import hold_output_dir
@@ -79,6 +80,8 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     data: Prepared
     steps: int
+    rows: int | None = None
+    """Of the embedding, where the base's are too few."""
 
 
 def train(config: RunConfig, lease: Lease | None = None) -> dict[str, Any]:
@@ -141,6 +144,7 @@ def prepare(config: RunConfig) -> Inputs:
     """
     engine = engine_for(config.engine)
     training = check_training_section(config)
+    check_values(training)
     check_optimizer(training)
     check_packages(config, training, engine)
     check_asked_checkpoint(training.get("resume_from_checkpoint"), Path(training["output_dir"]))
@@ -155,16 +159,23 @@ def prepare(config: RunConfig) -> Inputs:
     arguments = training_arguments(config, engine)
     if raw.eval is None and arguments.eval_strategy != "no":
         raise UserError("training.eval_strategy needs evaluation data; set data.eval or data.eval_fraction.")
+    if raw.eval is None and arguments.eval_on_start:
+        raise UserError("training.eval_on_start needs evaluation data; set data.eval or data.eval_fraction.")
+    task.check_labels(raw.label_names, arguments)
     tokenizer = load_tokenizer(config)
+    check_tokens(training, tokenizer)
     data = task.prepare(raw, tokenizer, config.data, seed=seed)
     with engine.loading():  # it builds the model, without weights: under ZeRO-3 transformers would partition it
-        require_rows(config, tokenizer, data, raw.label_names, main=arguments.process_index == 0)
+        rows = require_rows(config, tokenizer, data, raw.label_names, main=arguments.process_index == 0)
     steps = total_steps(arguments, len(data.train))
     if steps < 1:
         raise UserError("training.num_train_epochs and training.max_steps leave no step to train; raise one of them.")
+    check_loop(arguments, steps)
+    if arguments.process_index == 0:
+        name_unused(training)
     config.adalora.phase_steps(steps)
     require_evaluation_at_budget(arguments, config.adalora, steps)
-    return Inputs(engine, arguments, raw, tokenizer, data, steps)
+    return Inputs(engine, arguments, raw, tokenizer, data, steps, rows)
 
 
 def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLoraTrainer:
@@ -185,6 +196,7 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
             label_names=inputs.raw.label_names,
             bf16=computes_in_bf16(training),
             fit_ranks=rank_fitter(config, arguments, engine, checkpoint),
+            rows=inputs.rows,
         )
     if arguments.process_index == 0:
         say(coverage(model))
@@ -197,7 +209,7 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
         train_dataset=inputs.data.train,
         eval_dataset=inputs.data.eval,
         processing_class=inputs.tokenizer,
-        **task.trainer_options(inputs.tokenizer),
+        **task.trainer_options(inputs.tokenizer, inputs.raw.label_names),
     )
     trainer.asked_engine = inputs.engine
     trainer.checkpoints.run_identity = run_identity(config)

@@ -71,7 +71,7 @@ def plain_trainer(model: nn.Module, config: RunConfig, inputs: Inputs, **options
         train_dataset=inputs.data.train,
         eval_dataset=inputs.data.eval,
         processing_class=inputs.tokenizer,
-        **task.trainer_options(inputs.tokenizer),
+        **task.trainer_options(inputs.tokenizer, inputs.raw.label_names),
         **options,
     )
 

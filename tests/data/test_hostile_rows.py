@@ -130,7 +130,7 @@ def test_a_hostile_file_is_named(name, tmp_path):
     assert time.monotonic() - start < 20 and psutil.Process().memory_info().rss - before < 2**30
 
 
-@pytest.mark.parametrize("label", [b"1e999", b"-1e999", b"NaN", b"1.5", b"[1]", b"{}"])
+@pytest.mark.parametrize("label", [b"1e999", b"-1e999", b"NaN", b"[NaN]", b"[[1]]", b"[{}]", b"{}"])
 def test_a_label_that_is_no_class(label, tmp_path):
     """Infinity is equal to its floor, and has no whole number."""
     path = tmp_path / "rows.jsonl"
@@ -141,7 +141,7 @@ def test_a_label_that_is_no_class(label, tmp_path):
 
 def test_an_infinite_label_of_a_table(tmp_path):
     datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1.0, float("inf")]}).to_parquet(tmp_path / "rows.parquet")
-    with pytest.raises(UserError, match=r"row 2: column 'label' must be whole, not inf"):
+    with pytest.raises(UserError, match=r"row 2: column 'label' must be finite, not inf"):
         load(tmp_path / "rows.parquet", "sequence_classification")
 
 

@@ -403,13 +403,11 @@ def test_pairs_of_texts_are_classified_as_the_tokenizer_pairs_them(tokenizer, tm
         assert row["input_ids"] == tokenizer("It rains.", "It is wet.")["input_ids"]
 
 
-@pytest.mark.parametrize(
-    ("label", "said"), [(0.5, "regression"), ([0, 1], "several labels"), (["a"], "several labels"), (None, "missing")]
-)
-def test_targets_that_are_no_class_are_refused_by_line(tmp_path, label, said):
+@pytest.mark.parametrize(("label", "said"), [(["a"], "one label"), (None, "missing"), ("", "class name")])
+def test_labels_that_do_not_fit_are_refused_by_line(tmp_path, label, said):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"text": "a", "label": 1}) + "\n" + json.dumps({"text": "a", "label": label}) + "\n")
-    with pytest.raises(UserError, match=rf":2: column 'label' .*{said}"):
+    with pytest.raises(UserError, match=rf":\d: column 'label' .*{said}"):
         load_raw(DataConfig(train=str(path)), wanted_rows(find_task("sequence_classification")), seed=1)
 
 

@@ -239,7 +239,7 @@ def test_an_eval_label_unknown_to_training_is_named_by_line(tmp_path):
         lines(tmp_path / "e2.jsonl", [{"text": "t", "label": "b"}, {"text": "t", "label": "c"}]),
     ]
     message = refusal(train, "sequence_classification", eval=eval_files)
-    assert f"{eval_files[1]}:2: label 'c'" in message
+    assert f"{eval_files[1]}:2: column 'label': label 'c'" in message
 
 
 def test_hub_ids_are_loaded_by_name_and_split(monkeypatch):

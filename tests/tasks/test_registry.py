@@ -12,7 +12,7 @@ from adalora_scale.config.options import TaskName
 from adalora_scale.errors import UserError
 from adalora_scale.tasks.registry import TASKS, find_task, task_of_class, task_of_model, task_of_peft, wanted_rows
 
-NOT_TASKS = {"__init__", "building", "registry", "task", "own_head"}
+NOT_TASKS = {"__init__", "building", "registry", "task", "own_head", "vocabulary", "label_metrics"}
 
 
 def test_names_in_the_config_are_the_files_of_the_room():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import datasets
@@ -75,3 +76,15 @@ def test_the_files_count_where_the_config_says_otherwise(tmp_path):
     shape.vocab_size = 64
     shape.save_pretrained(tmp_path)
     assert embedding_rows(config) == 16
+
+
+@pytest.mark.parametrize(
+    ("largest", "size", "expected"),
+    [(15, 16, None), (16, 17, 64), (15, 70, 128), (63, 16, 64), (64, 16, 128)],
+)
+def test_how_many_rows_the_embedding_gets(tmp_path, largest, size, expected):
+    """All tokens of the tokenizer have one of 64, 128 … rows; none is added where none lacks."""
+    config = base(tmp_path)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, resize_token_embeddings=True))
+    words = type("Words", (SimpleNamespace,), {"__len__": lambda self: size})(**vars(tokenizer(pad=0)))
+    assert require_rows(config, words, Prepared(rows([largest]), None, {}), None) == expected

@@ -1,0 +1,156 @@
+"""What a run's arguments make of transformers' loop, tried out before the model is loaded.
+
+transformers checks most values where it uses them: an optimizer's after the model is there, a scheduler's in `train`.
+Here each is used once on one small parameter, so that what would have been a traceback is one line. What transformers
+takes and never looks at is checked by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import SchedulerType, Trainer, TrainingArguments
+from transformers.optimization import get_scheduler
+from transformers.utils import logging as hf_logging
+
+from adalora_scale.errors import UserError, nearest
+from adalora_scale.messages import say
+
+_AT_LEAST = {
+    "dataloader_num_workers": 0,
+    "eval_accumulation_steps": 1,
+    "eval_delay": 0,
+    "pad_to_multiple_of": 1,
+    "torch_empty_cache_steps": 1,
+    "logging_steps": 0,
+    "eval_steps": 0,
+    "save_steps": 0,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "ddp_bucket_cap_mb": 1,
+    "ddp_timeout": 1,
+    "seed": 0,
+    "data_seed": 0,
+}
+_WORDS: dict[str, Callable[[], list[str]]] = {
+    "include_num_input_tokens_seen": lambda: ["no", "all", "non_padding"],
+    "log_level": lambda: ["passive", *hf_logging.get_log_levels_dict()],
+    "log_level_replica": lambda: ["passive", *hf_logging.get_log_levels_dict()],
+    "loss_type": lambda: ["nll", "dft"],
+    "torch_compile_backend": torch._dynamo.list_backends,
+    "torch_compile_mode": lambda: ["default", *torch._inductor.list_mode_options()],
+    "train_sampling_strategy": lambda: ["random", "sequential", "group_by_length"],
+}
+"""Keys that take a word from a list, and are typed as any text."""
+_CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
+_WITHOUT_EFFECT = {
+    "do_train": "a run always trains",
+    "do_eval": "data.eval or data.eval_fraction asks for evaluation",
+    "do_predict": "a run predicts nothing; see adalora-scale evaluate",
+    "packing_strategy": "data.packing keeps examples whole",
+    "shuffle_dataset": "the order of rows is training.train_sampling_strategy's",
+    "length_column_name": "rows have their length where it is needed",
+    "local_rank": "the launcher says which rank a process is",
+}
+"""Keys that are transformers' or TRL's and decide nothing here."""
+
+
+def check_values(training: dict[str, Any]) -> None:
+    """Refuse values that transformers takes and fails at, or never looks at; name keys without effect.
+
+    Args:
+        training: the section, converted.
+
+    Raises:
+        UserError: naming the key and what it takes.
+    """
+    for key, least in _AT_LEAST.items():
+        value = training.get(key)
+        if isinstance(value, int | float) and not isinstance(value, bool) and value < least:
+            raise UserError(f"training.{key} is {value}; it must be at least {least}.")
+    for key in ("seed", "data_seed"):
+        if (value := training.get(key)) is not None and value >= 2**32:
+            raise UserError(f"training.{key} is {value}; it must be below 2**32.")
+    for key, words in _WORDS.items():
+        value = training.get(key)
+        if isinstance(value, str) and value not in (known := words()):
+            raise UserError(f"training.{key}={value} is unknown.{nearest(value, known)} Known: {', '.join(known)}.")
+    if not 0 <= training.get("label_smoothing_factor", 0) < 1:
+        raise UserError(
+            f"training.label_smoothing_factor is {training['label_smoothing_factor']}; it must be in [0, 1)."
+        )
+    options = training.get("gradient_checkpointing_kwargs")
+    if options is not None and not isinstance(options, dict):
+        raise UserError("training.gradient_checkpointing_kwargs must be a mapping, such as {use_reentrant: false}.")
+    for name in options or {}:
+        if name not in _CHECKPOINTING:
+            hint = nearest(name, _CHECKPOINTING)
+            raise UserError(f"unknown key 'training.gradient_checkpointing_kwargs.{name}'.{hint}")
+    if training.get("activation_offloading") and not torch.cuda.is_available():
+        raise UserError(
+            "training.activation_offloading=true needs a GPU to move activations off, and there is none; remove it."
+        )
+    if training.get("dataloader_persistent_workers") and not training.get("dataloader_num_workers"):
+        raise UserError(
+            "training.dataloader_persistent_workers=true needs training.dataloader_num_workers of at least 1."
+        )
+    if training.get("save_strategy") == "best" and not training.get("metric_for_best_model"):
+        raise UserError("training.save_strategy=best needs training.metric_for_best_model, such as eval_loss.")
+
+
+def name_unused(training: dict[str, Any]) -> None:
+    """Say which keys of the section have no effect, one line each."""
+    for key, reason in _WITHOUT_EFFECT.items():
+        if key in training:
+            say(f"note: training.{key} has no effect here: {reason}")
+    if training.get("hub_model_id") and not training.get("push_to_hub"):
+        say("note: training.hub_model_id has no effect without training.push_to_hub=true")
+
+
+def check_tokens(training: dict[str, Any], tokenizer: Any) -> None:
+    """See that tokens that the section names are tokens of the tokenizer.
+
+    Raises:
+        UserError: one is not.
+    """
+    vocabulary = tokenizer.get_vocab() if {"eos_token", "pad_token"} & training.keys() else {}
+    for key in ("eos_token", "pad_token"):
+        if (token := training.get(key)) is not None and token not in vocabulary:
+            raise UserError(f"training.{key}={token} is no token of the tokenizer; name one of its tokens.")
+
+
+def check_loop(arguments: TrainingArguments, steps: int) -> None:
+    """Make the optimizer and the schedule of a run of `steps` steps once, for one small parameter.
+
+    Raises:
+        UserError: naming the keys that one of them is made of.
+    """
+    parameter = nn.Parameter(torch.zeros(1, 1))
+    with _said("training.optim, optim_args, learning_rate, adam_beta1, adam_beta2, adam_epsilon"):
+        if any(word in str(arguments.optim) for word in ("galore", "apollo", "lomo")):
+            return  # they take the model
+        factory, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        optimizer = factory([parameter], **options)
+    with _said(
+        f"training.lr_scheduler_type={SchedulerType(arguments.lr_scheduler_type).value} and training.lr_scheduler_kwargs"
+    ):
+        get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=arguments.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,  # type: ignore[arg-type]  # parsed by then
+        )
+
+
+@contextmanager
+def _said(keys: str) -> Iterator[None]:
+    """Turn what another library says of values into one line that names their keys."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{keys}: {' '.join(str(error).split())[:300]}") from None
