@@ -77,6 +77,7 @@ def begin(
     device: torch.device,
     label_names: list[str] | None = None,
     new_heads: Callable[[nn.Module, list[str]], list[str]] = lambda _, __: [],
+    seed: int | None = None,
 ) -> Loading:
     """Build the base model without memory and check that its files fill it.
 
@@ -86,6 +87,7 @@ def begin(
         label_names: names of the classes, for a classifier.
         new_heads: given a model and the names of the tensors that its checkpoint lacks, names the modules that it need
             not hold.
+        seed: of torch's generator before anything is drawn; None leaves it where building the model left it.
 
     Raises:
         UserError: the checkpoint is incomplete, damaged or another model's; a weight cannot be quantised.
@@ -115,6 +117,8 @@ def begin(
     if config.model.load_in_4bit and plan.stored_in_4bit:
         stored = next(slot.module.spec for slot in plan.slots if isinstance(slot.module, Linear4bit))
         _note(f"the checkpoint is in 4 bits already, as {stored}; the run's own bnb_4bit options do not apply")
+    if seed is not None:
+        torch.manual_seed(seed)
     return Loading(model, plan, draw_fresh(plan, model), device, absent)
 
 

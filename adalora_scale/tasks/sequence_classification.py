@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from adalora_scale.data.rows import RawData
 
 _HEADS = ("classifier", "score", "classification_head")
+_ENDINGS = ("classifier", "score")
+"""PEFT's `PeftModelForSequenceClassification` takes a module whose name ends so for the head: `pre_classifier` too."""
 _LAST_LAYERS = ("classifier", "score", "out_proj", "linear_out", "logits_proj", "summary")
 """Layers that give a number a class, the surest first: XLNet has `logits_proj` behind `summary`, XLM has no other."""
 
@@ -59,6 +61,13 @@ class SequenceClassification(Task):
                 f"cannot tell the classifier head of {type(model).__name__}; name it in adalora.modules_to_save."
             )
         return heads
+
+    def opened_in_full(self, model: nn.Module) -> list[str]:
+        return [
+            name
+            for name, module in model.named_modules()
+            if name.endswith(_ENDINGS) and next(module.parameters(), None) is not None
+        ]
 
     def label_count(self, trained: Mapping[str, tuple[int, ...]]) -> int | None:
         sizes = {tuple(name.split(".")[-2:]): shape[0] for name, shape in trained.items() if shape}
