@@ -84,7 +84,7 @@ def draw_again(model: nn.Module, absent: Iterable[str]) -> None:
         own = {f"{name}.{leaf}": parameter for leaf, parameter in module.named_parameters(recurse=False)}
         if own and lacking.issuperset(own):
             for parameter in own.values():
-                parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # transformers passes over others
+                parameter._is_hf_initialized = False  # transformers passes over what it has loaded
             model._init_weights(module)  # type: ignore[operator]  # PreTrainedModel's
 
 
