@@ -18,7 +18,7 @@ from torch import Tensor
 
 from adalora_scale.adalora.adaptables import MATRIX, FileForm, block, module_of_factor, namings
 from adalora_scale.errors import Unsupported, UserError
-from adalora_scale.export.adapter_keys import require_plain
+from adalora_scale.export.adapter_keys import refuse_more, require_plain
 from adalora_scale.export.adapter_record import PEFT_SCALE, checked_record
 from adalora_scale.export.base_copies import BASE_LAYER, require_own_copies
 from adalora_scale.export.tensor_files import FLOATING, TensorFile
@@ -78,11 +78,12 @@ class AdapterFile:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self.config = read_adapter_config(self.directory, methods=("ADALORA", "LORA"))
+        self.config = read_adapter_config(self.directory, methods=("ADALORA", "LORA"), later=("target_parameters",))
         self.method: str = self.config["peft_type"]
         self._file = TensorFile(weights_path(self.directory))
         self.record: dict[str, Any] = checked_record(self._file)
         """What this project wrote beside PEFT's keys; empty for adapters of others."""
+        self._weights = self._own_parameters()
         self._ranks, self._alphas = self._patterns()
         self._scalings: dict[str, float] = {}
         self.modules: dict[str, ModuleShape] = {}
@@ -225,11 +226,19 @@ class AdapterFile:
         if self.method == "ADALORA":
             s = self.config["lora_alpha"] / self.config["init_r"]
             return float(s / peft_scale(self.config["init_r"]) if self.record.get(PEFT_SCALE) else s)
-        r = self._ranks.value(module, self.config["r"])
+        key = f"{module}.weight" if f"{module}.weight" in self._weights else module
+        r = self._ranks.value(key, self.config["r"])
         if r != rank:
             raise UserError(f"{self._file.path}: '{module}' has rank {rank}, {CONFIG_NAME} says {shown(r)}.")
-        alpha = self._alphas.value(module, self.config["lora_alpha"])
+        alpha = self._alphas.value(key, self.config["lora_alpha"])
         return float(alpha / (r**0.5 if self.config.get("use_rslora") else r))
+
+    def _own_parameters(self) -> frozenset[str]:
+        """Return the weights that an export named in target_parameters; in files of others they may be experts'."""
+        named = self.config.get("target_parameters") or []
+        if named and not self.record:
+            refuse_more("target_parameters", named, self.directory / CONFIG_NAME)
+        return frozenset(named)
 
     def _patterns(self) -> tuple[Patterns, Patterns]:
         """PEFT's rank_pattern and alpha_pattern; an AdaLoRA's rank_pattern is masks by exact names."""
@@ -241,8 +250,10 @@ class AdapterFile:
         return ranks, alphas
 
 
-def read_adapter_config(directory: Path, *, methods: tuple[str, ...] = ("ADALORA",)) -> dict[str, Any]:
-    """Read `adapter_config.json` and check what every reader relies on.
+def read_adapter_config(
+    directory: Path, *, methods: tuple[str, ...] = ("ADALORA",), later: Collection[str] = ()
+) -> dict[str, Any]:
+    """Read `adapter_config.json` and check what every reader relies on, but for the keys in `later`.
 
     Raises:
         UserError: the file is missing, no JSON, or without a usable rank and alpha.
@@ -260,7 +271,7 @@ def read_adapter_config(directory: Path, *, methods: tuple[str, ...] = ("ADALORA
         known, found = " and ".join(methods), method if method is None or isinstance(method, str) else shown(method)
         raise Unsupported(f"{path} holds a '{found}' adapter; only {known} adapters load here. Use PEFT for others.")
     checked(AdapterConfig, saved, path)
-    require_plain(saved, path)
+    require_plain(saved, path, later=later)
     rank = "init_r" if method == "ADALORA" else "r"
     if saved.get(rank) is None:
         raise UserError(f"{path}: '{rank}' is missing; it must be a positive number.")

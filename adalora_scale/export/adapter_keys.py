@@ -8,10 +8,10 @@ does cannot be known. Source: peft/tuners/lora/config.py and variants.py (0.21).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from adalora_scale.errors import Unsupported
 from adalora_scale.reading.json_text import shown
@@ -53,31 +53,41 @@ _CHANGES_BASE = ("pissa", "corda", "olora", "lora_ga")
 """Beginnings of those that take something out of the base, which PEFT can convert."""
 
 
-def require_plain(config: Mapping[str, Any], path: Path) -> None:
+def require_plain(config: Mapping[str, Any], path: Path, *, later: Collection[str] = ()) -> None:
     """See that an adapter is plain LoRA or AdaLoRA over an untouched base.
 
     Args:
         config: what `adapter_config.json` holds.
         path: where it is, for the message.
+        later: keys that are looked at when the weights are open.
 
     Raises:
         Unsupported: a key says more than that, naming the key, its value, and the way out where there is one.
     """
     for key, value in config.items():
-        if key in _READ or key in _TRAINING or _is_neutral(key, value):
+        if key in _READ or key in _TRAINING or _is_neutral(key, value) or key in later:
             continue
         if key in ("init_lora_weights", "init_weights"):
             _require_start(key, value, path)
         elif key in _MORE:
-            raise Unsupported(
-                f"{path} has {key}={_shown(value)}: {_MORE[key]}. Only plain LoRA and AdaLoRA are read here; merge it "
-                f"with PEFT (merge_and_unload) where PEFT can, and begin from the merged model."
-            )
+            refuse_more(key, value, path)
         elif not _is_default(key, value, str(config.get("peft_type"))):
             raise Unsupported(
                 f"{path} has {_shown(key)}={_shown(value)}, which is not understood here: the adapter may be more than "
                 f"plain LoRA. Use PEFT for it, or remove the key if it changes nothing."
             )
+
+
+def refuse_more(key: str, value: Any, path: Path) -> NoReturn:
+    """Refuse one of the keys under which the function is more than that.
+
+    Raises:
+        Unsupported: always.
+    """
+    raise Unsupported(
+        f"{path} has {key}={_shown(value)}: {_MORE[key]}. Only plain LoRA and AdaLoRA are read here; merge it with "
+        f"PEFT (merge_and_unload) where PEFT can, and begin from the merged model."
+    )
 
 
 def _shown(value: Any) -> str:

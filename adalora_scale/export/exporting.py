@@ -141,17 +141,18 @@ def _rearrange(
 ) -> None:
     pruned: dict[str, int] = report.get("pruning", {}).get("kept", {})
     names = {*pruned, *(name for name, _ in base.model.named_modules())} if base else set(pruned)
+    model = base.model if base else None
     if request.format == "peft-adalora":
         report |= write_peft_adalora(adapter, folder, base=request.base)
         what = "PEFT AdaLoRA"
     elif request.format == "rank-pattern":
         _refuse_other_function(adapter, base)
-        report |= write_rank_pattern(adapter, folder, base=request.base, names=names)
+        report |= write_rank_pattern(adapter, folder, base=request.base, names=names, model=model)
         what = f"a LoraConfig of the learnt ranks, {report['parameters']:,} parameters to train, no weights"
     else:
         _refuse_other_function(adapter, base)
         report |= write_peft_lora(
-            adapter, folder, base=request.base, uniform=request.uniform, rank=request.rank, names=names
+            adapter, folder, base=request.base, uniform=request.uniform, rank=request.rank, names=names, model=model
         )
         what = "plain LoRA, zero-padded to one rank" if request.uniform else "plain LoRA, a rank for every matrix"
     if "left_out" in report:  # a pruned plain LoRA does not name them any more
@@ -167,6 +168,12 @@ def _notes(request: Request, adapter: AdapterFile, report: dict[str, Any]) -> li
     if left_out := report.get("left_out"):
         names = f": {', '.join(left_out)}" if request.format == "rank-pattern" else ""
         notes.append(f"{len(left_out)} matrices have rank 0 and are left out, PEFT's LoRA has none{names}")
+    if as_parameters := report.get("as_parameters"):
+        dropout = " and without lora_dropout" if adapter.config.get("lora_dropout") else ""
+        notes.append(
+            f"{len(as_parameters)} matrices stand in target_parameters{dropout}, because PEFT would take them for "
+            f"experts of the model in target_modules; PEFT 0.17 and later read that"
+        )
     if request.format == "rank-pattern":
         if adapter.method == "LORA" and adapter.record:
             notes.append("the adapter is plain LoRA with λ and the run's scale folded in: its scale is not the run's")

@@ -8,8 +8,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import CONFIG_NAME, AdapterFile
+from adalora_scale.export.peft_targets import placed_config
 
 
 def lora_config(
@@ -19,6 +22,7 @@ def lora_config(
     *,
     base: str | None,
     names: Collection[str] = (),
+    model: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Return PEFT's LoraConfig, as JSON values, that gives every matrix its rank and the scaling alpha / rank.
 
@@ -31,13 +35,17 @@ def lora_config(
         scalings: matrix → s of ΔW = s · B A.
         base: the base model's name, if it shall differ from the adapter's.
         names: modules of the base, as far as they are known: none but those in `ranks` must be adapted.
+        model: the base on the meta device, for PEFT to show that it adapts what the config names.
+
+    Raises:
+        Unsupported: PEFT adapts something else.
 
     Source: peft/utils/other.py `get_pattern_key`, peft/tuners/tuners_utils.py `check_target_module_exists`.
     """
     largest = max(ranks, key=lambda name: ranks[name])
     unclear = _endings({*adapter.modules, *names}) & ranks.keys()
     alphas = {name: _alpha(scalings[name], rank) for name, rank in ranks.items()}
-    return {
+    config = {
         "peft_type": "LORA",
         "task_type": adapter.task_type,
         "base_model_name_or_path": base or adapter.base,
@@ -54,6 +62,8 @@ def lora_config(
         "use_rslora": False,
         "use_dora": False,
     }
+    wanted = {name: (rank, scalings[name]) for name, rank in ranks.items()}
+    return config if model is None else placed_config(config, wanted, model, adapter.others)
 
 
 def kept_ranks(adapter: AdapterFile) -> dict[str, int]:

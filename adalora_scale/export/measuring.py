@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adalora_scale.errors import Unsupported
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.base_checkpoint import BaseCheckpoint
 from adalora_scale.export.dequantise import Dequantised
@@ -129,5 +130,12 @@ def _with_peft(model: nn.Module, folder: Path) -> nn.Module:
 
     with warnings.catch_warnings():  # about rank_pattern, which AdaLoRA and LoRA mean differently
         warnings.simplefilter("ignore")
-        adapted: nn.Module = peft.PeftModel.from_pretrained(model, folder)
+        try:
+            adapted: nn.Module = peft.PeftModel.from_pretrained(model, folder)
+        except (KeyError, ValueError, RuntimeError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise Unsupported(
+                f"PEFT does not open this adapter on {type(model).__name__} ({type(error).__name__}: {said}); use "
+                f"--format merged."
+            ) from error
     return adapted

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adalora_scale.adalora.adaptables import MATRIX
 from adalora_scale.errors import Unsupported, UserError
@@ -22,6 +22,7 @@ from adalora_scale.export.adapter_file import (
 from adalora_scale.export.adapter_record import PEFT_SCALE, RECORD_KEY, save_adapter_file
 from adalora_scale.export.lora_config import kept_ranks, lora_config, write_config
 from adalora_scale.export.output import copy_tokenizer
+from adalora_scale.export.peft_targets import parameter_targets
 
 _SELECTS = {"exclude_modules", "layers_to_transform", "layers_pattern"}
 """Keys of PEFT's config that choose modules beside target_modules."""
@@ -61,6 +62,7 @@ def write_peft_lora(
     uniform: bool = False,
     rank: int | None = None,
     names: Collection[str] = (),
+    model: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Write the adapter as plain LoRA whose scaling is 1: ΔW = B' A' with A' = √|s λ| Aᵀ and B' = B sign(λ) √|s λ|.
 
@@ -73,6 +75,7 @@ def write_peft_lora(
         uniform: pad every matrix with zeros to one rank, for servers that know no `rank_pattern`.
         rank: that rank; the largest one by default.
         names: modules of the base, as far as they are known.
+        model: the base on the meta device, if it is at hand.
 
     Raises:
         UserError: a matrix has a larger rank than `rank`, or no triplet is left in any.
@@ -100,11 +103,11 @@ def write_peft_lora(
     if uniform:
         ranks = dict.fromkeys(ranks, common)
     # With every alpha equal to its rank PEFT's alpha / r is 1, and so is what tools make of it that ignore patterns.
-    config = lora_config(adapter, ranks, dict.fromkeys(ranks, 1.0), base=base, names=names)
+    config = lora_config(adapter, ranks, dict.fromkeys(ranks, 1.0), base=base, names=names, model=model)
     save_adapter_file(tensors, folder / WEIGHTS_NAME, record_of_part(adapter, complete=not left_out))
     write_config(folder, config)
     copy_tokenizer(adapter.directory, folder)
-    return {"ranks": ranks, "left_out": left_out}
+    return {"ranks": ranks, "left_out": left_out, "as_parameters": parameter_targets(config)}
 
 
 def folded(update: Update) -> tuple[Tensor, Tensor]:

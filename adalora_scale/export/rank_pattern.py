@@ -6,13 +6,16 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.lora_config import kept_ranks, lora_config, write_config
+from adalora_scale.export.peft_targets import parameter_targets
 
 
 def write_rank_pattern(
-    adapter: AdapterFile, folder: Path, *, base: str | None, names: Collection[str] = ()
+    adapter: AdapterFile, folder: Path, *, base: str | None, names: Collection[str] = (), model: nn.Module | None = None
 ) -> dict[str, Any]:
     """Write an `adapter_config.json` alone, for `peft.LoraConfig.from_pretrained(folder)` and `get_peft_model`.
 
@@ -23,6 +26,7 @@ def write_rank_pattern(
         folder: where.
         base: the base model's name, if it shall differ from the adapter's.
         names: modules of the base, as far as they are known.
+        model: the base on the meta device, if it is at hand.
 
     Returns:
         Entries of the report: ranks, matrices of rank 0 that are left out, scalings, parameters that will be trained.
@@ -38,11 +42,12 @@ def write_rank_pattern(
     ranks = kept_ranks(adapter)
     scalings = {name: _own_scaling(adapter, name) for name in ranks}
     # PEFT's default would freeze what is made of a config that was saved for inference.
-    config = lora_config(adapter, ranks, scalings, base=base, names=names) | {"inference_mode": False}
+    config = lora_config(adapter, ranks, scalings, base=base, names=names, model=model) | {"inference_mode": False}
     write_config(folder, config)
     return {
         "ranks": ranks,
         "left_out": [name for name in adapter.modules if name not in ranks],
+        "as_parameters": parameter_targets(config),
         "scalings": scalings,
         "parameters": sum(adapter.modules[name].parameters for name in ranks),
     }

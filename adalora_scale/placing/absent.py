@@ -51,7 +51,8 @@ def _with_new(config: RunConfig, model: nn.Module, absent: Sequence[str]) -> Ada
         if not beside:
             raise
         heads = []
-    names = [name for name, _ in model.named_modules() if name in {*heads, *beside}]
+    new = {*heads, *beside, *task.opened_in_full(model)}
+    names = [name for name, _ in model.named_modules() if name in new and not is_inside(name, new - {name})]
     return adalora.replace(modules_to_save=names)
 
 
@@ -77,6 +78,26 @@ def require_saved(model: nn.Module, adalora: AdaLoraConfig, absent: Sequence[str
         f"lost. Use a checkpoint that is complete, or train it: add '{lost[0].rpartition('.')[0]}' to "
         f"adalora.modules_to_save."
     )
+
+
+def require_openable(config: RunConfig, model: nn.Module, adalora: AdaLoraConfig) -> None:
+    """See that an adapter has whole what PEFT looks for whole when it opens one of the task.
+
+    Args:
+        config: the run's.
+        model: the base, without adapters.
+        adalora: as `adalora_config_for` returns it.
+
+    Raises:
+        UserError: something is left out of modules_to_save.
+    """
+    saved = modules_to_save(model, adalora)
+    for name in find_task(config.task).opened_in_full(model):
+        if not is_inside(name, saved):
+            raise UserError(
+                f"adalora.modules_to_save leaves out '{name}', which PEFT takes for a part of the head, by its name: "
+                f"it could not open the adapter. Add '{name}' to adalora.modules_to_save."
+            )
 
 
 def describe(absent: Sequence[str]) -> str:

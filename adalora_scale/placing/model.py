@@ -23,9 +23,10 @@ from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.continual import check_start, start_from_adapter
 from adalora_scale.messages import say
 from adalora_scale.placing import streaming
-from adalora_scale.placing.absent import adalora_config_for, describe, require_saved
+from adalora_scale.placing.absent import adalora_config_for, describe, require_openable, require_saved
 from adalora_scale.placing.stored import stored_weights
 from adalora_scale.quantization.base_files import BaseFiles
+from adalora_scale.quantization.fill import draw_again
 from adalora_scale.reading.base_config import foreign, said_of
 from adalora_scale.reading.written import check_written
 from adalora_scale.tasks.registry import find_task
@@ -139,6 +140,9 @@ def _prepared(
     started = _begin_streaming(config, arguments, label_names, rows) if streams else None
     if started is None:
         model, absent, grown = _load_whole(config, label_names, rows)
+        # What is drawn depends on the seed and the model's shape, not on what loading it drew before.
+        torch.manual_seed(arguments.seed)
+        draw_again(model, absent)
         inject_adalora(model, _settled(config, model, absent, grown))
         if fit_ranks is not None:
             fit_ranks(model)
@@ -206,7 +210,9 @@ def _begin_streaming(
     """Begin to stream the base; None, with a note, for a 16-bit base whose files need transformers to load them."""
     heads = partial(new_heads, config)
     try:
-        return streaming.begin(config, device=arguments.device, label_names=label_names, new_heads=heads, rows=rows)
+        return streaming.begin(
+            config, device=arguments.device, label_names=label_names, new_heads=heads, rows=rows, seed=arguments.seed
+        )
     except Unsupported as reason:
         if streaming.is_streamed(config.model):
             raise
@@ -226,6 +232,7 @@ def _settled(config: RunConfig, model: nn.Module, absent: list[str], grown: Coll
     """Return the run's adalora section with what is new in modules_to_save; nothing else may lack."""
     adalora = adalora_config_for(config, model, absent, grown)
     require_saved(model, adalora, absent)
+    require_openable(config, model, adalora)
     if absent and rank_and_size()[0] == 0:
         say(describe(absent))
     return adalora

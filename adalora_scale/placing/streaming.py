@@ -79,6 +79,7 @@ def begin(
     label_names: list[str] | None = None,
     new_heads: Callable[[nn.Module, list[str]], list[str]] = lambda _, __: [],
     rows: int | None = None,
+    seed: int | None = None,
 ) -> Loading:
     """Build the base model without memory and check that its files fill it.
 
@@ -89,6 +90,7 @@ def begin(
         new_heads: given a model and the names of the tensors that its checkpoint lacks, names the modules that it need
             not hold.
         rows: of the embedding and the output head, where the checkpoint's are too few.
+        seed: of torch's generator before anything is drawn; None leaves it where building the model left it.
 
     Raises:
         UserError: the checkpoint is incomplete, damaged or another model's; a weight cannot be quantised.
@@ -121,6 +123,8 @@ def begin(
     if config.model.load_in_4bit and plan.stored_in_4bit:
         stored = next(slot.module.spec for slot in plan.slots if isinstance(slot.module, Linear4bit))
         note(f"the checkpoint is in 4 bits already, as {stored}; the run's own bnb_4bit options do not apply")
+    if seed is not None:
+        torch.manual_seed(seed)
     return Loading(model, plan, draw_fresh(plan, model), device, absent, grown)
 
 

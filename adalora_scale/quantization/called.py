@@ -143,13 +143,21 @@ def _tree(function: object) -> ast.AST | None:
 
 
 def _aliases(tree: ast.AST) -> dict[str, list[str]]:
-    """Return local names that stand for something of `self`: ``layer = self.dt_proj``."""
+    """Return local names that stand for something of `self`: ``layer = self.dt_proj``, ``for block in self.blocks``."""
     found: dict[str, list[str]] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             path = _path(node.value, {})
             if path:
                 found[node.targets[0].id] = path
+        elif isinstance(node, ast.For):
+            items, item = node.iter, node.target
+            if isinstance(items, ast.Call) and getattr(items.func, "id", "") == "enumerate" and items.args:
+                items = items.args[0]
+                item = item.elts[-1] if isinstance(item, ast.Tuple) else item
+            path = _path(items, {})
+            if path and isinstance(item, ast.Name):
+                found[item.id] = [*path, "*"]
     return found
 
 

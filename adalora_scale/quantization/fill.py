@@ -78,6 +78,22 @@ def draw_fresh(plan: LoadingPlan, model: nn.Module) -> list[tuple[nn.Module, dic
 
 
 @torch.no_grad()
+def draw_again(model: nn.Module, absent: Iterable[str]) -> None:
+    """Draw once more, in place, the modules of a model in memory whose every own tensor is in `absent`.
+
+    Building a model may draw numbers that loading throws away, and how many depends on how it is loaded: with the
+    generator seeded right before this, a new head has the values that `draw_fresh` gives it.
+    """
+    lacking = set(absent)
+    for name, module in model.named_modules():
+        own = {f"{name}.{leaf}": parameter for leaf, parameter in module.named_parameters(recurse=False)}
+        if own and lacking.issuperset(own):
+            for parameter in own.values():
+                parameter._is_hf_initialized = False  # transformers passes over what it has loaded
+            model._init_weights(module)  # type: ignore[operator]  # PreTrainedModel's
+
+
+@torch.no_grad()
 def copy_rows(parameter: Tensor, whole: Tensor, name: str) -> None:
     """Copy this rank's rows of a whole tensor into a parameter."""
     local, start, stop, _ = own_rows(parameter, name)

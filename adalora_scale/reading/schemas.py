@@ -120,6 +120,7 @@ class AdapterConfig(_Strict):
     rank_pattern: Annotated[dict[str, Any], _each(Positive | Mask)] | None = None
     alpha_pattern: Annotated[dict[str, Any], _each(Annotated[int | float, Field(gt=0, lt=2**53)])] | None = None
     target_modules: str | Names | None = None
+    target_parameters: Names | None = None
     modules_to_save: Names | None = None
     fan_in_fan_out: bool | None = None
     use_rslora: bool | None = None

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from adalora_scale.data.rows import RawData
 
 _HEADS = ("classifier", "score", "classification_head")
+_ENDINGS = ("classifier", "score")
+"""PEFT's `PeftModelForSequenceClassification` takes a module whose name ends so for the head: `pre_classifier` too."""
 _PROBLEM: dict[LabelKind, str] = {
     "classes": "single_label_classification",
     "numbers": "regression",
@@ -68,6 +70,13 @@ class SequenceClassification(Task):
                 f"cannot tell the classifier head of {type(model).__name__}; name it in adalora.modules_to_save."
             )
         return heads
+
+    def opened_in_full(self, model: nn.Module) -> list[str]:
+        return [
+            name
+            for name, module in model.named_modules()
+            if name.endswith(_ENDINGS) and next(module.parameters(), None) is not None
+        ]
 
     def label_count(self, trained: Mapping[str, tuple[int, ...]]) -> int | None:
         sizes = {tuple(name.split(".")[-2:]): shape[0] for name, shape in trained.items() if shape}

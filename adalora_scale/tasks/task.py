@@ -64,6 +64,10 @@ class Task(ABC):
         """
         return []
 
+    def opened_in_full(self, model: nn.Module) -> list[str]:
+        """Name the modules that PEFT trains in full, and looks for in a file, whatever an adapter's config says."""
+        return []
+
     def label_count(self, trained: Mapping[str, tuple[int, ...]]) -> int | None:
         """Return the number of classes, read off the shapes of the tensors that were trained in full."""
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -21,6 +22,15 @@ def name_backbone(model: nn.Module) -> None:
     backbones = [name for name, child in model.named_children() if isinstance(child, PreTrainedModel)]
     if len(backbones) == 1:
         model.base_model_prefix = backbones[0]
+
+
+def has_own_backward(model: nn.Module) -> bool:
+    """Whether the module that defines a model's class has autograd functions: Reformer's blocks are one.
+
+    A function whose inputs need no gradient is left out of the graph, though the layers inside it have adapters.
+    """
+    defined = vars(sys.modules[type(model).__module__]).values()
+    return any(isinstance(item, type) and issubclass(item, torch.autograd.Function) for item in defined)
 
 
 def settle_router_loss(model: nn.Module, training: Any) -> None:

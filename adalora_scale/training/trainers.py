@@ -32,7 +32,7 @@ from adalora_scale.tasks.registry import task_of_class
 from adalora_scale.training.arguments import refuse_batch_search, require_evaluation_at_budget
 from adalora_scale.training.callback import AdaLoraCallback
 from adalora_scale.training.checkpointing import RunCheckpoints, choose_checkpoint
-from adalora_scale.training.for_trl import name_backbone, settle_router_loss
+from adalora_scale.training.for_trl import has_own_backward, name_backbone, settle_router_loss
 from adalora_scale.training.lease import take
 from adalora_scale.training.loop_state import deepspeed_scaler
 from adalora_scale.training.objective import settle_objective
@@ -103,7 +103,7 @@ class AdaLoraTrainerMixin(_TrainerSeams):
             # Every adapter takes part in every forward; searching for unused ones costs a graph walk a step.
             args.ddp_find_unused_parameters = False
         enable = getattr(self.model, "enable_input_require_grads", None)
-        if args.gradient_checkpointing and callable(enable):
+        if callable(enable) and (args.gradient_checkpointing or has_own_backward(self.model)):
             # Reentrant checkpointing drops gradients of blocks whose input needs none; frozen embeddings give such.
             enable()
         super().create_accelerator_and_postprocess()

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
 VOCABULARY = 2048  # of the quickstart's tokenizer
 LABELS = 3
 _BY_VALUE: dict[int, str] = {
-    VOCABULARY: "vocab_size n_vocab",
+    VOCABULARY: "vocab_size n_vocab encoder_hash_byte_group_vocab",
     512: "max_position_embeddings n_positions max_seq_len n_ctx max_sequence_length seq_length context_length "
     "max_target_positions max_source_positions",
     64: "intermediate_size ffn_dim n_inner d_ff d_inner ffn_hidden_size hidden_dim encoder_ffn_dim decoder_ffn_dim "
@@ -33,7 +33,7 @@ _BY_VALUE: dict[int, str] = {
     "moe_shared_expert_intermediate_size mamba_d_ssm lru_width kv_channels_total dense_intermediate_size",
     32: "hidden_size d_model n_embd dim embedding_size emb_dim embedding_dim word_embed_proj_dim "
     "hidden_size_per_layer_input decoder_hidden_size d_embed attention_hidden_size true_hidden_size "
-    "intra_bottleneck_size embed_dim",
+    "intra_bottleneck_size embed_dim hidden_size_global",
     16: "q_lora_rank kv_lora_rank state_size ssm_state_size mamba_d_state d_state mamba_chunk_size chunk_size "
     "index_head_dim qk_head_dim conv_dim num_ln_in_parallel o_lora_rank",
     8: "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim mamba_head_dim mamba_headdim attention_head_dim d_kv "
@@ -45,7 +45,7 @@ _BY_VALUE: dict[int, str] = {
     "num_kv_heads num_experts_per_tok moe_topk top_k num_experts_per_token moe_k experts_per_token "
     "swa_num_key_value_heads num_global_key_value_heads n_kv_heads num_decoder_layers num_encoder_layers "
     "type_vocab_size num_selected_experts",
-    1: "n_group topk_group mamba_n_groups n_groups mamba_ngroups first_k_dense_replace num_nextn_predict_layers "
+    1: "n_group num_expert_group topk_group mamba_n_groups n_groups mamba_ngroups first_k_dense_replace num_nextn_predict_layers "
     "num_hidden_groups moe_layer_start_index mlp_only_layers_count",
 }  # fmt: skip
 _SIZES = {name: value for value, names in _BY_VALUE.items() for name in names.split()}
@@ -56,7 +56,9 @@ _OWN: dict[str, dict[str, Any]] = {
     "bamba": _HYBRID | {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8},
     "codegen": {"rotary_dim": 4},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe", "moe"]},  # routers that give no logits alone give no loss
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "flint": {"mlp_only_layers": [0]},
     "gemma3n_text": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY, "altup_num_inputs": 2},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 2, "mask_token_id": 3, "hidden_size": 32,
             "emb_layer_norm_before": False},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -122,3 +123,19 @@ def test_a_tied_head_does_not_lack(tmp_path):
         assert model.lm_head.weight is model.model.embed_tokens.weight
         stored = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
         torch.testing.assert_close(model.lm_head.weight.detach(), stored)
+
+
+@pytest.mark.parametrize("options", [{}, {"load_in_4bit": True}], ids=["whole", "streamed"])
+def test_what_peft_takes_for_a_head_is_trained_whole_though_the_checkpoint_has_it(tmp_path, options):
+    """PEFT looks for every module whose name ends in classifier in the file, and ends in a KeyError otherwise."""
+    shape = hf.DistilBertConfig(vocab_size=64, dim=32, hidden_dim=64, n_layers=1, n_heads=2, num_labels=3)
+    hf.DistilBertForSequenceClassification(shape).save_pretrained(tmp_path)
+    model = placed(config_of(tmp_path, **options))
+    assert set(injection_of(model).config.modules_to_save) == {"pre_classifier", "classifier"}
+    save_adapter(model, tmp_path / "adapter")
+    base = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    opened = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    saved = opened.get_base_model().pre_classifier.modules_to_save["default"].weight
+    torch.testing.assert_close(saved.detach(), model.pre_classifier.weight.detach())
+    with pytest.raises(UserError, match=r"leaves out 'pre_classifier'.*Add 'pre_classifier'"):
+        placed(config_of(tmp_path, saved=["classifier"], **options))
