@@ -242,7 +242,9 @@ class DataConfig:
     """Split of a hub dataset, or of a saved DatasetDict, used for evaluation."""
     eval_fraction: float = 0.0
     """Without `eval`: the share of the training rows held out for evaluation."""
-    format: Literal["auto", "messages", "prompt_completion", "preference", "alpaca", "text", "classification"] = "auto"
+    format: Literal[
+        "auto", "messages", "prompt_completion", "preference", "alpaca", "xlam", "glaive", "text", "classification"
+    ] = "auto"
     """Layout of a row; `auto` looks at the columns."""
     messages_column: str = "messages"
     """Column with the turns, {role, content} or ShareGPT's {from, value}; `conversations` is found without this key."""

@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 LossTarget = Literal["all", "completion", "assistant"]
 
-FORMATS = ("messages", "preference", "prompt_completion", "alpaca", "classification", "text")
+FORMATS = ("messages", "preference", "prompt_completion", "alpaca", "xlam", "glaive", "classification", "text")
 """Values of `data.format`, in the order in which `auto` tries them."""
 _LOSS: dict[Layout, tuple[LossTarget, ...]] = {  # the first is the default
     "messages": ("assistant", "all"),
