@@ -268,6 +268,7 @@ def test_what_unpacks_without_end_is_bounded(tmp_path, pack, monkeypatch):
     monkeypatch.setattr(packed, "MAX_EXPANSION", 20)
     path = write(tmp_path / f"rows.jsonl.{ending}", pack(b'{"text": "a"}\n' * 100_000))
     assert "20 times its own size" in refusal(path)
+    assert row_files.file_identity(path) is not None, "its rows are gathered on disk, however small the file is"
 
 
 def test_a_table_whose_quotes_do_not_close_is_refused(tmp_path):
