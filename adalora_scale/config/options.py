@@ -229,23 +229,25 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Training and evaluation data: local JSONL, JSON, CSV or Parquet files, or a hub id."""
+    """Training and evaluation data: files, patterns, folders, folders of `save_to_disk`, or hub ids."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID_EXTRA
 
     train: str | list[str]
-    """A file, a list of files, or a hub id."""
+    """A file, a pattern (`data/*.jsonl`), a folder, a hub id, or a list of these."""
     eval: str | list[str] | None = None
     """Evaluation data in the same form; see also `eval_fraction`."""
     name: str | None = None
     """Configuration name of a hub dataset (gsm8k needs `main`)."""
     train_split: str = "train"
-    """Split of a hub dataset used for training."""
+    """Split of a hub dataset, or of a saved DatasetDict, used for training."""
     eval_split: str = "test"
-    """Split of a hub dataset used for evaluation."""
+    """Split of a hub dataset, or of a saved DatasetDict, used for evaluation."""
     eval_fraction: float = 0.0
     """Without `eval`: the share of the training rows held out for evaluation."""
-    format: Literal["auto", "messages", "prompt_completion", "preference", "alpaca", "text", "classification"] = "auto"
+    format: Literal[
+        "auto", "messages", "prompt_completion", "preference", "alpaca", "xlam", "glaive", "text", "classification"
+    ] = "auto"
     """Layout of a row; `auto` looks at the columns."""
     messages_column: str = "messages"
     """Column with the turns, {role, content} or ShareGPT's {from, value}; `conversations` is found without this key."""

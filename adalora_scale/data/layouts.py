@@ -11,6 +11,8 @@ in some rows and not in others, and a text that looks like a date or a number st
 | preference        | `chosen`, and `prompt` or `rejected`         | one of these two: the prompt, and what was chosen |
 | alpaca            | `instruction`, and `output` or `response`    | prompt_completion with the published prompt, or   |
 |                   |                                              | prompt_completion_turns with data.chat_template   |
+| xlam              | `query`, `tools`, `answers`: a list of calls | messages                                          |
+| glaive            | `system`, `chat`: texts with USER: …         | messages                                          |
 | classification    | `text` and `label`, or two texts and `label` | classification                                    |
 | text              | `text`                                       | text                                              |
 """
@@ -21,6 +23,7 @@ from typing import Any
 
 from adalora_scale.config import DataConfig
 from adalora_scale.data.row_values import Reader, Row, label_in, text_in
+from adalora_scale.data.tool_layouts import GLAIVE, XLAM, glaive_reader, xlam_reader
 from adalora_scale.data.turn_layouts import (
     ALPACA,
     alpaca_reader,
@@ -50,6 +53,11 @@ def missing_columns(format: str, columns: list[str], config: DataConfig) -> list
             return needed
         case "alpaca":
             return [names[0] for names in (ALPACA[0], ALPACA[2]) if not set(names) & set(columns)]
+        case "xlam":
+            # Sets of questions have the other two, and texts as their answers.
+            return [name for name in (*XLAM, config.tools_column or "tools") if name not in columns]
+        case "glaive":
+            return [name for name in (GLAIVE, config.system_column or "system") if name not in columns]
         case "classification":
             texts = _text_columns(columns, config)
             lacking = [key for key, name in zip(("text", "text_pair"), texts, strict=False) if name not in columns]
@@ -75,6 +83,10 @@ def reader_of(format: str, columns: list[str], first: Row, config: DataConfig) -
             return preference_reader(columns, first, config)
         case "alpaca":
             return alpaca_reader(config)
+        case "xlam":
+            return xlam_reader(config)
+        case "glaive":
+            return glaive_reader(config)
         case "classification":
             return _classification(columns, config)
         case "prompt_completion":
@@ -98,6 +110,10 @@ def user_columns(format: str, columns: list[str], config: DataConfig) -> list[st
             return ["chosen"]
         case "alpaca":
             return [next((name for name in names if name in columns), names[0]) for names in (ALPACA[0], ALPACA[2])]
+        case "xlam":
+            return list(XLAM)
+        case "glaive":
+            return [GLAIVE]
         case "classification":
             return [*_text_columns(columns, config), config.label_column]
         case "prompt_completion":

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,10 @@ class Prepared:
     report: dict[str, int]
     """Counts for train, and with the prefix ``eval_`` for eval: train_examples / eval_examples, dropped_empty_loss,
     truncated (among the kept), train_tokens / eval_tokens, loss_tokens, packed_sequences (0 without packing)."""
+    contents: dict[str, str] = field(default_factory=dict)
+    """Digests of the rows that were read, `train` and perhaps `eval`: the same for the same rows, wherever they lay."""
+    key: str = ""
+    """Digest of the contents and of everything else that decides the tokens."""
 
 
 def prepare(
@@ -97,6 +101,8 @@ def prepare(
         train=datasets.load_from_disk(directory / "train"),
         eval=datasets.load_from_disk(directory / "eval") if raw.eval is not None else None,
         report=report,
+        contents=contents,
+        key=key,
     )
 
 

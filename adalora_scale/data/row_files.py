@@ -10,8 +10,8 @@ from __future__ import annotations
 import codecs
 import csv
 import hashlib
+import io
 import json
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from adalora_scale.data.arrow_rows import class_names, plain_rows
+from adalora_scale.data.packed import PACKED, is_packed, opened, read_whole
 from adalora_scale.data.row_limits import (
     MAX_ARRAY_BYTES,
     MAX_COLUMNS,
@@ -36,24 +37,25 @@ from adalora_scale.data.row_limits import (
 from adalora_scale.data.token_cache import build_once, default_cache_dir
 from adalora_scale.errors import UserError
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""Extension of a data file -> what is in it."""
-_LARGE = 2**20
+KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+"""Ending of a data file -> what is in it; those of text may be followed by one of `PACKED`."""
+ENDINGS = f"{', '.join(KINDS)}; of text also with {' or '.join(PACKED)} behind it"
+"""The endings, in words."""
+LARGE = 2**20
 """Bytes of a file that is worth remembering as looked at; some 25 ms."""
 _SAMPLE = 1000
 """Rows of a JSON file whose keys are its columns."""
 _PARQUET_ROWS = 256
 
 
-def is_local(source: str) -> bool:
-    """Tell a path from a hub id: a known extension, an existing path, or a form no hub id can have."""
-    path = _path(source)
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1
-    return path.suffix.lower() in BUILDERS or looks_like_path or os.path.lexists(path)
+def kind_of(path: Path) -> str | None:
+    """Return what is in a file, by its name: `json`, `csv` (or tabs) or `parquet`; None for an ending nobody reads."""
+    kind = KINDS.get(_inner(path).suffix.lower())
+    return None if kind == "parquet" and is_packed(path) else kind
 
 
 def check_file(source: str) -> Path:
-    """Return the path of a JSONL, JSON, CSV or Parquet file that may be read.
+    """Return the path of a file of rows that may be read.
 
     Args:
         source: path of the file.
@@ -61,22 +63,29 @@ def check_file(source: str) -> Path:
     Raises:
         UserError: the file is missing, empty, of an unknown kind, or would harm whoever opens it.
     """
-    path = _path(source)
+    path = local_path(source)
     size = refuse_special(source, path)
-    builder = BUILDERS.get(path.suffix.lower())
-    if builder is None:
-        raise UserError(f"{source} has an unknown extension '{path.suffix}'; supported: {', '.join(BUILDERS)}.")
+    kind = kind_of(path)
+    if kind is None:
+        ending = "".join(path.suffixes[-2:]) if is_packed(path) else path.suffix
+        raise UserError(f"{source} has an unknown extension '{ending}'; supported: {ENDINGS}.")
     if size == 0:
         raise UserError(f"data file {source} is empty.")
-    _look_once(source, path, builder)
+    _look_once(source, path, kind)
     return path
 
 
 def file_identity(path: Path) -> list[Any] | None:
-    """Return what tells a file's content from any earlier one; None for a file that is read faster than remembered."""
+    """Return what tells a file's content from any earlier one; None for a file that is read faster than remembered.
+
+    A packed file is always remembered: what is in it may be a thousand times its size.
+    """
+    return file_stamp(path) if path.stat().st_size >= LARGE or is_packed(path) else None
+
+
+def file_stamp(path: Path) -> list[Any]:
+    """Return what tells a file's content from any earlier one, whatever its size."""
     status = path.stat()
-    if status.st_size < _LARGE:
-        return None
     return [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ino, version("adalora-scale")]
 
 
@@ -86,21 +95,21 @@ def sample_of(source: str) -> tuple[list[str], Mapping[str, Any]]:
     Raises:
         UserError: there is no row, or one of these cannot be read.
     """
-    path = _path(source)
-    sample = [row for _, row in islice(iterate_rows(source), _SAMPLE if _is_json(path) else 1)]
+    count = _SAMPLE if kind_of(local_path(source)) == "json" else 1
+    sample = [row for _, row in islice(iterate_rows(source), count)]
     if not sample:
         raise UserError(f"data file {source} has no rows.")
     return list(dict.fromkeys(key for row in sample for key in row)), sample[0]
 
 
-def _look_once(source: str, path: Path, builder: str) -> None:
+def _look_once(source: str, path: Path, kind: str) -> None:
     """Pass over a large file once for all processes and starts, until it changes."""
     what = file_identity(path)
     if what is None:
-        refuse_hostile(source, path, builder)
+        refuse_hostile(source, path, kind)
         return
     key = hashlib.sha256(repr(what).encode()).hexdigest()
-    build_once(default_cache_dir() / "looked_at", key, lambda folder: refuse_hostile(source, path, builder))
+    build_once(default_cache_dir() / "looked_at", key, lambda folder: refuse_hostile(source, path, kind))
 
 
 def iterate_rows(source: str, columns: Collection[str] | None = None) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -113,8 +122,8 @@ def iterate_rows(source: str, columns: Collection[str] | None = None) -> Iterato
     Raises:
         UserError: a row cannot be read; names file and line.
     """
-    path = _path(source)
-    match BUILDERS[path.suffix.lower()]:
+    path = local_path(source)
+    match kind_of(path):
         case "csv":
             yield from _csv_rows(source, path)
         case "json":
@@ -128,20 +137,25 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
-def _path(source: str) -> Path:
+def local_path(source: str) -> Path:
+    """Return the path that a user wrote, `~` replaced.
+
+    Raises:
+        UserError: there is no such user.
+    """
     try:
         return Path(source).expanduser()
     except RuntimeError:
         raise UserError(f"{source}: there is no such user; write the whole path.") from None
 
 
-def _is_json(path: Path) -> bool:
-    return BUILDERS[path.suffix.lower()] == "json"
+def _inner(path: Path) -> Path:
+    return path.with_suffix("") if is_packed(path) else path
 
 
-def _is_array(path: Path) -> bool:
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        return file.read(4096).lstrip()[:1] == "["
+def _is_array(source: str, path: Path) -> bool:
+    with opened(source, path) as file:
+        return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
 def _parquet_rows(source: str, path: Path, columns: Collection[str] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -163,9 +177,10 @@ def _parquet_rows(source: str, path: Path, columns: Collection[str] | None) -> I
 def _csv_rows(source: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     limit = csv.field_size_limit(MAX_ROW_BYTES)  # a document may be longer than the default 128 KiB field
     line, size = 1, [0]
+    between, name = ("\t", "tab") if _inner(path).suffix.lower() == ".tsv" else (",", "comma")
     try:
-        with path.open("rb") as file:
-            reader = csv.reader(_text_lines(bounded_lines(source, file, size)))
+        with opened(source, path) as file:
+            reader = csv.reader(_text_lines(bounded_lines(source, file, size)), delimiter=between, strict=True)
             header = next((fields for fields in reader if fields), [])
             # pandas' own name for a column without one, which its `to_csv` writes for the row index.
             header = [name or f"Unnamed: {i}" for i, name in enumerate(header)]
@@ -177,7 +192,7 @@ def _csv_rows(source: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]
             for fields in reader:
                 size[0] = 0
                 if fields and len(fields) != len(header):
-                    hint = "quote fields that contain a comma, a quote or a line break"
+                    hint = f"quote fields that contain a {name}, a quote or a line break"
                     raise UserError(
                         f"{source}:{line}: the row has {len(fields)} fields, the header has {len(header)}; {hint}."
                     )
@@ -185,19 +200,24 @@ def _csv_rows(source: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]
                     yield f"{source}:{line}", dict(zip(header, fields, strict=True))
                 line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{source}:{line}: not a CSV row: {error}.") from None
+        raise UserError(
+            f"{source}:{line}: not a row of a table: {error}; a field that begins with a quote ends with one, and "
+            'quotes inside it are written twice ("").'
+        ) from None
     except UnicodeDecodeError:
-        raise UserError(f"{source}:{_undecodable_line(path)}: not UTF-8 text; convert the file to UTF-8.") from None
+        raise UserError(
+            f"{source}:{_undecodable_line(source, path)}: not UTF-8 text; convert the file to UTF-8."
+        ) from None
     finally:
         csv.field_size_limit(limit)
 
 
 def _json_rows(source: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
-        if _is_array(path):
-            yield from _json_array(source, path.read_text(encoding="utf-8-sig"))
+        if _is_array(source, path):
+            yield from _json_array(source, path)
             return
-        with path.open("rb") as file:
+        with opened(source, path) as file:
             size = [0]
             for line, text in enumerate(codecs.iterdecode(bounded_lines(source, file, size), "utf-8-sig"), start=1):
                 size[0] = 0
@@ -213,15 +233,17 @@ def _json_rows(source: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]
                     return
                 yield _mapping(f"{source}:{line}", row)
     except UnicodeDecodeError:
-        raise UserError(f"{source}:{_undecodable_line(path)}: not UTF-8 text; convert the file to UTF-8.") from None
+        raise UserError(
+            f"{source}:{_undecodable_line(source, path)}: not UTF-8 text; convert the file to UTF-8."
+        ) from None
 
 
 def _spread_rows(source: str, path: Path, line: int) -> list[tuple[str, Mapping[str, Any]]] | None:
     """Return the rows from a line on where objects span lines or share them; None if that is not what is wrong."""
-    if path.stat().st_size > MAX_ARRAY_BYTES:
+    content = read_whole(source, path, MAX_ARRAY_BYTES)
+    if content is None:
         return None
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        text = "".join(islice(file, line - 1, None))
+    text = "".join(islice(io.StringIO(content.decode("utf-8-sig"), newline="\n"), line - 1, None))
     decoder, rows, at = json.JSONDecoder(), [], 0
     while at < len(text := text.rstrip()):
         at += len(text[at:]) - len(text[at:].lstrip())
@@ -235,9 +257,15 @@ def _spread_rows(source: str, path: Path, line: int) -> list[tuple[str, Mapping[
     return rows
 
 
-def _json_array(source: str, text: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _json_array(source: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    content = read_whole(source, path, MAX_ARRAY_BYTES)
+    if content is None:
+        raise UserError(
+            f"{source} is one JSON array of more than {MAX_ARRAY_BYTES:,} bytes, which can be read only whole; "
+            "write a row a line (JSONL), for example with `jq -c '.[]'`."
+        )
     try:
-        rows = parse_row(source, text)
+        rows = parse_row(source, content.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{source}:{error.lineno}: broken JSON: {error.msg} (column {error.colno}).") from None
     for index, row in enumerate(rows, start=1):
@@ -258,8 +286,8 @@ def _mapping(where: str, row: Any) -> tuple[str, Mapping[str, Any]]:
     return where, row
 
 
-def _undecodable_line(path: Path) -> int:
-    with path.open("rb") as file:
+def _undecodable_line(source: str, path: Path) -> int:
+    with opened(source, path) as file:
         for number, raw in enumerate(file, start=1):
             try:
                 raw.decode("utf-8")

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from adalora_scale.data.packed import opened, read_whole
 from adalora_scale.errors import UserError
 from adalora_scale.messages import quoted
 from adalora_scale.reading.text import MAX_DEPTH, nests_deeper, unique_keys
@@ -52,7 +53,7 @@ def refuse_special(source: str, path: Path) -> int:
     except ValueError:  # a NUL in the name
         raise UserError(f"data file {source} cannot be read: no file has such a name.") from None
     if stat.S_ISDIR(status.st_mode):
-        raise UserError(f"{source} is a directory; name its files instead, as a list.")
+        raise UserError(f"{source} is a directory, not a file of rows.")
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"{source} is a pipe or a device; write the rows to a file and name that.")
     return status.st_size
@@ -64,7 +65,7 @@ def refuse_hostile(source: str, path: Path, kind: str) -> None:
     Args:
         source: the file's name as the user wrote it.
         path: the file.
-        kind: `json` or `parquet`; CSV files are walked row by row anyway.
+        kind: `json` or `parquet`; tables of text are walked row by row anyway.
 
     Raises:
         UserError: it is packed or binary, a row is too long, nests too deeply or has too many keys; names the line.
@@ -151,21 +152,16 @@ def check_shape(where: str, row: Any) -> None:
 
 
 def _check_json(source: str, path: Path) -> None:
-    with path.open("rb") as file:
+    with opened(source, path) as file:
         start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-        if start and start[:1] not in (b"{", b"["):
-            raise UserError(
-                f"{source}:1: not JSON: rows are objects, {{…}}; unpack or convert the file (a packed or pickled one "
-                "is not opened)."
-            )
-        if start[:1] == b"[":
-            if path.stat().st_size > MAX_ARRAY_BYTES:
-                raise UserError(
-                    f"{source} is one JSON array of more than {MAX_ARRAY_BYTES:,} bytes, which can be read only whole; "
-                    "write a row a line (JSONL), for example with `jq -c '.[]'`."
-                )
-            return  # its rows are walked
-        file.seek(0)
+    if start and start[:1] not in (b"{", b"["):
+        raise UserError(
+            f"{source}:1: not JSON: rows are objects, {{…}}; unpack or convert the file (a packed one is opened where "
+            f"its name says so, .jsonl.gz or .jsonl.zst, a pickled one never)."
+        )
+    if start[:1] == b"[":
+        return  # its rows are walked
+    with opened(source, path) as file:
         size, spread = [0], 0
         for number, line in enumerate(bounded_lines(source, file, size), start=1):
             size[0] = 0
@@ -183,12 +179,13 @@ def _check_json(source: str, path: Path) -> None:
 
 def _check_spread(source: str, path: Path, line: int) -> None:
     """Look at objects that span lines as a whole: their depth adds up over lines."""
-    if path.stat().st_size > MAX_ARRAY_BYTES:
+    content = read_whole(source, path, MAX_ARRAY_BYTES)
+    if content is None:
         raise UserError(
             f"{source}:{line}: the row does not begin and end on its line: it is cut off, or rows span lines. In a "
             f"file of more than {MAX_ARRAY_BYTES:,} bytes write one a line."
         )
-    if _depth(path.read_bytes()) > MAX_DEPTH:
+    if _depth(content) > MAX_DEPTH:
         raise UserError(f"{source} nests deeper than {MAX_DEPTH} levels.")
 
 

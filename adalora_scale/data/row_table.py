@@ -58,7 +58,7 @@ with warnings.catch_warnings():
 
 @dataclass(frozen=True)
 class Source:
-    """One file or hub split: its columns, and a walk over its rows that can say where each one is."""
+    """What one name stands for: its columns, and a walk over its rows that can say where each one is."""
 
     name: str
     columns: list[str]
@@ -68,6 +68,10 @@ class Source:
     """Given the columns that are needed (None: all), yields (where, row)."""
     identity: list[Any] | None
     """JSON that tells its content from any other; None for a small source, which is gathered in memory."""
+    keys: frozenset[str] = frozenset()
+    """Which of `name` and `split` it was chosen by."""
+    files: tuple[Path, ...] = ()
+    """The local files behind it, links followed."""
 
 
 def gather(source: Source, reader: Reader, options: Any) -> tuple[datasets.Dataset, list[str]]:

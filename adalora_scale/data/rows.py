@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -30,20 +30,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from adalora_scale.config import DataConfig
-from adalora_scale.data.arrow_rows import class_names, plain_rows
 from adalora_scale.data.labels import LabelNames, Place, encoded, find_labels
 from adalora_scale.data.layouts import missing_columns, reader_of, user_columns
-from adalora_scale.data.row_files import BUILDERS, check_file, file_identity, first_line, is_local, sample_of
-from adalora_scale.data.row_files import iterate_rows as file_rows
+from adalora_scale.data.row_files import first_line
 from adalora_scale.data.row_table import Source, gather
 from adalora_scale.data.row_values import COLUMNS, Layout, Reader
+from adalora_scale.data.sources import open_source, refuse_shared_files, say_idle_keys
 from adalora_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 LossTarget = Literal["all", "completion", "assistant"]
 
-FORMATS = ("messages", "preference", "prompt_completion", "alpaca", "classification", "text")
+FORMATS = ("messages", "preference", "prompt_completion", "alpaca", "xlam", "glaive", "classification", "text")
 """Values of `data.format`, in the order in which `auto` tries them."""
 _LOSS: dict[Layout, tuple[LossTarget, ...]] = {  # the first is the default
     "messages": ("assistant", "all"),
@@ -52,7 +51,6 @@ _LOSS: dict[Layout, tuple[LossTarget, ...]] = {  # the first is the default
     "text": ("all",),
 }
 _OPTIONAL = {"tools", "documents", "chat_template_kwargs", "text_pair"}
-_HUB_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -95,12 +93,14 @@ def load_raw(config: DataConfig, wanted: Wanted, *, seed: int) -> RawData:
         UserError: a file, row, column or label cannot be used; one line that names it and the fix.
     """
     train_sources = _open(config.train, config, config.train_split)
+    eval_sources = _open(config.eval, config, config.eval_split) if config.eval is not None else []
+    splits = tuple(key for key in ("train_split", "eval_split") if getattr(config, key) != getattr(DataConfig, key))
+    say_idle_keys(train_sources, eval_sources, configuration=config.name is not None, splits=splits)
+    refuse_shared_files(train_sources, eval_sources)
     format_ = _recognise(train_sources[0], config, wanted)
     layout, train = _normalise(train_sources, format_, config, wanted)
     held_out: datasets.Dataset | None = None
-    eval_sources: list[Source] = []
     if config.eval is not None:
-        eval_sources = _open(config.eval, config, config.eval_split)
         other, held_out = _normalise(eval_sources, format_, config, wanted)
         if other != layout:
             raise UserError(f"data.train has {layout} rows and data.eval {other} rows; give both the same form.")
@@ -143,36 +143,7 @@ def _open(sources: str | list[str], config: DataConfig, split: str) -> list[Sour
     names = [sources] if isinstance(sources, str) else sources
     if not names:
         raise UserError("data.train and data.eval need at least one file or hub id; the list is empty.")
-    return [_open_file(name) if is_local(name) else _open_hub(name, config.name, split) for name in names]
-
-
-def _open_file(name: str) -> Source:
-    path = check_file(name)
-    columns, first = sample_of(name)
-    return Source(name, columns, first, lambda wanted: file_rows(name, wanted), file_identity(path))
-
-
-def _open_hub(name: str, configuration: str | None, split: str) -> Source:
-    try:
-        dataset = datasets.load_dataset(name, configuration, split=split)
-    except Exception as error:  # network, missing repository, missing configuration, missing split, script refusal …
-        raise UserError(
-            f"cannot load the hub data set '{name}' (data.name={configuration}, split {split}): "
-            f"{type(error).__name__}: {first_line(error)} A local file must exist and end in {', '.join(BUILDERS)}."
-        ) from None
-    where = f"{name}[{split}]"
-    if dataset.num_rows == 0:
-        raise UserError(f"{where} has no rows.")
-
-    def rows(wanted: Collection[str] | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        columns = [column for column in dataset.column_names if wanted is None or column in wanted]
-        classes = class_names(dataset.features.arrow_schema)
-        batches = dataset.select_columns(columns).with_format("arrow").iter(batch_size=_HUB_ROWS)
-        plain = (row for batch in batches for row in plain_rows(batch, classes))
-        return ((f"{where} row {index}", row) for index, row in enumerate(plain, start=1))
-
-    _, first = next(rows(None))
-    return Source(where, dataset.column_names, first, rows, ["hub", where, dataset._fingerprint])
+    return [open_source(name, config.name, split) for name in names]
 
 
 def _recognise(source: Source, config: DataConfig, wanted: Wanted) -> str:

@@ -37,7 +37,7 @@ def messages_column(columns: list[str], config: DataConfig) -> str:
     return config.messages_column
 
 
-class _Surroundings:
+class Surroundings:
     """What stands beside a conversation in its row, in some rows perhaps: system text, tools, documents, variables."""
 
     def __init__(self, config: DataConfig) -> None:
@@ -77,7 +77,7 @@ class _Surroundings:
 
 def messages_reader(columns: list[str], config: DataConfig) -> Reader:
     """Return how to read whole conversations."""
-    column, beside = messages_column(columns, config), _Surroundings(config)
+    column, beside = messages_column(columns, config), Surroundings(config)
 
     def read(row: Row, notes: set[str]) -> dict[str, Any]:
         turns = turns_in(row, column, notes)
@@ -88,7 +88,7 @@ def messages_reader(columns: list[str], config: DataConfig) -> Reader:
 
 def pair_of_turns_reader(config: DataConfig) -> Reader:
     """Return how to read prompts and completions that are lists of turns."""
-    names, beside = (config.prompt_column, config.completion_column), _Surroundings(config)
+    names, beside = (config.prompt_column, config.completion_column), Surroundings(config)
 
     def read(row: Row, notes: set[str]) -> dict[str, Any]:
         prompt, completion = (turns_in(row, name, notes) for name in names)
@@ -98,7 +98,7 @@ def pair_of_turns_reader(config: DataConfig) -> Reader:
 
 
 def _turns_apart(
-    column: str, beside: _Surroundings, row: Row, prompt: list[Turn], completion: list[Turn], notes: set[str]
+    column: str, beside: Surroundings, row: Row, prompt: list[Turn], completion: list[Turn], notes: set[str]
 ) -> dict[str, Any]:
     if not any(turn["role"] == "assistant" for turn in completion):
         raise BadColumn(column, "has no turn of the assistant's, so there is nothing to train on")
@@ -128,7 +128,7 @@ def preference_reader(columns: list[str], first: Row, config: DataConfig) -> Rea
             return {"prompt": chosen[:start], "completion": chosen[start:]}
 
         return Reader("prompt_completion", read_text, used, notes)
-    beside = _Surroundings(config)
+    beside = Surroundings(config)
 
     def read(row: Row, notes: set[str]) -> dict[str, Any]:
         chosen = turns_in(row, "chosen", notes)
@@ -163,7 +163,7 @@ def _common(one: Any, other: Any) -> int:
 
 def alpaca_reader(config: DataConfig) -> Reader:
     """Return how to read instructions with their answers."""
-    beside = _Surroundings(config)
+    beside = Surroundings(config)
     as_turns = config.chat_template is not None
 
     def read(row: Row, notes: set[str]) -> dict[str, Any]:

@@ -63,6 +63,7 @@ from adalora_scale.training.records import (
     peak_memory_by_rank,
     versions,
 )
+from adalora_scale.training.same_rows import require_same_rows
 from adalora_scale.training.soundness import MAX_SKIPPED_STEPS
 from adalora_scale.training.stopping import stopping
 from adalora_scale.training.trainers import AdaLoraSFTTrainer, AdaLoraTrainer, with_adalora
@@ -140,7 +141,8 @@ def _train(config: RunConfig, lease: Lease | None, started: float) -> dict[str, 
 def prepare(config: RunConfig) -> Inputs:
     """Check everything that can be checked without the model, and tokenise the data.
 
-    No rank waits for another in a collective here, so long tokenisation cannot run into a process group's timeout.
+    Ranks wait for one another on a file lock while rows are tokenised, which no process group's timeout ends; they
+    meet once after it, to see that all have the same rows.
     """
     engine = engine_for(config.engine)
     training = check_training_section(config)
@@ -165,6 +167,7 @@ def prepare(config: RunConfig) -> Inputs:
     tokenizer = load_tokenizer(config)
     check_tokens(training, tokenizer)
     data = task.prepare(raw, tokenizer, config.data, seed=seed)
+    require_same_rows(raw, data)
     with engine.loading():  # it builds the model, without weights: under ZeRO-3 transformers would partition it
         rows = require_rows(config, tokenizer, data, raw.label_names, main=arguments.process_index == 0)
     steps = total_steps(arguments, len(data.train))

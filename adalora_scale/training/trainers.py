@@ -102,8 +102,9 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         if args.ddp_find_unused_parameters is None:
             # Every adapter takes part in every forward; searching for unused ones costs a graph walk a step.
             args.ddp_find_unused_parameters = False
-        enable = getattr(self.model, "enable_input_require_grads", None)
-        if callable(enable) and (args.gradient_checkpointing or has_own_backward(self.model)):
+        model = cast(nn.Module, self.model)
+        enable = getattr(model, "enable_input_require_grads", None)
+        if callable(enable) and (args.gradient_checkpointing or has_own_backward(model)):
             # Reentrant checkpointing drops gradients of blocks whose input needs none; frozen embeddings give such.
             enable()
         super().create_accelerator_and_postprocess()

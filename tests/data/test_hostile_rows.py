@@ -231,7 +231,7 @@ def test_a_large_file_is_passed_over_once_until_it_changes(tmp_path, monkeypatch
     looked, inner = [], row_files.refuse_hostile
     monkeypatch.setattr(row_files, "refuse_hostile", lambda *args: (looked.append(args), inner(*args)))
     monkeypatch.setattr(row_files, "default_cache_dir", lambda: tmp_path / "cache")
-    monkeypatch.setattr(row_files, "_LARGE", 100)
+    monkeypatch.setattr(row_files, "LARGE", 100)
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a row"}\n' * 20)
     assert [len(read_file(path)) for _ in range(3)] == [20] * 3 and len(looked) == 1

@@ -36,6 +36,7 @@ def files(tmp_path, stories260k, monkeypatch):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     (tmp_path / "broken.jsonl").write_text("\n".join([*lines[:2], '{"prompt": "a", "comp', *lines[2:]]) + "\n")
+    shutil.copy(tmp_path / "broken.jsonl", tmp_path / "broken.jsonl.gz")
     (tmp_path / "null.jsonl").write_text("\n".join([*lines[:4], '{"prompt": "a", "completion": null}']) + "\n")
     (tmp_path / "no_loss.jsonl").write_text('{"prompt": "' + "word " * 100 + '", "completion": " x"}\n')
     (tmp_path / "empty.jsonl").write_text("")
@@ -107,7 +108,9 @@ SEEN_BEFORE_THE_MODEL = {
     "missing data file": (["data.train=absent.jsonl"], ["absent.jsonl", "does not exist"]),
     "missing second data file": (["data.train=[rows.jsonl, absent.jsonl]"], ["absent.jsonl"]),
     "missing evaluation file": (["data.eval=absent.csv"], ["absent.csv", "does not exist"]),
-    "folder as data": (["data.train=./no_config"], ["no_config", "directory"]),
+    "folder as data": (["data.train=./no_config"], ["no_config", "folder without files of rows"]),
+    "pattern as data": (["data.train=absent/*.jsonl"], ["absent/*.jsonl", "matches no file"]),
+    "damaged packed file": (["data.train=broken.jsonl.gz"], ["broken.jsonl.gz", "Not a gzipped file"]),
     "unknown extension": (["data.train=rows.txt", "data.format=text"], ["rows.txt", ".jsonl"]),
     "unreadable row": (["data.train=broken.jsonl"], ["broken.jsonl:3"]),
     "null in a row": (["data.train=null.jsonl"], ["null.jsonl:5", "'completion'"]),
