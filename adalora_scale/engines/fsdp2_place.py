@@ -27,7 +27,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Replicate
 
 from adalora_scale.config import EngineConfig, Fsdp2Config, fsdp2_config_from_dict
-from adalora_scale.engines.blocks import transformer_blocks
+from adalora_scale.engines.blocks import called_blocks
 from adalora_scale.engines.by_hand import Bench, ByHand
 from adalora_scale.engines.engine import Engine, Loader, Shard, refuse_casts
 from adalora_scale.engines.fsdp2 import DTensorSharding
@@ -292,7 +292,7 @@ def shard_fsdp2(model: nn.Module, options: Fsdp2Config, *, device_type: str, bf1
     offload = CPUOffloadPolicy() if options.cpu_offload else OffloadPolicy()
     mesh = _mesh(device_type, world_size, options.replicate)
     shared: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
-    for block in transformer_blocks(model):
+    for block in called_blocks(model):
         fully_shard(block, reshard_after_forward=options.reshard_after_forward, **shared)
     fully_shard(model, **shared)
     if hasattr(model, "generate"):

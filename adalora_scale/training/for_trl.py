@@ -24,7 +24,7 @@ def name_backbone(model: nn.Module) -> None:
         model.base_model_prefix = backbones[0]
 
 
-def has_own_backward(model: nn.Module) -> bool:
+def has_own_backward(model: Any) -> bool:
     """Whether the module that defines a model's class has autograd functions: Reformer's blocks are one.
 
     A function whose inputs need no gradient is left out of the graph, though the layers inside it have adapters.

@@ -45,8 +45,8 @@ _BY_VALUE: dict[int, str] = {
     "num_kv_heads num_experts_per_tok moe_topk top_k num_experts_per_token moe_k experts_per_token "
     "swa_num_key_value_heads num_global_key_value_heads n_kv_heads num_decoder_layers num_encoder_layers "
     "type_vocab_size num_selected_experts",
-    1: "n_group num_expert_group topk_group mamba_n_groups n_groups mamba_ngroups first_k_dense_replace num_nextn_predict_layers "
-    "num_hidden_groups moe_layer_start_index mlp_only_layers_count",
+    1: "n_group num_expert_group topk_group mamba_n_groups n_groups mamba_ngroups first_k_dense_replace "
+    "num_nextn_predict_layers num_hidden_groups moe_layer_start_index mlp_only_layers_count",
 }  # fmt: skip
 _SIZES = {name: value for value, names in _BY_VALUE.items() for name in names.split()}
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "decoder_start_token_id": 0}
@@ -69,6 +69,7 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
     "lilt": {"channel_shrink_ratio": 4, "hidden_size": 48, "num_attention_heads": 2},
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2},
     "nemotron": {"num_key_value_heads": 2},
@@ -80,7 +81,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 3, "attn_layer_period": 2, "attn_layer_offset": 1},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid", "linear_attention"], "num_hidden_layers": 3,
-               "mamba_headdim": 16, "n_mamba_heads": 4, "attention_head_dim": 16, "adapter_rank": 4},
+               "mamba_headdim": 16, "n_mamba_heads": 4, "attention_head_dim": 16, "adapter_rank": 4,
+               "attention_hidden_size": 64},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 """What a family needs beside small sizes."""
