@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
+from adalora_scale.config.mixing import train_entries
 from adalora_scale.config.presets import PRESETS
 from adalora_scale.errors import UserError, nearest
 
@@ -230,9 +231,10 @@ class DataConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID_EXTRA
 
-    train: str | list[str]
-    """A file, a list of files, or a hub id."""
-    eval: str | list[str] | None = None
+    train: str | list[str | dict[str, Any]]
+    """A file, a list of files, or a hub id. Entries of a list may be {path, weight} or {path, rows}: they are then
+    mixed (`data/mixing.py`), not joined."""
+    eval: str | list[str | dict[str, Any]] | None = None
     """Evaluation data in the same form; see also `eval_fraction`."""
     name: str | None = None
     """Configuration name of a hub dataset (gsm8k needs `main`)."""
@@ -284,6 +286,12 @@ class DataConfig:
         for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"data.{name} is {value}; it must be at least 1.")
+        train_entries(self.train)
+        _check(
+            not isinstance(self.eval, list) or all(isinstance(entry, str) for entry in self.eval),
+            "data.eval is a file, a list of files, or a hub id; weights and rows are for data.train (every evaluation "
+            "row counts once).",
+        )
         _check(
             self.eval is None or self.eval_fraction == 0,
             "data.eval and data.eval_fraction are both set; keep one of them.",

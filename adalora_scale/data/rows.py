@@ -31,8 +31,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from adalora_scale.config import DataConfig
+from adalora_scale.config.mixing import train_entries
 from adalora_scale.data.arrow_rows import class_names, plain_rows
 from adalora_scale.data.layouts import missing_columns, reader_of, user_columns
+from adalora_scale.data.mixing import MixedPart, Mixing, limited
 from adalora_scale.data.row_files import BUILDERS, check_file, file_identity, first_line, is_local, sample_of
 from adalora_scale.data.row_files import iterate_rows as file_rows
 from adalora_scale.data.row_table import Source, gather
@@ -65,6 +67,8 @@ class RawData:
     layout: Layout
     label_names: list[str] | None
     """Classification: the class of each label index."""
+    mixing: Mixing | None = None
+    """How `train`, which holds every row once, is drawn from; None: as it is."""
 
     def has_calls(self) -> bool:
         """Whether some turn calls a tool."""
@@ -90,19 +94,22 @@ def load_raw(config: DataConfig, wanted: Wanted, *, seed: int) -> RawData:
     Args:
         config: the `data` section.
         wanted: which layouts the task trains on.
-        seed: shuffles the rows before `eval_fraction` of them are held out.
+        seed: shuffles the rows before `eval_fraction` of them are held out, of each mixed source by itself.
 
     Raises:
         UserError: a file, row, column or label cannot be used; one line that names it and the fix.
     """
-    train_sources = _open(config.train, config, config.train_split)
+    entries, mixing_key = train_entries(config.train)
+    opened = [_open(entry.path, config, config.train_split) for entry in entries]
+    train_sources = [source for sources in opened for source in sources]
     format_ = _recognise(train_sources[0], config, wanted)
-    layout, train = _normalise(train_sources, format_, config, wanted)
+    layout, train, rows = _normalise(train_sources, format_, config, wanted)
     held_out: datasets.Dataset | None = None
     eval_sources: list[Source] = []
     if config.eval is not None:
-        eval_sources = _open(config.eval, config, config.eval_split)
-        other, held_out = _normalise(eval_sources, format_, config, wanted)
+        names = config.eval if isinstance(config.eval, str) else [str(name) for name in config.eval]
+        eval_sources = _open(names, config, config.eval_split)
+        other, held_out, _ = _normalise(eval_sources, format_, config, wanted)
         if other != layout:
             raise UserError(f"data.train has {layout} rows and data.eval {other} rows; give both the same form.")
     label_names = None
@@ -114,13 +121,24 @@ def load_raw(config: DataConfig, wanted: Wanted, *, seed: int) -> RawData:
         held_out = _encode_labels(held_out, label_names, eval_sources) if held_out is not None else None
     else:
         loss_target(config, layout)
-    if config.eval_fraction:
+    mixing = None
+    if mixing_key is not None:
+        sizes = iter(rows)
+        parts = [
+            MixedPart(name=entry.path, amount=entry.amount or 1.0, rows=sum(islice(sizes, len(sources))))
+            for entry, sources in zip(entries, opened, strict=True)
+        ]
+        mixing = Mixing(parts=tuple(parts), key=mixing_key, limit=config.max_train_samples)
+        train, split, mixing = _split_parts(train, mixing, config, seed)
+        held_out = held_out if split is None else split
+    elif config.eval_fraction:
         train, held_out = _split(train, config.eval_fraction, seed)
     return RawData(
-        train=_first(train, config.max_train_samples),
+        train=_first(train, config.max_train_samples) if mixing is None else train,
         eval=_first(held_out, config.max_eval_samples) if held_out is not None else None,
         layout=layout,
         label_names=label_names,
+        mixing=mixing,
     )
 
 
@@ -217,7 +235,8 @@ def _check_task(source: Source, reader: Reader, format_: str, config: DataConfig
 
 def _normalise(
     sources: list[Source], format_: str, config: DataConfig, wanted: Wanted
-) -> tuple[Layout, datasets.Dataset]:
+) -> tuple[Layout, datasets.Dataset, list[int]]:
+    """Return the sources' layout, their rows one behind the other, and how many each has."""
     layout: Layout | None = None
     parts = []
     for source in sources:
@@ -241,7 +260,7 @@ def _normalise(
     empty = [
         name for name in joined.column_names if name in _OPTIONAL and _column(joined, name).null_count == len(joined)
     ]
-    return layout or "text", joined.remove_columns(empty)
+    return layout or "text", joined.remove_columns(empty), [len(part) for part in parts]
 
 
 def _options(format_: str, config: DataConfig) -> list[Any]:
@@ -273,12 +292,35 @@ def _encode_labels(dataset: datasets.Dataset, label_names: list[str], sources: l
     return dataset.remove_columns("label").add_column("label", [index[name] for name in names])
 
 
-def _split(dataset: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+def _split_parts(
+    dataset: datasets.Dataset, mixing: Mixing, config: DataConfig, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset | None, Mixing]:
+    """Hold rows out of each part, before any is drawn twice, and keep each part's share of the limits."""
+    parts, starts = mixing.parts, mixing.starts()
+    train = [dataset.select(range(start, start + part.rows)) for start, part in zip(starts, parts, strict=False)]
+    held_out = None
+    if config.eval_fraction:
+        split = [
+            _split(rows, config.eval_fraction, seed, f" of '{part.name}'")
+            for rows, part in zip(train, parts, strict=True)
+        ]
+        train, others = [rows for rows, _ in split], [rows for _, rows in split]
+        sizes = [len(rows) for rows in others]
+        kept = limited(sizes, sizes, config.max_eval_samples)
+        held_out = datasets.concatenate_datasets([_first(r, size) for r, size in zip(others, kept, strict=True)])
+    kept = limited([part.amount for part in parts], [len(rows) for rows in train], config.max_train_samples)
+    train = [_first(rows, size) for rows, size in zip(train, kept, strict=True)]
+    return datasets.concatenate_datasets(train), held_out, mixing.with_rows(kept)
+
+
+def _split(
+    dataset: datasets.Dataset, fraction: float, seed: int, of: str = ""
+) -> tuple[datasets.Dataset, datasets.Dataset]:
     try:
         parts = dataset.train_test_split(test_size=fraction, seed=seed)
     except ValueError as error:
         raise UserError(
-            f"data.eval_fraction={fraction} of {dataset.num_rows} rows leaves nothing: {first_line(error)}"
+            f"data.eval_fraction={fraction} of {dataset.num_rows} rows{of} leaves nothing: {first_line(error)}"
         ) from None
     return parts["train"], parts["test"]
 

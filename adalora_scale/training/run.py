@@ -25,6 +25,7 @@ from transformers import (
 from adalora_scale.adalora.injection import coverage
 from adalora_scale.config import RunConfig
 from adalora_scale.controller import RankAllocator
+from adalora_scale.data.mixing import described
 from adalora_scale.data.preparing import Prepared
 from adalora_scale.data.rows import RawData, load_raw
 from adalora_scale.engines.builds import bounded_build_waits
@@ -44,6 +45,7 @@ from adalora_scale.tasks.registry import find_task, wanted_rows
 from adalora_scale.training.arguments import (
     check_training_section,
     computes_in_bf16,
+    global_batch,
     require_evaluation_at_budget,
     total_steps,
     training_arguments,
@@ -159,12 +161,26 @@ def prepare(config: RunConfig) -> Inputs:
     data = task.prepare(raw, tokenizer, config.data, seed=seed)
     with engine.loading():  # it builds the model, without weights: under ZeRO-3 transformers would partition it
         require_rows(config, tokenizer, data, raw.label_names, main=arguments.process_index == 0)
-    steps = total_steps(arguments, len(data.train))
+    steps = total_steps(arguments, _examples(arguments, data))
     if steps < 1:
         raise UserError("training.num_train_epochs and training.max_steps leave no step to train; raise one of them.")
     config.adalora.phase_steps(steps)
     require_evaluation_at_budget(arguments, config.adalora, steps)
+    if data.mixture is not None and arguments.process_index == 0:
+        say(*described(data.mixture, steps * global_batch(arguments)))
     return Inputs(engine, arguments, raw, tokenizer, data, steps)
+
+
+def _examples(arguments: TrainingArguments, data: Prepared) -> int:
+    """Return the rows (or packed sequences) of an epoch."""
+    if data.mixture is None:
+        return len(data.train)
+    if arguments.train_sampling_strategy != "random":
+        raise UserError(
+            f"training.train_sampling_strategy={arguments.train_sampling_strategy} is an order of its own, the weights "
+            "(or rows) in data.train are another; leave out one of them."
+        )
+    return data.mixture.whole_batches(global_batch(arguments))
 
 
 def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLoraTrainer:
@@ -200,7 +216,9 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
         **task.trainer_options(inputs.tokenizer),
     )
     trainer.asked_engine = inputs.engine
-    trainer.checkpoints.run_identity = run_identity(config)
+    trainer.mixture = inputs.data.mixture
+    mixing = inputs.data.mixture.identity() if inputs.data.mixture is not None else None
+    trainer.checkpoints.run_identity = run_identity(config) | {"data.mixing": mixing}
     trainer.checkpoints.allowed_changes = training.get("resume_allow_changed") or []
     trainer.adalora_callback.max_skipped_steps = training.get("max_skipped_steps", MAX_SKIPPED_STEPS)
     trainer.checkpoints.resumed = checkpoint
@@ -276,7 +294,7 @@ def _write_run(
         "world_size": trainer.args.world_size,
         "total_step": inputs.steps,
         "coverage": vars(coverage(trainer.accelerator.unwrap_model(trainer.model))),
-        "data": inputs.data.report,
+        "data": inputs.data.report | _sources(inputs),
         "final": final,
         "ranks": allocator.ranks() if allocator else {},
         "budget": _budget(allocator) if allocator else None,
@@ -293,6 +311,12 @@ def _write_run(
 
     together(write)
     return summary
+
+
+def _sources(inputs: Inputs) -> dict[str, Any]:
+    if (mixture := inputs.data.mixture) is None:
+        return {}
+    return {"sources": mixture.report(inputs.steps * global_batch(inputs.arguments))}
 
 
 def _budget(allocator: RankAllocator) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
@@ -19,6 +20,7 @@ from trl import SFTTrainer
 from adalora_scale.adalora.injection import adapter_layers, inject_adalora, injection_of
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
+from adalora_scale.data.mixing import Mixture, MixtureSampler
 from adalora_scale.data.packing import check_packing_isolated
 from adalora_scale.engines import base_optimizer
 from adalora_scale.engines.engine import Engine
@@ -29,7 +31,7 @@ from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter, saved_values, unwrapped
 from adalora_scale.files import replacing, writing
 from adalora_scale.tasks.registry import task_of_class
-from adalora_scale.training.arguments import refuse_batch_search, require_evaluation_at_budget
+from adalora_scale.training.arguments import global_batch, refuse_batch_search, require_evaluation_at_budget
 from adalora_scale.training.callback import AdaLoraCallback
 from adalora_scale.training.checkpointing import RunCheckpoints, choose_checkpoint
 from adalora_scale.training.for_trl import name_backbone, settle_router_loss
@@ -81,6 +83,9 @@ class AdaLoraTrainerMixin(_TrainerSeams):
             model.accepts_loss_kwargs = False  # type: ignore[assignment]
         self.asked_engine: Engine | None = None
         """What must hold the model when training starts; None asks for nothing by name."""
+        self.mixture: Mixture | None = None
+        """The order of the training rows where sources are mixed; None leaves it to transformers."""
+        self._mixture_sampler: MixtureSampler | None = None
         self.engine = "not started"
         self._saw_state = False
         super().__init__(model, *args, **kwargs)
@@ -140,6 +145,25 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         """Restore random numbers from the checkpoint's own files."""
         if checkpoint is not None:
             self.checkpoints.load_rng()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Draw the rows in the mixture's order, where there is one."""
+        if self.mixture is None:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._mixture_sampler = MixtureSampler(self.mixture, seed=seed, global_batch=global_batch(self.args))
+        return self._mixture_sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Make the loader, and let a mixture's sampler be told the epoch on every path.
+
+        accelerate 1.x finds a sampler behind skipped batches and several ranks only where `set_sampler` named it: the
+        rest of a continued epoch would be the first epoch's.
+        """
+        loader: Any = super().get_train_dataloader()
+        if self._mixture_sampler is not None:
+            loader.set_sampler(self._mixture_sampler)
+        return loader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch, unless the checkpoint was the run's last: transformers would train one step too many."""
