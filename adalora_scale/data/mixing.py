@@ -183,8 +183,7 @@ class _Line:
         self._start = start
         self._rows_of = rows_of
         self._single = bool((rows_of == 1).all())
-        # Spread between 0.1 and 0.9: sources of one weight would otherwise all come at the same moment.
-        self._phase = 0.1 + 0.8 * math.fmod(0.5 + number * _GOLDEN, 1.0)
+        self._phase = _phase(number)
         self._known: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.float64]]] = {}
 
     def drawn_by(self, time: float, seed: int = 0) -> int:
@@ -218,6 +217,16 @@ class _Line:
                 self._known.pop(next(iter(self._known)))
             self._known[seed, number] = order, np.cumsum(rows) - rows * (1 - self._phase)
         return self._known[seed, number]
+
+
+def time_of(number: int, weight: float, row: int = 0) -> float:
+    """Return when row `row` of the source `number` is drawn, whose rows come one by one."""
+    return (row + _phase(number)) / weight
+
+
+def _phase(number: int) -> float:
+    # Spread between 0.1 and 0.9: sources of one weight would otherwise all come at the same moment.
+    return 0.1 + 0.8 * math.fmod(0.5 + number * _GOLDEN, 1.0)
 
 
 class MixtureSampler(Sampler[int]):

@@ -26,6 +26,7 @@ from adalora_scale.data.mixing import Mixing, Mixture
 from adalora_scale.data.packing import pack
 from adalora_scale.data.row_limits import MAX_ROW_BYTES
 from adalora_scale.data.rows import RawData
+from adalora_scale.data.streaming import TokenStream
 from adalora_scale.data.token_cache import build_once, default_cache_dir
 from adalora_scale.errors import UserError
 
@@ -47,6 +48,8 @@ class Prepared:
     truncated (among the kept), train_tokens / eval_tokens, loss_tokens, packed_sequences (0 without packing)."""
     mixture: Mixture | None = None
     """The order in which `train` is drawn from where sources are mixed; None: it is shuffled as a whole."""
+    stream: TokenStream | None = None
+    """Streaming: what is trained on; `train` then holds the first rows of each source, and its counts are named so."""
 
 
 def prepare(
@@ -91,7 +94,7 @@ def prepare(
                 dataset, name, tokenize, config, seed, work_dir, mixing
             )
             ready.save_to_disk(directory / name)
-            report |= _named_counts(counts, name)
+            report |= _named_counts(counts, "first_rows" if raw.streamed and name == "train" else name)
         for file in work_dir.iterdir():
             file.unlink()
         work_dir.rmdir()
@@ -206,6 +209,8 @@ def _rows_at_once(dataset: datasets.Dataset) -> int:
 
 
 def _named_counts(counts: dict[str, int], name: str) -> dict[str, int]:
+    if name == "first_rows":
+        return {f"first_rows_{key}": value for key, value in counts.items() if key != "packed_sequences"}
     prefixed = {"examples": f"{name}_examples", "tokens": f"{name}_tokens"}
     other = "" if name == "train" else f"{name}_"
     return {prefixed.get(key, other + key): value for key, value in counts.items()}

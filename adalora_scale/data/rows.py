@@ -39,6 +39,7 @@ from adalora_scale.data.row_files import BUILDERS, check_file, file_identity, fi
 from adalora_scale.data.row_files import iterate_rows as file_rows
 from adalora_scale.data.row_table import Source, gather
 from adalora_scale.data.row_values import COLUMNS, Layout, Reader
+from adalora_scale.data.streaming import StreamedPart, first_rows
 from adalora_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ class RawData:
     """Classification: the class of each label index."""
     mixing: Mixing | None = None
     """How `train`, which holds every row once, is drawn from; None: as it is."""
+    streamed: tuple[StreamedPart, ...] = ()
+    """Streaming: what training reads; `train` then holds the first rows, which are checked before."""
 
     def has_calls(self) -> bool:
         """Whether some turn calls a tool."""
@@ -100,7 +103,20 @@ def load_raw(config: DataConfig, wanted: Wanted, *, seed: int) -> RawData:
         UserError: a file, row, column or label cannot be used; one line that names it and the fix.
     """
     entries, mixing_key = train_entries(config.train)
+    for entry in entries if config.streaming else ():
+        if not is_local(entry.path):
+            raise UserError(
+                f"data.streaming reads local files, and '{entry.path}' is a hub id; download it (hf download "
+                "--repo-type dataset) and name its files."
+            )
     opened = [_open(entry.path, config, config.train_split) for entry in entries]
+    if config.streaming:
+        if wanted.layouts == ("classification",):
+            raise UserError(
+                "data.streaming=true does not go with classification, whose classes are those of all rows; set it to "
+                "false."
+            )
+        whole, opened = opened, [[first_rows(source) for source in sources] for sources in opened]
     train_sources = [source for sources in opened for source in sources]
     format_ = _recognise(train_sources[0], config, wanted)
     layout, train, rows = _normalise(train_sources, format_, config, wanted)
@@ -139,6 +155,20 @@ def load_raw(config: DataConfig, wanted: Wanted, *, seed: int) -> RawData:
         layout=layout,
         label_names=label_names,
         mixing=mixing,
+        streamed=_streamed(whole, format_, config, mixed=mixing is not None) if config.streaming else (),
+    )
+
+
+def _streamed(
+    entries: list[list[Source]], format_: str, config: DataConfig, *, mixed: bool
+) -> tuple[StreamedPart, ...]:
+    groups = entries if mixed else [[source for sources in entries for source in sources]]
+    return tuple(
+        StreamedPart(
+            sources=tuple(sources),
+            readers=tuple(reader_of(format_, source.columns, source.first, config) for source in sources),
+        )
+        for sources in groups
     )
 
 

@@ -25,6 +25,7 @@ from transformers import (
 from adalora_scale.adalora.injection import coverage
 from adalora_scale.config import RunConfig
 from adalora_scale.controller import RankAllocator
+from adalora_scale.data.digests import data_fingerprint
 from adalora_scale.data.mixing import described
 from adalora_scale.data.preparing import Prepared
 from adalora_scale.data.rows import RawData, load_raw
@@ -39,7 +40,7 @@ from adalora_scale.files import write_json
 from adalora_scale.messages import say
 from adalora_scale.placing import streaming
 from adalora_scale.placing.model import place_model
-from adalora_scale.placing.tokens import require_rows
+from adalora_scale.placing.tokens import embedding_rows, require_rows
 from adalora_scale.reading.base_config import check_base, foreign, said_of
 from adalora_scale.tasks.registry import find_task, wanted_rows
 from adalora_scale.training.arguments import (
@@ -153,6 +154,8 @@ def prepare(config: RunConfig) -> Inputs:
         streaming.quant_spec(config.model)
     seed = training.get("seed", 42)
     task = find_task(config.task)
+    if config.data.streaming:
+        _check_streaming(training)
     raw = load_raw(config.data, wanted_rows(task), seed=seed)
     arguments = training_arguments(config, engine)
     if raw.eval is None and arguments.eval_strategy != "no":
@@ -162,6 +165,9 @@ def prepare(config: RunConfig) -> Inputs:
     with engine.loading():  # it builds the model, without weights: under ZeRO-3 transformers would partition it
         require_rows(config, tokenizer, data, raw.label_names, main=arguments.process_index == 0)
     steps = total_steps(arguments, _examples(arguments, data))
+    if data.stream is not None:
+        data.stream.places = steps * global_batch(arguments)
+        data.stream.embedding_rows = embedding_rows(config)
     if steps < 1:
         raise UserError("training.num_train_epochs and training.max_steps leave no step to train; raise one of them.")
     config.adalora.phase_steps(steps)
@@ -171,16 +177,26 @@ def prepare(config: RunConfig) -> Inputs:
     return Inputs(engine, arguments, raw, tokenizer, data, steps)
 
 
+def _check_streaming(training: dict[str, Any]) -> None:
+    if training.get("max_steps", -1) < 1:
+        raise UserError("data.streaming=true needs training.max_steps: where the rows end is not known before.")
+    if training.get("dataloader_num_workers"):
+        raise UserError(
+            f"training.dataloader_num_workers={training['dataloader_num_workers']} does not go with data.streaming: "
+            "each would read all rows; set it to 0."
+        )
+
+
 def _examples(arguments: TrainingArguments, data: Prepared) -> int:
     """Return the rows (or packed sequences) of an epoch."""
-    if data.mixture is None:
+    if data.mixture is None and data.stream is None:
         return len(data.train)
     if arguments.train_sampling_strategy != "random":
         raise UserError(
-            f"training.train_sampling_strategy={arguments.train_sampling_strategy} is an order of its own, the weights "
-            "(or rows) in data.train are another; leave out one of them."
+            f"training.train_sampling_strategy={arguments.train_sampling_strategy} is an order of its own, and so are "
+            "data.streaming and the weights (or rows) in data.train; leave out one of them."
         )
-    return data.mixture.whole_batches(global_batch(arguments))
+    return len(data.train) if data.mixture is None else data.mixture.whole_batches(global_batch(arguments))
 
 
 def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLoraTrainer:
@@ -217,8 +233,9 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
     )
     trainer.asked_engine = inputs.engine
     trainer.mixture = inputs.data.mixture
-    mixing = inputs.data.mixture.identity() if inputs.data.mixture is not None else None
-    trainer.checkpoints.run_identity = run_identity(config) | {"data.mixing": mixing}
+    trainer.checkpoints.run_identity = run_identity(config) | _order_identity(inputs)
+    if inputs.data.stream is not None:
+        trainer.train_dataset = inputs.data.stream  # SFTTrainer takes a table alone, and looks at its first row
     trainer.checkpoints.allowed_changes = training.get("resume_allow_changed") or []
     trainer.adalora_callback.max_skipped_steps = training.get("max_skipped_steps", MAX_SKIPPED_STEPS)
     trainer.checkpoints.resumed = checkpoint
@@ -226,6 +243,16 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
     trainer.args.resume_from_checkpoint = None  # chosen above, for good
     use_console(trainer)
     return trainer
+
+
+def _order_identity(inputs: Inputs) -> dict[str, Any]:
+    """Return what must not change at a resume of how rows are drawn."""
+    data, mixing = inputs.data, inputs.raw.mixing
+    if data.stream is None:
+        return {"data.mixing": data.mixture.identity() if data.mixture is not None else None}
+    amounts = [part.amount for part in mixing.parts] if mixing is not None else None
+    # Of rows that are not read yet nothing is known; the first ones stand for all.
+    return {"data.mixing": amounts, "data_fingerprint": data_fingerprint(data.train)}
 
 
 def check_model_path(config: RunConfig) -> None:

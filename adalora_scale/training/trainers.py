@@ -20,7 +20,7 @@ from trl import SFTTrainer
 from adalora_scale.adalora.injection import adapter_layers, inject_adalora, injection_of
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
-from adalora_scale.data.mixing import Mixture, MixtureSampler
+from adalora_scale.data.mixing import Mixture
 from adalora_scale.data.packing import check_packing_isolated
 from adalora_scale.engines import base_optimizer
 from adalora_scale.engines.engine import Engine
@@ -31,7 +31,7 @@ from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter, saved_values, unwrapped
 from adalora_scale.files import replacing, writing
 from adalora_scale.tasks.registry import task_of_class
-from adalora_scale.training.arguments import global_batch, refuse_batch_search, require_evaluation_at_budget
+from adalora_scale.training.arguments import refuse_batch_search, require_evaluation_at_budget
 from adalora_scale.training.callback import AdaLoraCallback
 from adalora_scale.training.checkpointing import RunCheckpoints, choose_checkpoint
 from adalora_scale.training.for_trl import name_backbone, settle_router_loss
@@ -39,6 +39,7 @@ from adalora_scale.training.lease import take
 from adalora_scale.training.loop_state import deepspeed_scaler
 from adalora_scale.training.objective import settle_objective
 from adalora_scale.training.optimizers import writes_checkpoints
+from adalora_scale.training.sampling import name_sampler, own_sampler
 from adalora_scale.training.stopping import SCHEDULERS, stopping
 from adalora_scale.training.token_sums import TokenSums, kept_rows, row_count, without_repeats
 
@@ -85,7 +86,7 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         """What must hold the model when training starts; None asks for nothing by name."""
         self.mixture: Mixture | None = None
         """The order of the training rows where sources are mixed; None leaves it to transformers."""
-        self._mixture_sampler: MixtureSampler | None = None
+        self._own_sampler: Any = None
         self.engine = "not started"
         self._saw_state = False
         super().__init__(model, *args, **kwargs)
@@ -147,22 +148,14 @@ class AdaLoraTrainerMixin(_TrainerSeams):
             self.checkpoints.load_rng()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Draw the rows in the mixture's order, where there is one."""
-        if self.mixture is None:
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._mixture_sampler = MixtureSampler(self.mixture, seed=seed, global_batch=global_batch(self.args))
-        return self._mixture_sampler
+        """Draw a mixture's rows and a stream's places in their order."""
+        self._own_sampler = own_sampler(self)
+        return self._own_sampler if self._own_sampler is not None else super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Make the loader, and let a mixture's sampler be told the epoch on every path.
-
-        accelerate 1.x finds a sampler behind skipped batches and several ranks only where `set_sampler` named it: the
-        rest of a continued epoch would be the first epoch's.
-        """
-        loader: Any = super().get_train_dataloader()
-        if self._mixture_sampler is not None:
-            loader.set_sampler(self._mixture_sampler)
+        """Make the loader, over the order above."""
+        loader = super().get_train_dataloader()
+        name_sampler(loader, self._own_sampler)
         return loader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

@@ -54,8 +54,11 @@ def expected(path, *overrides):
     raw = load_raw(config.data, wanted_rows(task), seed=42)
     tokenizer = AutoTokenizer.from_pretrained(config.model.model_name_or_path)
     data = task.prepare(raw, tokenizer, config.data, seed=42)
-    order = data.mixture.order(0, STEPS * BATCH, seed=42)
-    names = [rows_worker.rows_of({"input_ids": _Rows([data.train[int(item)]["input_ids"]])})[0] for item in order]
+    if data.stream is not None:
+        drawn = [data.stream[place] for place in range(STEPS * BATCH)]
+    else:
+        drawn = [data.train[int(item)] for item in data.mixture.order(0, STEPS * BATCH, seed=42)]
+    names = [rows_worker.rows_of({"input_ids": _Rows([row["input_ids"]])})[0] for row in drawn]
     return {step: sorted(names[step * BATCH : (step + 1) * BATCH]) for step in range(STEPS)}
 
 
@@ -69,29 +72,32 @@ def batches(ranks):
     return {step: sorted(row for rank in ranks for row in rank["seen"].get(str(step), [])) for step in steps}
 
 
-def test_a_killed_run_goes_on_with_the_same_rows_on_other_ranks(config):
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_killed_run_goes_on_with_the_same_rows_on_other_ranks(streaming, config):
     """Else some rows are trained twice and others never, which no figure shows."""
-    wanted = expected(config)
+    overrides = [f"data.streaming={streaming}"]
+    wanted = expected(config, *overrides)
     with pytest.raises(RankFailure) as killed:
-        run_ranks(WORKER, 3, [config, 11])
+        run_ranks(WORKER, 3, [config, 11, *overrides])
     before = batches(killed.value.ranks)
     assert before.keys() >= set(range(11)) and all(before[step] == wanted[step] for step in range(11))
-    after = batches(run_ranks(WORKER, 2, [config, -1, "training.resume_from_checkpoint=auto"]))
+    overrides.append("training.resume_from_checkpoint=auto")
+    after = batches(run_ranks(WORKER, 2, [config, -1, *overrides]))
     assert after == {step: wanted[step] for step in range(SAVED, STEPS)}
     assert after[SAVED] != wanted[SAVED % 7], "the second epoch has an order of its own"
 
 
 @full
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("mixing", ["weight", "rows"])
+@pytest.mark.parametrize("mixing", ["weight", "rows", "streaming"])
 def test_every_number_of_ranks_sees_the_same_batches(ranks, mixing, config):
-    overrides = []
+    overrides = [f"data.streaming={json.dumps(mixing == 'streaming')}"]
     if mixing == "rows":
         parts = [
             {"path": str(config.parent / "a.jsonl"), "rows": 10},
             {"path": str(config.parent / "b.jsonl"), "rows": 9},
         ]
-        overrides = [f"data.train={json.dumps(parts)}"]
+        overrides.append(f"data.train={json.dumps(parts)}")
     assert batches(run_ranks(WORKER, ranks, [config, -1, *overrides])) == expected(config, *overrides)
 
 
