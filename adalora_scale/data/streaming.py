@@ -15,13 +15,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow as pa
 from torch.utils.data import Dataset
 
 from adalora_scale.data.mixing import Mixing, time_of
-from adalora_scale.data.row_table import Source, features_of
+from adalora_scale.data.row_table import JsonText, Source, features_of
 from adalora_scale.data.row_values import BadColumn, Reader
 from adalora_scale.errors import UserError
 
@@ -151,10 +149,12 @@ class TokenStream(Dataset[dict[str, list[int]]]):
             read = reader.read(row, set())
         except BadColumn as problem:
             raise UserError(f"{where}: {problem}.") from None
-        features = features_of(reader)
-        table = pa.Table.from_pylist([read], features.arrow_schema.remove_metadata())
-        batch = datasets.Dataset(table, datasets.DatasetInfo(features=features))[:]
-        batch = {name: column for name, column in batch.items() if column[0] is not None}
+        types = features_of(reader)
+        batch = {
+            name: [types[name].decode_example(value) if isinstance(types[name], JsonText) else value]
+            for name, value in read.items()
+            if value is not None
+        }
         try:
             tokens = self._tokenize(batch, [number])
         except UserError as error:

@@ -50,7 +50,8 @@ def prepare_language_model(
     template = resolve_chat_template(tokenizer, config, layout=raw.layout, tools="tools" in raw.train.column_names)
     options = ["language_model", raw.layout, loss, template, config.max_length, config.packing, seed]
     if template is not None:
-        conversations = Conversations(tokenizer, template, loss, calls=raw.has_calls())
+        # Of a stream the first rows alone are known; a later one may call a tool.
+        conversations = Conversations(tokenizer, template, loss, calls=bool(raw.streamed) or raw.has_calls())
         tokenize = partial(_tokenize_conversations, conversations=conversations, max_length=config.max_length)
         with closing(conversations) if not raw.streamed else nullcontext():  # a stream renders until the run ends
             return _with_stream(

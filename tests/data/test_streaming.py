@@ -63,6 +63,12 @@ CHATS = [
         "tools": [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}],
     }
 ]
+WRITTEN = (
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{% for m in messages %}{{ m.role }}: "
+    "{% generation %}{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name + c.function.arguments }}{% endfor %}{{ eos_token }}{% endgeneration %}{% endfor %}"
+)
+"""Shows arguments that are JSON text, and fails on objects."""
 KINDS = {
     "text": (texts("a", 20), {}),
     "pairs": ([{"prompt": f"p {i} ", "completion": f"c {i}"} for i in range(20)], {}),
@@ -79,6 +85,18 @@ def test_tokens_and_labels_are_those_of_rows_on_the_disk(tmp_path, tokenizer, ki
     for place in range(2 * len(rows) + 3):  # two passes and the beginning of a third
         expected = lying[place % len(rows)]
         assert stream[place] == {key: expected[key] for key in ("input_ids", "labels")}
+
+
+@pytest.mark.parametrize("template", ["chatml", WRITTEN])
+def test_a_call_that_comes_late_is_rendered_as_if_it_were_known(tmp_path, tokenizer, template):
+    """Whether arguments are objects or written is found out before training, from rows that had no call yet."""
+    if template == WRITTEN:
+        (tmp_path / "written.jinja").write_text(WRITTEN)
+        template = str(tmp_path / "written.jinja")
+    path = file(tmp_path, "rows", [*CHATS[:1] * 1000, CHATS[-1]])
+    alone = prepared(tmp_path, tokenizer, file(tmp_path, "alone", CHATS[-1:]), chat_template=template).train[0]
+    stream = prepared(tmp_path, tokenizer, path, streaming=True, shuffle_buffer=1, chat_template=template).stream
+    assert stream[1000] == {key: alone[key] for key in ("input_ids", "labels")}
 
 
 @pytest.mark.parametrize("buffer", [1, 4, 100])
