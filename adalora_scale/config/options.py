@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict
 
+from adalora_scale.config.mixing import train_entries
 from adalora_scale.config.presets import PRESETS
 from adalora_scale.errors import UserError, nearest
 
@@ -233,9 +234,10 @@ class DataConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID_EXTRA
 
-    train: str | list[str]
-    """A file, a pattern (`data/*.jsonl`), a folder, a hub id, or a list of these."""
-    eval: str | list[str] | None = None
+    train: str | list[str | dict[str, Any]]
+    """A file, a pattern (`data/*.jsonl`), a folder, a hub id, or a list of these. A list's entries may be {path, weight}
+    or {path, rows}: they are then mixed (`data/mixing.py`), not joined."""
+    eval: str | list[str | dict[str, Any]] | None = None
     """Evaluation data in the same form; see also `eval_fraction`."""
     name: str | None = None
     """Configuration name of a hub dataset (gsm8k needs `main`)."""
@@ -285,17 +287,42 @@ class DataConfig:
     """Use only the first evaluation rows."""
     preprocessing_num_workers: int | None = None
     """Processes that tokenise; None is one."""
+    streaming: bool = False
+    """Read and tokenise training rows as they are needed, from local files; needs `training.max_steps`."""
+    shuffle_buffer: int | None = None
+    """Streaming: rows that are shuffled together; None is 1,000, and 1 keeps the files' order."""
 
     def __post_init__(self) -> None:
         _check(0 <= self.eval_fraction < 1, f"data.eval_fraction is {self.eval_fraction}; it must be in [0, 1).")
         _check(self.max_length >= 2, f"data.max_length is {self.max_length}; it must be at least 2 tokens.")
-        for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
+        for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers", "shuffle_buffer"):
             value = getattr(self, name)
             _check(value is None or value >= 1, f"data.{name} is {value}; it must be at least 1.")
+        train_entries(self.train)
+        self._check_streaming()
+        _check(
+            not isinstance(self.eval, list) or all(isinstance(entry, str) for entry in self.eval),
+            "data.eval is a file, a list of files, or a hub id; weights and rows are for data.train (every evaluation "
+            "row counts once).",
+        )
         _check(
             self.eval is None or self.eval_fraction == 0,
             "data.eval and data.eval_fraction are both set; keep one of them.",
         )
+
+    def _check_streaming(self) -> None:
+        if not self.streaming:
+            _check(self.shuffle_buffer is None, "data.shuffle_buffer has no effect without data.streaming=true.")
+            return
+        ways_out = {
+            "packing": "sequences cannot be filled from rows that are not read yet; set data.packing=false",
+            "eval_fraction": "rows cannot be held out of a set whose end is not known; name data.eval",
+            "max_train_samples": "training.max_steps says how many rows are read",
+            "preprocessing_num_workers": "rows are tokenised as training reads them",
+        }
+        for name, way_out in ways_out.items():
+            value = getattr(self, name)
+            _check(not value, f"data.{name}={value} does not go with data.streaming=true: {way_out}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,11 @@ import pyarrow.compute as pc
 
 from adalora_scale.config import DataConfig
 from adalora_scale.data.digests import dataset_digest, digest, tokenizer_digest
+from adalora_scale.data.mixing import Mixing, Mixture
 from adalora_scale.data.packing import pack
 from adalora_scale.data.row_limits import MAX_ROW_BYTES
 from adalora_scale.data.rows import RawData
+from adalora_scale.data.streaming import TokenStream
 from adalora_scale.data.token_cache import build_once, default_cache_dir
 from adalora_scale.errors import UserError
 
@@ -48,6 +50,10 @@ class Prepared:
     """Digests of the rows that were read, `train` and perhaps `eval`: the same for the same rows, wherever they lay."""
     key: str = ""
     """Digest of the contents and of everything else that decides the tokens."""
+    mixture: Mixture | None = None
+    """The order in which `train` is drawn from where sources are mixed; None: it is shuffled as a whole."""
+    stream: TokenStream | None = None
+    """Streaming: what is trained on; `train` then holds the first rows of each source, and its counts are named so."""
 
 
 def prepare(
@@ -77,33 +83,54 @@ def prepare(
     parts = {"train": raw.train} | ({"eval": raw.eval} if raw.eval is not None else {})
     versions = [version(name) for name in ("transformers", "tokenizers", "trl", "datasets")]
     contents = {name: dataset_digest(dataset) for name, dataset in parts.items()}
-    key = digest([_FORMAT, versions, options, contents, tokenizer_digest(tokenizer)])
+    borders = [raw.mixing.starts()] if raw.mixing is not None else []
+    key = digest([_FORMAT, versions, options, contents, tokenizer_digest(tokenizer), *borders])
 
     def build(directory: Path) -> None:
         report: dict[str, int] = {}
         notes: dict[str, list[str]] = {}
+        kept: dict[str, list[tuple[int, int]]] = {}
         work_dir = directory / "work"
         work_dir.mkdir()
         for name, dataset in parts.items():
-            ready, counts, notes[name] = _prepare_part(dataset, name, tokenize, config, seed, work_dir)
+            mixing = raw.mixing if name == "train" else None
+            ready, counts, notes[name], kept[name] = _prepare_part(
+                dataset, name, tokenize, config, seed, work_dir, mixing
+            )
             ready.save_to_disk(directory / name)
-            report |= _named_counts(counts, name)
+            report |= _named_counts(counts, "first_rows" if raw.streamed and name == "train" else name)
         for file in work_dir.iterdir():
             file.unlink()
         work_dir.rmdir()
-        for file_name, tree in (("report", report), ("notes", notes)):
+        for file_name, tree in (("report", report), ("notes", notes), ("kept", kept)):
             (directory / f"{file_name}.json").write_text(json.dumps(tree), encoding="utf-8")
 
     directory = build_once(cache_dir or default_cache_dir(), key, build)
     report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
     _log(report, json.loads((directory / "notes.json").read_text(encoding="utf-8")))
+    train = datasets.load_from_disk(directory / "train")
+    mixture = None
+    if raw.mixing is not None:
+        mixture = _mixture(
+            raw.mixing, train, json.loads((directory / "kept.json").read_text(encoding="utf-8"))["train"]
+        )
     return Prepared(
-        train=datasets.load_from_disk(directory / "train"),
+        train=train,
         eval=datasets.load_from_disk(directory / "eval") if raw.eval is not None else None,
         report=report,
         contents=contents,
         key=key,
+        mixture=mixture,
     )
+
+
+def _mixture(mixing: Mixing, train: datasets.Dataset, kept: list[tuple[int, int]]) -> Mixture:
+    """Return the order over prepared rows, or over sequences; `kept`: rows and sequences of each part."""
+    rows_of = np.ones(len(train), dtype=np.int64)
+    if "seq_lengths" in train.column_names:
+        rows_of = pc.list_value_length(train.with_format("arrow")[:]["seq_lengths"]).to_numpy().astype(np.int64)
+    ends = np.cumsum([items for _, items in kept])[:-1]
+    return Mixture(mixing.with_rows([rows for rows, _ in kept]), np.split(rows_of, ends))
 
 
 def _prepare_part(
@@ -113,7 +140,9 @@ def _prepare_part(
     config: DataConfig,
     seed: int,
     work_dir: Path,
-) -> tuple[datasets.Dataset, dict[str, int], list[str]]:
+    mixing: Mixing | None,
+) -> tuple[datasets.Dataset, dict[str, int], list[str], list[tuple[int, int]]]:
+    """Return tokens, counts, notes, and the rows that were kept of each part and the sequences that they fill."""
     # The function holds a whole tokenizer: hashing it for datasets' own cache costs seconds and is not needed here.
     tokens = dataset.map(
         tokenize,
@@ -143,10 +172,24 @@ def _prepare_part(
     tokens = tokens.remove_columns(list({"length", "loss_tokens", "truncated", "notes"} & set(tokens.column_names)))
     if len(kept) < len(tokens):
         tokens = tokens.select(kept, keep_in_memory=True)
+    borders = mixing.starts() if mixing is not None else [0, len(counted["loss_tokens"])]
+    rows_of: list[int] = np.diff(np.searchsorted(kept, borders)).tolist()
+    items_of = rows_of
+    if mixing is not None:
+        mixing.with_rows(rows_of)
     if config.packing:
-        tokens = pack(tokens, config.max_length, seed=seed if name == "train" else None, work_dir=work_dir, name=name)
+        # Each source by itself: a sequence that holds rows of several could not keep to their shares.
+        pieces, start = [], 0
+        for number, rows in enumerate(rows_of):
+            piece = tokens.select(range(start, start + rows)) if len(rows_of) > 1 else tokens
+            file = f"{name}-{number}" if number else name
+            pack_seed = seed if name == "train" else None
+            pieces.append(pack(piece, config.max_length, seed=pack_seed, work_dir=work_dir, name=file))
+            start += rows
+        tokens = datasets.concatenate_datasets(pieces)
         counts["packed_sequences"] = len(tokens)
-    return tokens, counts, notes
+        items_of = [len(piece) for piece in pieces]
+    return tokens, counts, notes, list(zip(rows_of, items_of, strict=True))
 
 
 def _noted(tokens: datasets.Dataset) -> list[str]:
@@ -172,6 +215,8 @@ def _rows_at_once(dataset: datasets.Dataset) -> int:
 
 
 def _named_counts(counts: dict[str, int], name: str) -> dict[str, int]:
+    if name == "first_rows":
+        return {f"first_rows_{key}": value for key, value in counts.items() if key != "packed_sequences"}
     prefixed = {"examples": f"{name}_examples", "tokens": f"{name}_tokens"}
     other = "" if name == "train" else f"{name}_"
     return {prefixed.get(key, other + key): value for key, value in counts.items()}

@@ -88,7 +88,7 @@ def gather(source: Source, reader: Reader, options: Any) -> tuple[datasets.Datas
     if source.identity is None:
         notes: list[str] = []
         table = pa.Table.from_batches(_batches(source, reader, notes), _schema(reader))
-        return datasets.Dataset(table, datasets.DatasetInfo(features=_features(reader))), notes
+        return datasets.Dataset(table, datasets.DatasetInfo(features=features_of(reader))), notes
 
     def build(directory: Path) -> None:
         notes: list[str] = []
@@ -101,17 +101,18 @@ def gather(source: Source, reader: Reader, options: Any) -> tuple[datasets.Datas
     key = digest(["rows", 2, source.identity, reader.layout, sorted(reader.used), options])
     directory = build_once(default_cache_dir() / "rows", key, build)
     known = json.loads((directory / "notes.json").read_text(encoding="utf-8"))
-    info = datasets.DatasetInfo(features=_features(reader))
+    info = datasets.DatasetInfo(features=features_of(reader))
     return datasets.Dataset.from_file(str(directory / "rows.arrow"), info=info), known
 
 
-def _features(reader: Reader) -> datasets.Features:
+def features_of(reader: Reader) -> datasets.Features:
+    """Return the types of the columns of a reader's layout."""
     types = {"string": datasets.Value("large_string"), "int64": datasets.Value("int64"), "json": JsonText()}
     return datasets.Features({name: types[kind] for name, kind in COLUMNS[reader.layout].items()})
 
 
 def _schema(reader: Reader) -> pa.Schema:
-    return _features(reader).arrow_schema.remove_metadata()
+    return features_of(reader).arrow_schema.remove_metadata()
 
 
 def _batches(source: Source, reader: Reader, notes: list[str]) -> Iterator[pa.RecordBatch]:

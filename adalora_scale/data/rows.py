@@ -30,12 +30,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from adalora_scale.config import DataConfig
+from adalora_scale.config.mixing import train_entries
 from adalora_scale.data.labels import LabelNames, Place, encoded, find_labels
 from adalora_scale.data.layouts import missing_columns, reader_of, user_columns
+from adalora_scale.data.mixing import MixedPart, Mixing, limited
 from adalora_scale.data.row_files import first_line
 from adalora_scale.data.row_table import Source, gather
 from adalora_scale.data.row_values import COLUMNS, Layout, Reader
-from adalora_scale.data.sources import open_source, refuse_shared_files, say_idle_keys
+from adalora_scale.data.sources import is_local, open_source, refuse_shared_files, say_idle_keys
+from adalora_scale.data.streaming import StreamedPart, first_rows
 from adalora_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -62,6 +65,10 @@ class RawData:
     layout: Layout
     label_names: LabelNames | None
     """Classification: the class of each of the model's outputs, and what a row's label is."""
+    mixing: Mixing | None = None
+    """How `train`, which holds every row once, is drawn from; None: as it is."""
+    streamed: tuple[StreamedPart, ...] = ()
+    """Streaming: what training reads; `train` then holds the first rows, which are checked before."""
 
     def has_calls(self) -> bool:
         """Whether some turn calls a tool."""
@@ -87,21 +94,37 @@ def load_raw(config: DataConfig, wanted: Wanted, *, seed: int) -> RawData:
     Args:
         config: the `data` section.
         wanted: which layouts the task trains on.
-        seed: shuffles the rows before `eval_fraction` of them are held out.
+        seed: shuffles the rows before `eval_fraction` of them are held out, of each mixed source by itself.
 
     Raises:
         UserError: a file, row, column or label cannot be used; one line that names it and the fix.
     """
-    train_sources = _open(config.train, config, config.train_split)
-    eval_sources = _open(config.eval, config, config.eval_split) if config.eval is not None else []
+    entries, mixing_key = train_entries(config.train)
+    for entry in entries if config.streaming else ():
+        if not is_local(entry.path):
+            raise UserError(
+                f"data.streaming reads local files, and '{entry.path}' is a hub id; download it (hf download "
+                "--repo-type dataset) and name its files."
+            )
+    opened = [_open(entry.path, config, config.train_split) for entry in entries]
+    if config.streaming:
+        if wanted.layouts == ("classification",):
+            raise UserError(
+                "data.streaming=true does not go with classification, whose classes are those of all rows; set it to "
+                "false."
+            )
+        whole, opened = opened, [[first_rows(source) for source in sources] for sources in opened]
+    train_sources = [source for sources in opened for source in sources]
+    eval_names = [config.eval] if isinstance(config.eval, str) else [str(name) for name in config.eval or []]
+    eval_sources = _open(eval_names, config, config.eval_split) if config.eval is not None else []
     splits = tuple(key for key in ("train_split", "eval_split") if getattr(config, key) != getattr(DataConfig, key))
     say_idle_keys(train_sources, eval_sources, configuration=config.name is not None, splits=splits)
     refuse_shared_files(train_sources, eval_sources)
     format_ = _recognise(train_sources[0], config, wanted)
-    layout, train = _normalise(train_sources, format_, config, wanted)
+    layout, train, rows = _normalise(train_sources, format_, config, wanted)
     held_out: datasets.Dataset | None = None
     if config.eval is not None:
-        other, held_out = _normalise(eval_sources, format_, config, wanted)
+        other, held_out, _ = _normalise(eval_sources, format_, config, wanted)
         if other != layout:
             raise UserError(f"data.train has {layout} rows and data.eval {other} rows; give both the same form.")
     label_names = None
@@ -115,13 +138,38 @@ def load_raw(config: DataConfig, wanted: Wanted, *, seed: int) -> RawData:
         held_out = encoded(held_out, label_names, _label_place(eval_sources, config)) if held_out is not None else None
     else:
         loss_target(config, layout)
-    if config.eval_fraction:
+    mixing = None
+    if mixing_key is not None:
+        sizes = iter(rows)
+        parts = [
+            MixedPart(name=entry.path, amount=entry.amount or 1.0, rows=sum(islice(sizes, len(sources))))
+            for entry, sources in zip(entries, opened, strict=True)
+        ]
+        mixing = Mixing(parts=tuple(parts), key=mixing_key, limit=config.max_train_samples)
+        train, split, mixing = _split_parts(train, mixing, config, seed)
+        held_out = held_out if split is None else split
+    elif config.eval_fraction:
         train, held_out = _split(train, config.eval_fraction, seed)
     return RawData(
-        train=_first(train, config.max_train_samples),
+        train=_first(train, config.max_train_samples) if mixing is None else train,
         eval=_first(held_out, config.max_eval_samples) if held_out is not None else None,
         layout=layout,
         label_names=label_names,
+        mixing=mixing,
+        streamed=_streamed(whole, format_, config, mixed=mixing is not None) if config.streaming else (),
+    )
+
+
+def _streamed(
+    entries: list[list[Source]], format_: str, config: DataConfig, *, mixed: bool
+) -> tuple[StreamedPart, ...]:
+    groups = entries if mixed else [[source for sources in entries for source in sources]]
+    return tuple(
+        StreamedPart(
+            sources=tuple(sources),
+            readers=tuple(reader_of(format_, source.columns, source.first, config) for source in sources),
+        )
+        for sources in groups
     )
 
 
@@ -189,7 +237,8 @@ def _check_task(source: Source, reader: Reader, format_: str, config: DataConfig
 
 def _normalise(
     sources: list[Source], format_: str, config: DataConfig, wanted: Wanted
-) -> tuple[Layout, datasets.Dataset]:
+) -> tuple[Layout, datasets.Dataset, list[int]]:
+    """Return the sources' layout, their rows one behind the other, and how many each has."""
     layout: Layout | None = None
     parts = []
     for source in sources:
@@ -213,7 +262,7 @@ def _normalise(
     empty = [
         name for name in joined.column_names if name in _OPTIONAL and _column(joined, name).null_count == len(joined)
     ]
-    return layout or "text", joined.remove_columns(empty)
+    return layout or "text", joined.remove_columns(empty), [len(part) for part in parts]
 
 
 def _options(format_: str, config: DataConfig) -> list[Any]:
@@ -236,12 +285,35 @@ def _label_place(sources: list[Source], config: DataConfig) -> Place:
     return where
 
 
-def _split(dataset: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+def _split_parts(
+    dataset: datasets.Dataset, mixing: Mixing, config: DataConfig, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset | None, Mixing]:
+    """Hold rows out of each part, before any is drawn twice, and keep each part's share of the limits."""
+    parts, starts = mixing.parts, mixing.starts()
+    train = [dataset.select(range(start, start + part.rows)) for start, part in zip(starts, parts, strict=False)]
+    held_out = None
+    if config.eval_fraction:
+        split = [
+            _split(rows, config.eval_fraction, seed, f" of '{part.name}'")
+            for rows, part in zip(train, parts, strict=True)
+        ]
+        train, others = [rows for rows, _ in split], [rows for _, rows in split]
+        sizes = [len(rows) for rows in others]
+        kept = limited(sizes, sizes, config.max_eval_samples)
+        held_out = datasets.concatenate_datasets([_first(r, size) for r, size in zip(others, kept, strict=True)])
+    kept = limited([part.amount for part in parts], [len(rows) for rows in train], config.max_train_samples)
+    train = [_first(rows, size) for rows, size in zip(train, kept, strict=True)]
+    return datasets.concatenate_datasets(train), held_out, mixing.with_rows(kept)
+
+
+def _split(
+    dataset: datasets.Dataset, fraction: float, seed: int, of: str = ""
+) -> tuple[datasets.Dataset, datasets.Dataset]:
     try:
         parts = dataset.train_test_split(test_size=fraction, seed=seed)
     except ValueError as error:
         raise UserError(
-            f"data.eval_fraction={fraction} of {dataset.num_rows} rows leaves nothing: {first_line(error)}"
+            f"data.eval_fraction={fraction} of {dataset.num_rows} rows{of} leaves nothing: {first_line(error)}"
         ) from None
     return parts["train"], parts["test"]
 

@@ -46,7 +46,7 @@ def open_source(name: str, configuration: str | None, split: str) -> Source:
     Raises:
         UserError: there is nothing of that name, or it cannot be read; names it and the fix.
     """
-    if not _is_local(name):
+    if not is_local(name):
         return hub_source(name, configuration, split)
     path = local_path(name)
     if os.path.isdir(path):
@@ -87,7 +87,7 @@ def refuse_shared_files(train: list[Source], eval: list[Source]) -> None:
             )
 
 
-def _is_local(name: str) -> bool:
+def is_local(name: str) -> bool:
     """Tell a path from a hub id: a known ending, an existing path, or a form no hub id can have."""
     path = local_path(name)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or glob.has_magic(name)

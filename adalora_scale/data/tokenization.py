@@ -7,7 +7,8 @@ when packed, `seq_lengths`. Conversations are tokenised in `conversations.py`.
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from adalora_scale.data.end_tokens import once, prompt_tokens, with_end
 from adalora_scale.data.preparing import Batch, Prepared, prepare
 from adalora_scale.data.row_values import Layout
 from adalora_scale.data.rows import LossTarget, RawData, loss_target
+from adalora_scale.data.streaming import SHUFFLED, Tokenize, TokenStream
 from adalora_scale.errors import UserError
 
 IGNORED = -100
@@ -38,7 +40,7 @@ def prepare_language_model(
         raw: rows of `load_raw`, any layout but classification.
         tokenizer: a transformers tokenizer; it is not changed (see `resolve_chat_template` for saving the template).
         config: the `data` section.
-        seed: order of the training examples before packing; without packing the file's order is kept.
+        seed: order of the training examples before packing, and of a stream's; without either the file's order is kept.
         cache_dir: where prepared data is kept and the lock lives; None is `default_cache_dir()`.
 
     Raises:
@@ -48,13 +50,26 @@ def prepare_language_model(
     template = resolve_chat_template(tokenizer, config, layout=raw.layout, tools="tools" in raw.train.column_names)
     options = ["language_model", raw.layout, loss, template, config.max_length, config.packing, seed]
     if template is not None:
-        with closing(Conversations(tokenizer, template, loss, calls=raw.has_calls())) as conversations:
-            tokenize = partial(_tokenize_conversations, conversations=conversations, max_length=config.max_length)
-            return prepare(raw, tokenizer, tokenize, config, options, seed, cache_dir)
+        # Of a stream the first rows alone are known; a later one may call a tool.
+        conversations = Conversations(tokenizer, template, loss, calls=bool(raw.streamed) or raw.has_calls())
+        tokenize = partial(_tokenize_conversations, conversations=conversations, max_length=config.max_length)
+        with closing(conversations) if not raw.streamed else nullcontext():  # a stream renders until the run ends
+            return _with_stream(
+                prepare(raw, tokenizer, tokenize, config, options, seed, cache_dir), tokenize, raw, config, seed
+            )
     if tokenizer.eos_token is None:
         raise UserError("the tokenizer has no end token (eos_token), which must end each example; set one in it.")
     texts = partial(_tokenize_texts, tokenizer=tokenizer, layout=raw.layout, loss=loss, max_length=config.max_length)
-    return prepare(raw, tokenizer, texts, config, options, seed, cache_dir)
+    return _with_stream(prepare(raw, tokenizer, texts, config, options, seed, cache_dir), texts, raw, config, seed)
+
+
+def _with_stream(prepared: Prepared, tokenize: Tokenize, raw: RawData, config: DataConfig, seed: int) -> Prepared:
+    """Put the stream beside the first rows, where rows are streamed."""
+    if not raw.streamed:
+        return prepared
+    buffer = SHUFFLED if config.shuffle_buffer is None else config.shuffle_buffer
+    stream = TokenStream(raw.streamed, raw.mixing, tokenize, buffer=buffer, seed=seed)
+    return replace(prepared, mixture=None, stream=stream)
 
 
 def prepare_classification(

@@ -210,6 +210,12 @@ def _timeout(options: dict[str, Any]) -> timedelta:
     return timedelta(seconds=options.get("ddp_timeout", TrainingArguments.ddp_timeout))
 
 
+def global_batch(args: TrainingArguments) -> int:
+    """Return the examples of an optimizer step over all ranks."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
+
+
 def total_steps(args: TrainingArguments, examples: int) -> int:
     """Return the optimizer steps of a run over `examples` training rows, as Trainer counts them."""
     if args.max_steps > 0:

@@ -25,6 +25,8 @@ from transformers import (
 from adalora_scale.adalora.injection import coverage
 from adalora_scale.config import RunConfig
 from adalora_scale.controller import RankAllocator
+from adalora_scale.data.digests import data_fingerprint
+from adalora_scale.data.mixing import described
 from adalora_scale.data.preparing import Prepared
 from adalora_scale.data.rows import RawData, load_raw
 from adalora_scale.engines.builds import bounded_build_waits
@@ -38,12 +40,13 @@ from adalora_scale.files import write_json
 from adalora_scale.messages import say
 from adalora_scale.placing import streaming
 from adalora_scale.placing.model import place_model
-from adalora_scale.placing.tokens import require_rows
+from adalora_scale.placing.tokens import embedding_rows, require_rows
 from adalora_scale.reading.base_config import check_base, foreign, said_of
 from adalora_scale.tasks.registry import find_task, wanted_rows
 from adalora_scale.training.arguments import (
     check_training_section,
     computes_in_bf16,
+    global_batch,
     require_evaluation_at_budget,
     total_steps,
     training_arguments,
@@ -157,6 +160,8 @@ def prepare(config: RunConfig) -> Inputs:
         streaming.quant_spec(config.model)
     seed = training.get("seed", 42)
     task = find_task(config.task)
+    if config.data.streaming:
+        _check_streaming(training)
     raw = load_raw(config.data, wanted_rows(task), seed=seed)
     arguments = training_arguments(config, engine)
     if raw.eval is None and arguments.eval_strategy != "no":
@@ -170,7 +175,10 @@ def prepare(config: RunConfig) -> Inputs:
     require_same_rows(raw, data)
     with engine.loading():  # it builds the model, without weights: under ZeRO-3 transformers would partition it
         rows = require_rows(config, tokenizer, data, raw.label_names, main=arguments.process_index == 0)
-    steps = total_steps(arguments, len(data.train))
+    steps = total_steps(arguments, _examples(arguments, data))
+    if data.stream is not None:
+        data.stream.places = steps * global_batch(arguments)
+        data.stream.embedding_rows = embedding_rows(config) if rows is None else rows
     if steps < 1:
         raise UserError("training.num_train_epochs and training.max_steps leave no step to train; raise one of them.")
     check_loop(arguments, steps)
@@ -178,7 +186,31 @@ def prepare(config: RunConfig) -> Inputs:
         name_unused(training)
     config.adalora.phase_steps(steps)
     require_evaluation_at_budget(arguments, config.adalora, steps)
+    if data.mixture is not None and arguments.process_index == 0:
+        say(*described(data.mixture, steps * global_batch(arguments)))
     return Inputs(engine, arguments, raw, tokenizer, data, steps, rows)
+
+
+def _check_streaming(training: dict[str, Any]) -> None:
+    if training.get("max_steps", -1) < 1:
+        raise UserError("data.streaming=true needs training.max_steps: where the rows end is not known before.")
+    if training.get("dataloader_num_workers"):
+        raise UserError(
+            f"training.dataloader_num_workers={training['dataloader_num_workers']} does not go with data.streaming: "
+            "each would read all rows; set it to 0."
+        )
+
+
+def _examples(arguments: TrainingArguments, data: Prepared) -> int:
+    """Return the rows (or packed sequences) of an epoch."""
+    if data.mixture is None and data.stream is None:
+        return len(data.train)
+    if arguments.train_sampling_strategy != "random":
+        raise UserError(
+            f"training.train_sampling_strategy={arguments.train_sampling_strategy} is an order of its own, and so are "
+            "data.streaming and the weights (or rows) in data.train; leave out one of them."
+        )
+    return len(data.train) if data.mixture is None else data.mixture.whole_batches(global_batch(arguments))
 
 
 def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLoraTrainer:
@@ -215,7 +247,10 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
         **task.trainer_options(inputs.tokenizer, inputs.raw.label_names),
     )
     trainer.asked_engine = inputs.engine
-    trainer.checkpoints.run_identity = run_identity(config)
+    trainer.mixture = inputs.data.mixture
+    trainer.checkpoints.run_identity = run_identity(config) | _order_identity(inputs)
+    if inputs.data.stream is not None:
+        trainer.train_dataset = inputs.data.stream  # SFTTrainer takes a table alone, and looks at its first row
     trainer.checkpoints.allowed_changes = training.get("resume_allow_changed") or []
     trainer.adalora_callback.max_skipped_steps = training.get("max_skipped_steps", MAX_SKIPPED_STEPS)
     trainer.checkpoints.resumed = checkpoint
@@ -223,6 +258,16 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
     trainer.args.resume_from_checkpoint = None  # chosen above, for good
     use_console(trainer)
     return trainer
+
+
+def _order_identity(inputs: Inputs) -> dict[str, Any]:
+    """Return what must not change at a resume of how rows are drawn."""
+    data, mixing = inputs.data, inputs.raw.mixing
+    if data.stream is None:
+        return {"data.mixing": data.mixture.identity() if data.mixture is not None else None}
+    amounts = [part.amount for part in mixing.parts] if mixing is not None else None
+    # Of rows that are not read yet nothing is known; the first ones stand for all.
+    return {"data.mixing": amounts, "data_fingerprint": data_fingerprint(data.train)}
 
 
 def check_model_path(config: RunConfig) -> None:
@@ -291,7 +336,7 @@ def _write_run(
         "world_size": trainer.args.world_size,
         "total_step": inputs.steps,
         "coverage": vars(coverage(trainer.accelerator.unwrap_model(trainer.model))),
-        "data": inputs.data.report,
+        "data": inputs.data.report | _sources(inputs),
         "final": final,
         "ranks": allocator.ranks() if allocator else {},
         "budget": _budget(allocator) if allocator else None,
@@ -308,6 +353,12 @@ def _write_run(
 
     together(write)
     return summary
+
+
+def _sources(inputs: Inputs) -> dict[str, Any]:
+    if (mixture := inputs.data.mixture) is None:
+        return {}
+    return {"sources": mixture.report(inputs.steps * global_batch(inputs.arguments))}
 
 
 def _budget(allocator: RankAllocator) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
@@ -19,6 +20,7 @@ from trl import SFTTrainer
 from adalora_scale.adalora.injection import adapter_layers, inject_adalora, injection_of
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
+from adalora_scale.data.mixing import Mixture
 from adalora_scale.data.packing import check_packing_isolated
 from adalora_scale.engines import base_optimizer
 from adalora_scale.engines.engine import Engine
@@ -37,6 +39,7 @@ from adalora_scale.training.lease import take
 from adalora_scale.training.loop_state import deepspeed_scaler
 from adalora_scale.training.objective import settle_objective
 from adalora_scale.training.optimizers import writes_checkpoints
+from adalora_scale.training.sampling import name_sampler, own_sampler
 from adalora_scale.training.stopping import SCHEDULERS, stopping
 from adalora_scale.training.token_sums import TokenSums, kept_rows, row_count, without_repeats
 
@@ -81,6 +84,9 @@ class AdaLoraTrainerMixin(_TrainerSeams):
             model.accepts_loss_kwargs = False  # type: ignore[assignment]
         self.asked_engine: Engine | None = None
         """What must hold the model when training starts; None asks for nothing by name."""
+        self.mixture: Mixture | None = None
+        """The order of the training rows where sources are mixed; None leaves it to transformers."""
+        self._own_sampler: Any = None
         self.engine = "not started"
         self._saw_state = False
         super().__init__(model, *args, **kwargs)
@@ -141,6 +147,17 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         """Restore random numbers from the checkpoint's own files."""
         if checkpoint is not None:
             self.checkpoints.load_rng()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Draw a mixture's rows and a stream's places in their order."""
+        self._own_sampler = own_sampler(self)
+        return self._own_sampler if self._own_sampler is not None else super()._get_train_sampler(train_dataset)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Make the loader, over the order above."""
+        loader = super().get_train_dataloader()
+        name_sampler(loader, self._own_sampler)
+        return loader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Train an epoch, unless the checkpoint was the run's last: transformers would train one step too many."""

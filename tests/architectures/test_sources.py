@@ -1,4 +1,4 @@
-"""What is read off the source of a model's classes: who calls its blocks, reads weights, or has a backward of its own."""
+"""What is read off a model's classes: who calls its blocks, reads weights, or has a backward of its own."""
 
 from adalora_scale.engines.blocks import called_blocks, transformer_blocks
 from adalora_scale.quantization.called import weights_read

@@ -107,6 +107,33 @@ SEEN_BEFORE_THE_MODEL = {
     "config is not YAML": (["--config", "not.yaml"], ["not.yaml", "line 2"]),
     "missing data file": (["data.train=absent.jsonl"], ["absent.jsonl", "does not exist"]),
     "missing second data file": (["data.train=[rows.jsonl, absent.jsonl]"], ["absent.jsonl"]),
+    "amounts for some sources": (
+        ["data.train=[{path: rows.jsonl, weight: 2}, rows.jsonl]"],
+        ["'rows.jsonl' has no weight", "data.train"],
+    ),
+    "missing mixed file": (["data.train=[{path: absent.jsonl, weight: 2}]"], ["absent.jsonl", "does not exist"]),
+    "mixed source that is used up": (
+        ["data.train=[{path: rows.jsonl, weight: 2}]", "data.eval_fraction=0.999"],
+        ["data.eval_fraction", "'rows.jsonl'"],
+    ),
+    "two orders": (
+        ["data.train=[{path: rows.jsonl, weight: 2}]", "training.train_sampling_strategy=sequential"],
+        ["training.train_sampling_strategy=sequential", "data.train"],
+    ),
+    "two orders, streaming": (
+        ["data.streaming=true", "training.train_sampling_strategy=group_by_length"],
+        ["training.train_sampling_strategy=group_by_length", "data.streaming"],
+    ),
+    "streaming without an end": (
+        ["data.streaming=true", "training.max_steps=-1", "training.num_train_epochs=2"],
+        ["data.streaming=true", "training.max_steps"],
+    ),
+    "streaming in several processes": (
+        ["data.streaming=true", "training.dataloader_num_workers=2"],
+        ["training.dataloader_num_workers=2", "data.streaming"],
+    ),
+    "streaming and packing": (["data.streaming=true", "data.packing=true"], ["data.packing", "data.streaming"]),
+    "streaming rows without a loss": (["data.streaming=true", "data.train=no_loss.jsonl"], ["data.max_length"]),
     "missing evaluation file": (["data.eval=absent.csv"], ["absent.csv", "does not exist"]),
     "folder as data": (["data.train=./no_config"], ["no_config", "folder without files of rows"]),
     "pattern as data": (["data.train=absent/*.jsonl"], ["absent/*.jsonl", "matches no file"]),
