@@ -235,8 +235,8 @@ class DataConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID_EXTRA
 
     train: str | list[str | dict[str, Any]]
-    """A file, a pattern (`data/*.jsonl`), a folder, a hub id, or a list of these. A list's entries may be {path, weight}
-    or {path, rows}: they are then mixed (`data/mixing.py`), not joined."""
+    """A file, a pattern (`data/*.jsonl`), a folder, a hub id, or a list of these. Entries may be {path, weight} or
+    {path, rows}: they are then mixed (`data/mixing.py`), not joined."""
     eval: str | list[str | dict[str, Any]] | None = None
     """Evaluation data in the same form; see also `eval_fraction`."""
     name: str | None = None

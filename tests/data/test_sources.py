@@ -75,20 +75,20 @@ def one_file(folder, ending, content):
 
 
 SOURCES = {
-    "jsonl.gz": lambda d: one_file(d, ".jsonl.gz", gzip.compress(jsonl(ROWS))),
+    "jsonl.gz": lambda d: one_file(d, ".jsonl.gz", gzip.compress(jsonl(ROWS), mtime=0)),
     "jsonl.zst": lambda d: one_file(d, ".jsonl.zst", zst(jsonl(ROWS))),
     "several members and frames": lambda d: (
         (
-            write(d / "f" / "a.jsonl.gz", gzip.compress(jsonl(ROWS[:1])) + gzip.compress(jsonl(ROWS[1:3]))),
+            write(d / "f" / "a.jsonl.gz", gzip.compress(jsonl(ROWS[:1]), mtime=0) + gzip.compress(jsonl(ROWS[1:3]))),
             write(d / "f" / "b.jsonl.zst", zst(jsonl(ROWS[3:5])) + zst(jsonl(ROWS[5:]))),
         )[0].parent
     ),
-    "an array, packed": lambda d: one_file(d, ".json.gz", gzip.compress(json.dumps(ROWS, indent=1).encode())),
+    "an array, packed": lambda d: one_file(d, ".json.gz", gzip.compress(json.dumps(ROWS, indent=1).encode(), mtime=0)),
     "objects over lines, packed": lambda d: one_file(
         d, ".json.zst", zst("\n".join(json.dumps(row, indent=1) for row in ROWS).encode())
     ),
     "ndjson": lambda d: one_file(d, ".ndjson", jsonl(ROWS)),
-    "csv.gz": lambda d: one_file(d, ".csv.gz", gzip.compress(table(ROWS, ","))),
+    "csv.gz": lambda d: one_file(d, ".csv.gz", gzip.compress(table(ROWS, ","), mtime=0)),
     "tsv": lambda d: one_file(d, ".tsv", table(ROWS, "\t")),
     "TSV.ZST": lambda d: one_file(d, ".TSV.ZST", zst(table(ROWS, "\t"))),
     "a pattern": lambda d: (
@@ -101,7 +101,7 @@ SOURCES = {
     "a folder of all kinds": lambda d: (
         (
             write(d / "kinds" / "a.jsonl", jsonl(ROWS[:2])),
-            write(d / "kinds" / "b.csv.gz", gzip.compress(table(ROWS[2:4], ","))),
+            write(d / "kinds" / "b.csv.gz", gzip.compress(table(ROWS[2:4], ","), mtime=0)),
             write(d / "kinds" / "c.json", json.dumps(ROWS[4:6]).encode()),
             write(d / "kinds" / "d.tsv", table(ROWS[6:], "\t")),
         )[0].parent
@@ -187,9 +187,9 @@ def test_nothing_to_read_is_refused(tmp_path):
     assert "is written [[]" in refusal(tmp_path / "run[1]" / "*.jsonl")
     assert load(tmp_path / "run[[]1]" / "*.jsonl").train.num_rows == len(ROWS)
     assert load(tmp_path / "run[1]" / "a.jsonl").train.num_rows == load(tmp_path / "run[1]").train.num_rows == len(ROWS)
-    write(tmp_path / "rows.parquet.gz", gzip.compress(b"PAR1"))
+    write(tmp_path / "rows.parquet.gz", gzip.compress(b"PAR1", mtime=0))
     assert "unknown extension '.parquet.gz'; supported" in refusal(tmp_path / "rows.parquet.gz")
-    write(tmp_path / "rows.gz", gzip.compress(jsonl(ROWS)))
+    write(tmp_path / "rows.gz", gzip.compress(jsonl(ROWS), mtime=0))
     assert "unknown extension '.gz'" in refusal(tmp_path / "rows.gz")
 
 
@@ -234,14 +234,14 @@ def test_a_changed_or_added_file_of_a_folder_is_seen(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (gzip.compress(jsonl(ROWS) * 1000)[:-40], "cut off"),
-        (gzip.compress(jsonl(ROWS))[:-8] + b"\0" * 8, "CRC check failed"),
+        (gzip.compress(jsonl(ROWS) * 1000, mtime=0)[:-40], "cut off"),
+        (gzip.compress(jsonl(ROWS), mtime=0)[:-8] + b"\0" * 8, "CRC check failed"),
         (jsonl(ROWS), "cannot be unpacked: Not a gzipped file"),
-        (gzip.compress(b""), "no rows"),
-        (gzip.compress(jsonl(ROWS[:1]) + b'{"prompt": "\xff"}\n'), ":2: not UTF-8"),
-        (gzip.compress(jsonl(ROWS[:1]) + b"[" * 100), ":2: nests deeper"),
-        (gzip.compress(jsonl(ROWS[:1]) + b'{"prompt": '), ":2: broken JSON"),
-        (gzip.compress(b"\x80\x04" + jsonl(ROWS)), ":1: not JSON"),
+        (gzip.compress(b"", mtime=0), "no rows"),
+        (gzip.compress(jsonl(ROWS[:1]) + b'{"prompt": "\xff"}\n', mtime=0), ":2: not UTF-8"),
+        (gzip.compress(jsonl(ROWS[:1]) + b"[" * 100, mtime=0), ":2: nests deeper"),
+        (gzip.compress(jsonl(ROWS[:1]) + b'{"prompt": ', mtime=0), ":2: broken JSON"),
+        (gzip.compress(b"\x80\x04" + jsonl(ROWS), mtime=0), ":1: not JSON"),
         (zst(jsonl(ROWS) * 1000)[:-40], "Truncated"),
         (zst(jsonl(ROWS))[:30] + b"\0\0\0\0" + zst(jsonl(ROWS))[34:], "cannot be unpacked"),
         (zst(jsonl(ROWS)) + b"tail", "cannot be unpacked"),
@@ -327,7 +327,7 @@ def test_a_damaged_saved_folder_is_one_line(tmp_path, change, said):
 def test_files_are_closed_again(tmp_path):
     """A folder of more files than a process may open."""
     for i in range(40):
-        write(tmp_path / "d" / f"{i:03}.jsonl.gz", gzip.compress(jsonl(ROWS[:1])))
+        write(tmp_path / "d" / f"{i:03}.jsonl.gz", gzip.compress(jsonl(ROWS[:1]), mtime=0))
     before = len(os.listdir("/proc/self/fd"))
     raw = load(tmp_path / "d")
     assert raw.train.num_rows == 40 and len(os.listdir("/proc/self/fd")) - before <= 2
