@@ -135,8 +135,8 @@ def check_loop(arguments: TrainingArguments, steps: int) -> None:
             return  # they take the model
         factory, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         optimizer = factory([parameter], **options)
-    scheduler = SchedulerType(arguments.lr_scheduler_type).value
-    with _said(f"training.lr_scheduler_type={scheduler} and training.lr_scheduler_kwargs"):
+    schedule = SchedulerType(arguments.lr_scheduler_type).value
+    with _said(f"training.lr_scheduler_type={schedule} and training.lr_scheduler_kwargs"):
         get_scheduler(
             arguments.lr_scheduler_type,
             optimizer=optimizer,
