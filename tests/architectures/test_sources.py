@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from torch.distributed.fsdp import FSDPModule
 
-from adalora_scale.engines.blocks import called_blocks, transformer_blocks
+from adalora_scale.engines.blocks import blocks_in_function, called_blocks, transformer_blocks
 from adalora_scale.errors import UserError
 from adalora_scale.quantization.called import weights_read
 from adalora_scale.training.for_trl import has_own_backward, settle_router_loss
@@ -37,6 +37,13 @@ def test_functions_with_a_backward_of_their_own_are_seen():
     """Else Reformer's adapters get no gradient: its blocks are one function, whose input needs none."""
     assert has_own_backward(small_model("reformer", "encoder"))
     assert not has_own_backward(small_model("llama", "causal"))
+
+
+def test_blocks_inside_a_function_are_seen():
+    """Else FSDP2 trains nothing of them; other functions of a model's own are no such."""
+    assert blocks_in_function(small_model("reformer", "encoder")) == "_ReversibleFunction"
+    assert blocks_in_function(small_model("rwkv", "causal")) is None
+    assert blocks_in_function(small_model("yoso", "encoder")) is None
 
 
 @pytest.mark.parametrize("model_type", ["granitemoe", "mixtral", "minimax"])
