@@ -5,8 +5,11 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import sys
 import textwrap
+from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -34,14 +37,39 @@ def called_blocks(model: nn.Module) -> list[nn.Module]:
     return [] if past_hooks else transformer_blocks(model)
 
 
+def blocks_in_function(model: nn.Module) -> str | None:
+    """Return the name of an autograd function that runs a model's blocks (Reformer's), inside which hooks on gradients
+    do not act; None where there is none."""
+    defined = vars(sys.modules[type(model).__module__])
+    for name, item in defined.items():
+        if isinstance(item, type) and issubclass(item, torch.autograd.Function) and _loops_over_layers(item):
+            return name
+    return None
+
+
+def _loops_over_layers(function: type[torch.autograd.Function]) -> bool:
+    """Whether its forward calls each of what one of its arguments holds."""
+    tree = _tree(function.forward)
+    for loop in ast.walk(tree) if tree is not None else ():
+        if isinstance(loop, ast.For) and isinstance(loop.target, ast.Name):
+            calls = (node.func for node in ast.walk(loop) if isinstance(node, ast.Call))
+            if any(isinstance(called, ast.Name) and called.id == loop.target.id for called in calls):
+                return True
+    return False
+
+
+def _tree(function: Any) -> ast.AST | None:
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    except (OSError, TypeError, SyntaxError):  # made at run time: its source is nowhere
+        return None
+
+
 @functools.cache
 def _calls_forward(kind: type[nn.Module]) -> bool:
     """Whether a class's forward loops over modules and calls the `forward` of each."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
-    except (OSError, TypeError, SyntaxError):  # made at run time: its source is nowhere
-        return False
-    for loop in ast.walk(tree):
+    tree = _tree(kind.forward)
+    for loop in ast.walk(tree) if tree is not None else ():
         if isinstance(loop, ast.For):
             items = {node.id for node in ast.walk(loop.target) if isinstance(node, ast.Name)}
             for node in ast.walk(loop):

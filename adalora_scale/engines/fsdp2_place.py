@@ -27,7 +27,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, Replicate
 
 from adalora_scale.config import EngineConfig, Fsdp2Config, fsdp2_config_from_dict
-from adalora_scale.engines.blocks import called_blocks
+from adalora_scale.engines.blocks import blocks_in_function, called_blocks
 from adalora_scale.engines.by_hand import Bench, ByHand
 from adalora_scale.engines.engine import Engine, Loader, Shard, refuse_casts
 from adalora_scale.engines.fsdp2 import DTensorSharding
@@ -279,7 +279,13 @@ def shard_fsdp2(model: nn.Module, options: Fsdp2Config, *, device_type: str, bf1
 
     Raises:
         UserError: `replicate` does not divide the number of ranks.
+        Unsupported: the model's blocks run where hooks on their gradients do not act.
     """
+    if (function := blocks_in_function(model)) is not None:
+        raise Unsupported(
+            f"engine.name=fsdp2: {type(model).__name__} runs its blocks inside {function}, where FSDP2 sees no "
+            f"gradients. Use engine.name=ddp."
+        )
     world_size = int(os.environ["WORLD_SIZE"])
     if world_size % options.replicate:
         raise UserError(f"engine.config.replicate={options.replicate} does not divide the {world_size} ranks.")
