@@ -73,7 +73,13 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="adalora-scale", description="Adaptive-rank fine-tuning (AdaLoRA).")
-    parser.add_argument("--version", action=_Version, nargs=0, help="what is installed, for a report of a fault")
+    parser.add_argument(
+        "--version",
+        action=_Version,
+        nargs=0,
+        default=argparse.SUPPRESS,  # no entry beside a verb's own arguments
+        help="what is installed, for a report of a fault",
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     train = verbs.add_parser(
