@@ -259,3 +259,7 @@ def _quiet_start() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns at import that it found no GPU
+
+
+if __name__ == "__main__":  # python -m adalora_scale.cli, as job scripts of before have it
+    sys.exit(main())

@@ -283,9 +283,10 @@ def test_the_cpu_image_uses_a_tested_python():
     assert version and version[1] in PROJECT["requires-python"]
 
 
-def test_version_names_what_a_report_of_a_fault_needs():
-    """Else every report begins with a question."""
-    command = [sys.executable, "-m", "adalora_scale", "--version"]
+@pytest.mark.parametrize("module", ["adalora_scale", "adalora_scale.cli"])
+def test_version_names_what_a_report_of_a_fault_needs(module):
+    """Else every report begins with a question, or a job script with the module's older name does nothing."""
+    command = [sys.executable, "-m", module, "--version"]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert said.startswith(f"adalora-scale {PROJECT['version']} (")
     assert f"transformers {constraints()['transformers']}" in said
