@@ -28,6 +28,7 @@ def pytest_configure(config):
         os.environ["TORCH_EXTENSIONS_DIR"] = os.path.join(os.environ["TORCH_EXTENSIONS_DIR"], worker)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     if config.pluginmanager.has_plugin("xdist"):
         _group(items)

@@ -60,7 +60,7 @@ def load(when, engine, folder, rank):
         adalora=AdaLoraConfig(init_r=4, target_r=2),
         training={"output_dir": "unused"},
     )
-    arguments = SimpleNamespace(device=CPU, process_index=rank, bf16=False, fp16=False)
+    arguments = SimpleNamespace(device=CPU, process_index=rank, bf16=False, fp16=False, seed=0)
     place_model(config, configured(ENGINES[engine]), arguments)
 
 
