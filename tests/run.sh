@@ -58,7 +58,7 @@ stage "ruff format" ruff format --check .
 stage "mypy" mypy "${typed[@]}"
 
 echo "== pytest"
-workers=(-n "${ADALORA_TEST_WORKERS:-2}" --dist loadgroup --no-loadscope-reorder)  # groups: see tests/conftest.py
+workers=(-n "${ADALORA_TEST_WORKERS:-2}" --dist loadscope --no-loadscope-reorder)  # scopes: see tests/conftest.py
 ADALORA_FAILED_STAGES="$failed_stages" python -m pytest "${workers[@]}" "$@"  # the last lines of the run are pytest's summary
 status=$?
 if ((first_failure)); then exit "$first_failure"; fi

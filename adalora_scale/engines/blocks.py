@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
-import sys
-import textwrap
-from typing import Any
 
 import torch
 from torch import nn
+
+from adalora_scale.quantization.class_source import defined_beside, tree_of
 
 
 def transformer_blocks(model: nn.Module) -> list[nn.Module]:
@@ -40,8 +38,7 @@ def called_blocks(model: nn.Module) -> list[nn.Module]:
 def blocks_in_function(model: nn.Module) -> str | None:
     """Return the name of an autograd function that runs a model's blocks (Reformer's), inside which hooks on gradients
     do not act; None where there is none."""
-    defined = vars(sys.modules[type(model).__module__])
-    for name, item in defined.items():
+    for name, item in defined_beside(model).items():
         if isinstance(item, type) and issubclass(item, torch.autograd.Function) and _loops_over_layers(item):
             return name
     return None
@@ -49,7 +46,7 @@ def blocks_in_function(model: nn.Module) -> str | None:
 
 def _loops_over_layers(function: type[torch.autograd.Function]) -> bool:
     """Whether its forward calls each of what one of its arguments holds."""
-    tree = _tree(function.forward)
+    tree = tree_of(function.forward)
     for loop in ast.walk(tree) if tree is not None else ():
         if isinstance(loop, ast.For) and isinstance(loop.target, ast.Name):
             calls = (node.func for node in ast.walk(loop) if isinstance(node, ast.Call))
@@ -58,17 +55,10 @@ def _loops_over_layers(function: type[torch.autograd.Function]) -> bool:
     return False
 
 
-def _tree(function: Any) -> ast.AST | None:
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
-    except (OSError, TypeError, SyntaxError):  # made at run time: its source is nowhere
-        return None
-
-
 @functools.cache
 def _calls_forward(kind: type[nn.Module]) -> bool:
     """Whether a class's forward loops over modules and calls the `forward` of each."""
-    tree = _tree(kind.forward)
+    tree = tree_of(kind.forward)
     for loop in ast.walk(tree) if tree is not None else ():
         if isinstance(loop, ast.For):
             items = {node.id for node in ast.walk(loop.target) if isinstance(node, ast.Name)}

@@ -53,20 +53,26 @@ def require_rows(
         UserError: a token has no row and may not get one.
         Unsupported: it may, and the model has no embedding of tokens.
     """
-    rows = embedding_rows(config, label_names)
+    table = _table(config, label_names)
     resize = config.model.resize_token_embeddings
-    if rows is None:
+    if table is None:
         if resize:
             raise Unsupported("model.resize_token_embeddings: the model has no embedding of tokens; remove the key.")
         return None
+    name, rows = table
+    earlier = _rows_of_start(config, name)
     largest = max((largest_token(part) for part in (data.train, data.eval) if part is not None), default=-1)
     found = [(largest, "the rows of data")]
     for name in _NAMED:
         if isinstance(number := getattr(tokenizer, f"{name}_id", None), int):
             found.append((number, f"the tokenizer's {name}"))
     if resize:
-        return _enlarged(config, tokenizer, rows, max(number for number, _ in found), main=main)
-    _require_rows_of_start(config, rows)
+        return _enlarged(tokenizer, rows, max(number for number, _ in found), earlier, main=main)
+    if earlier > rows:
+        raise UserError(
+            f"model.adapter_path={config.model.adapter_path} has {earlier} embeddings, the base {rows}: set "
+            f"model.resize_token_embeddings=true."
+        )
     beyond = [(number, where) for number, where in found if number >= rows]
     if beyond:
         number, where = beyond[0]
@@ -83,10 +89,9 @@ def require_rows(
     return None
 
 
-def _enlarged(config: RunConfig, tokenizer: Any, rows: int, largest: int, *, main: bool) -> int | None:
+def _enlarged(tokenizer: Any, rows: int, largest: int, earlier: int, *, main: bool) -> int | None:
     """Return how many rows embedding and head get so that each token has one: here, and in the earlier adapter."""
     tokens = max(largest + 1, len(tokenizer), *(number + 1 for number in _special(tokenizer)))
-    earlier = _rows_of_start(config)
     if tokens <= rows and earlier <= rows:
         if main:
             say(f"model.resize_token_embeddings=true: every token has one of the {rows} rows, so none is added")
@@ -100,32 +105,27 @@ def _enlarged(config: RunConfig, tokenizer: Any, rows: int, largest: int, *, mai
     return wanted
 
 
-def _rows_of_start(config: RunConfig) -> int:
+def _rows_of_start(config: RunConfig, embedding: str) -> int:
     """Return the rows of the embedding in the adapter that the run starts from; 0 without one."""
     if not config.model.adapter_path:
         return 0
-    with foreign(f"model.model_name_or_path={config.model.model_name_or_path}"):
-        model = streaming.build_on_meta(config, streaming.shape_of_base(config.model), torch.float32, ["0"])
-    table = token_table(model)
-    held = AdapterFile(config.model.adapter_path).others.get(f"{table[0]}.weight") if table else None
+    held = AdapterFile(config.model.adapter_path).others.get(embedding)
     return held[0] if held else 0
-
-
-def _require_rows_of_start(config: RunConfig, rows: int) -> None:
-    if (earlier := _rows_of_start(config)) > rows:
-        raise UserError(
-            f"model.adapter_path={config.model.adapter_path} has {earlier} embeddings, the base {rows}: set "
-            f"model.resize_token_embeddings=true."
-        )
 
 
 def embedding_rows(config: RunConfig, label_names: list[str] | None = None) -> int | None:
     """Return the rows of the base's embedding as its files have them, or as its config says; None without a table."""
+    table = _table(config, label_names)
+    return None if table is None else table[1]
+
+
+def _table(config: RunConfig, label_names: list[str] | None) -> tuple[str, int] | None:
     with foreign(f"model.model_name_or_path={config.model.model_name_or_path}"):
         model = streaming.build_on_meta(config, streaming.shape_of_base(config.model), torch.float32, label_names)
     if (table := token_table(model)) is None:
         return None
-    return _stored_rows(config, model, f"{table[0]}.weight") or table[1].num_embeddings
+    name = f"{table[0]}.weight"
+    return name, _stored_rows(config, model, name) or table[1].num_embeddings
 
 
 def largest_token(rows: datasets.Dataset) -> int:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import ast
 import copy
 import functools
-import inspect
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from adalora_scale.quantization.class_source import tree_of
 
 _ABOUT = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta", "element_size"}
 """What may be asked of a weight without multiplying by it."""
@@ -106,7 +106,7 @@ def _paths(kind: type) -> dict[str, bool]:
         if (name, skipped) in seen or len(owners) <= skipped:
             continue
         seen.add((name, skipped))
-        tree = _tree(vars(owners[skipped])[name])
+        tree = tree_of(vars(owners[skipped])[name])
         if tree is None:
             continue
         aliases = _aliases(tree)
@@ -130,16 +130,6 @@ def _paths(kind: type) -> dict[str, bool]:
             if isinstance(node, ast.Call) and (path := _path(node.func, aliases)) is not None
         }
     return {path: path in called for path in read if path not in called or path in whole}
-
-
-def _tree(function: object) -> ast.AST | None:
-    function = inspect.unwrap(getattr(function, "__func__", function))  # type: ignore[arg-type]
-    if not inspect.isfunction(function):
-        return None
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):  # made at run time: its source is nowhere
-        return None
 
 
 def _aliases(tree: ast.AST) -> dict[str, list[str]]:

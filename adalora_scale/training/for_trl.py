@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from adalora_scale.errors import UserError
+from adalora_scale.quantization.class_source import defined_beside
 
 
 def name_backbone(model: nn.Module) -> None:
@@ -30,7 +30,7 @@ def has_own_backward(model: Any) -> bool:
     A function whose inputs need no gradient is left out of the graph, though the layers inside it have adapters.
     """
     return any(
-        isinstance(item, type) and issubclass(item, torch.autograd.Function) for item in _defined_beside(model).values()
+        isinstance(item, type) and issubclass(item, torch.autograd.Function) for item in defined_beside(model).values()
     )
 
 
@@ -45,7 +45,7 @@ def settle_router_loss(model: nn.Module, training: Any) -> None:
         return
     if not hasattr(text, "num_experts") and hasattr(text, "num_local_experts"):
         text.num_experts = text.num_local_experts  # TRL 1.16 reads this name alone; Phi and Granite have the other
-    if "load_balancing_loss_func" in _defined_beside(model):
+    if "load_balancing_loss_func" in defined_beside(model):
         return
     if getattr(training, "router_aux_loss_coef", None):
         raise UserError(
@@ -53,9 +53,3 @@ def settle_router_loss(model: nn.Module, training: Any) -> None:
             f"for its routers; remove the key."
         )
     training.router_aux_loss_coef = 0.0
-
-
-def _defined_beside(model: Any) -> dict[str, Any]:
-    """Return what the module of a model's class defines; FSDP2 puts a class of torch's in front of it."""
-    own = next(kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch."))
-    return vars(sys.modules[own.__module__])

@@ -34,11 +34,6 @@ def read_file(path):
     return [row for _, row in row_files.iterate_rows(str(path))]
 
 
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-
-
 def load(path, task="causal_lm"):
     return load_raw(DataConfig(train=str(path)), wanted_rows(find_task(task)), seed=0)
 

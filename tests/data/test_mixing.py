@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -13,11 +12,6 @@ from adalora_scale.data.rows import load_raw
 from adalora_scale.data.tokenization import prepare_classification, prepare_language_model
 from adalora_scale.errors import UserError
 from adalora_scale.tasks.registry import find_task, wanted_rows
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
 
 
 @pytest.fixture(scope="module")

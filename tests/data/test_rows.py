@@ -16,11 +16,6 @@ DATA = Path(__file__).parents[2].parent / "shared" / "data"
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
 
 
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-
-
 def real(name):
     path = DATA / name
     if not path.exists():

@@ -23,11 +23,6 @@ from tests.conftest import ROOT
 ROWS = [{"prompt": f"Question {i}: é\t\"{i}\", 'x'", "completion": f"answer {i}\nof two lines"} for i in range(7)]
 
 
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(ROOT / "launch" / "quickstart" / "base_model")

@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 
-import datasets
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
@@ -14,11 +13,6 @@ from adalora_scale.data.streaming import StreamedPart, TokenStream
 from adalora_scale.data.tokenization import prepare_language_model
 from adalora_scale.errors import UserError
 from adalora_scale.tasks.registry import find_task, wanted_rows
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
 
 
 @pytest.fixture(scope="module")

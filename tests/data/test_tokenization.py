@@ -8,7 +8,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,11 +32,6 @@ def real(name):
     if not path.exists():
         pytest.skip(f"no {name} beside the project (../shared)")
     return str(path)
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
 
 
 @pytest.fixture(autouse=True)

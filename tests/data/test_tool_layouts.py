@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import pytest
 from transformers import AutoTokenizer
 
@@ -39,11 +38,6 @@ TURNS = [
     {"role": "tool", "content": '{"rate": 0.92}'},
     {"role": "assistant", "content": "It is 0.92."},
 ]
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
 
 
 @pytest.fixture(scope="module")

@@ -129,3 +129,13 @@ def edit_json(path: Path, **changes) -> None:
 def copy(source: Path, target: Path) -> Path:
     shutil.copytree(source, target)
     return target
+
+
+@torch.no_grad()
+def shaken(model):
+    """Move everything that is trained, as training would; in place."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model

@@ -18,6 +18,7 @@ from adalora_scale.errors import Unsupported
 from adalora_scale.export.peft_adalora import load_adapter, save_adapter
 from adalora_scale.placing import streaming
 from adalora_scale.tasks.vocabulary import added_rows, grow, grow_in_memory, grown_modules
+from tests.export.adapters import shaken
 
 OLD, NEW = 60, 128
 IDS = torch.arange(40, 88).view(2, 24)  # beyond the base's rows, too
@@ -44,12 +45,7 @@ def trained(base):
     model = loaded(base)
     grown = grow_in_memory(model, NEW, seed=3)
     inject_adalora(model, AdaLoraConfig(init_r=4, target_r=2, modules_to_save=grown_modules(grown)))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return shaken(model)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

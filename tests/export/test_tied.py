@@ -16,6 +16,7 @@ from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import UserError
 from adalora_scale.export.peft_adalora import load_adapter, save_adapter
 from adalora_scale.export.tied import tied_names
+from tests.export.adapters import shaken
 
 CONFIG = AdaLoraConfig(init_r=4, target_r=2)
 IDS = torch.arange(1, 25).view(2, 12)
@@ -41,12 +42,7 @@ def logits(model):
 
 def trained(base, **options):
     model = inject_adalora(loaded(base), CONFIG.replace(**options))
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model
+    return shaken(model)
 
 
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
