@@ -137,7 +137,8 @@ class BaseCheckpoint:
         parts = {"adapted": WeightsDigest(), "rest": WeightsDigest()}
         looked_at = [("adapted", f"{module}.weight") for module in targets]
         for name, parameter in self.model.named_parameters():
-            if is_digested(name, parameter.dim(), saved) or (name == embedding and not is_inside(name, saved)):
+            is_embedding = embedding in (name, *self.aliases.get(name, []))
+            if is_digested(name, parameter.dim(), saved) or (is_embedding and not is_inside(name, saved)):
                 looked_at.append(("rest", name))
         for part, name in looked_at:
             # A source may lack: what the checkpoint does not hold is newly initialised at loading.

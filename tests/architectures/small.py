@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-VOCABULARY = 2048  # of the quickstart's tokenizer
+VOCABULARY = 2112  # 2048 of the quickstart's tokenizer, and room for the tokens that a tokenizer's class adds (Qwen2)
 LABELS = 3
 _BY_VALUE: dict[int, str] = {
     VOCABULARY: "vocab_size n_vocab encoder_hash_byte_group_vocab",
