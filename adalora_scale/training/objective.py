@@ -62,7 +62,7 @@ def settle_objective(trainer: Any) -> str | None:
     inputs = {"input_ids": _row(trainer, text), "use_cache": False}
     if trainer.aux_loss_enabled:
         inputs["output_router_logits"] = True
-    reason, own, failed = why_not_fused(inner), None, None
+    reason, own, failed = why_not_fused(inner) or _put_away(inner), None, None
     with evaluating(model), trainer.compute_loss_context_manager():
         try:
             own = _own(model, inputs, trainer)
@@ -116,7 +116,24 @@ def _difference(trainer: Any, model: Any, inner: nn.Module, inputs: dict[str, An
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        if "in flight" in str(error):  # DeepSpeed's words, after which it prints the whole weight
+            return "ZeRO-3 fetches the output head's weight ahead of its module, which TRL's does not call"
         return f"TRL's cannot run ({_said(error)})"
+    return None
+
+
+def _put_away(inner: Any) -> str | None:
+    """Say why a trained head cannot be TRL's under ZeRO-3; None where nothing is against it.
+
+    TRL gathers the weight for the product alone. Its gradient arrives after the weight went back to its shards, where
+    only a module of its own that runs backward (the embedding that shares it) would hold it.
+    """
+    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
+    if head is None:
+        return None
+    for parameter in head.parameters(recurse=False):
+        if hasattr(parameter, "ds_id") and parameter.requires_grad and parameter is not embedding.weight:
+            return "the output head is trained, and under ZeRO-3 its weight is gathered for its own module alone"
     return None
 
 
