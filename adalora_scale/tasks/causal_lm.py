@@ -70,6 +70,9 @@ class CausalLM(Task):
             "packing": data.packing,
         }
 
+    def higher_is_better(self, label_names: list[str] | None = None) -> dict[str, bool]:
+        return {"loss": False, "mean_token_accuracy": True, "entropy": False}
+
     def prepare_trace(self, model: nn.Module, *, whole_logits: bool) -> None:
         if not whole_logits:
             from trl.trainer.utils import add_fused_lm_head

@@ -43,6 +43,12 @@ def several(prediction: Any) -> dict[str, float]:
 
 
 METRICS: dict[LabelKind, Metrics] = {"classes": accuracy, "numbers": regression, "several": several}
+HIGHER_IS_BETTER: dict[LabelKind, dict[str, bool]] = {
+    "classes": {"accuracy": True},
+    "numbers": {"mse": False, "pearson": True, "spearman": True},
+    "several": {"f1_micro": True, "exact_match": True},
+}
+"""Of each kind's figures: whether the higher value is the better one."""
 
 
 def _arrays(prediction: Any) -> tuple[np.ndarray, np.ndarray]:

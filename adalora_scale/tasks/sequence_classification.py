@@ -13,7 +13,7 @@ from adalora_scale.config import DataConfig
 from adalora_scale.data.labels import LabelKind, kind_of
 from adalora_scale.errors import UserError
 from adalora_scale.messages import quoted
-from adalora_scale.tasks.label_metrics import METRICS
+from adalora_scale.tasks.label_metrics import HIGHER_IS_BETTER, METRICS
 from adalora_scale.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -118,6 +118,9 @@ class SequenceClassification(Task):
         from transformers import DataCollatorWithPadding
 
         return {"data_collator": DataCollatorWithPadding(tokenizer), "compute_metrics": METRICS[kind_of(label_names)]}
+
+    def higher_is_better(self, label_names: list[str] | None = None) -> dict[str, bool]:
+        return {"loss": False} | HIGHER_IS_BETTER[kind_of(label_names)]
 
     def complete_shape(self, shape: PretrainedConfig) -> None:
         if getattr(shape, "pad_token_id", None) is None:

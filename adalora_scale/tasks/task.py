@@ -108,6 +108,10 @@ class Task(ABC):
         """Return the trainer's further keywords: collator, metrics."""
         return {}
 
+    def higher_is_better(self, label_names: list[str] | None = None) -> dict[str, bool]:
+        """Return the figures of an evaluation, and whether the higher value of each is the better one."""
+        return {"loss": False}
+
     # ---- the plan -----------------------------------------------------------------------------------------------
 
     def complete_shape(self, shape: PretrainedConfig) -> None:  # noqa: B027 (most tasks add nothing)

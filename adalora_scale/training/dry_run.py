@@ -17,6 +17,7 @@ from transformers import SchedulerType, Trainer, TrainingArguments
 from transformers.optimization import get_scheduler
 from transformers.utils import logging as hf_logging
 
+from adalora_scale.engines.ranks import together
 from adalora_scale.errors import UserError, nearest
 from adalora_scale.messages import say
 
@@ -47,6 +48,7 @@ _WORDS: dict[str, Callable[[], list[str]]] = {
 }
 """Keys that take a word from a list, and are typed as any text."""
 _CHECKPOINTING = ("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
+_OWN_METRICS = ("batch_eval_metrics", "include_for_metrics")
 _WITHOUT_EFFECT = {
     "do_train": "a run always trains",
     "do_eval": "data.eval or data.eval_fraction asks for evaluation",
@@ -98,17 +100,27 @@ def check_values(training: dict[str, Any]) -> None:
         raise UserError(
             "training.dataloader_persistent_workers=true needs training.dataloader_num_workers of at least 1."
         )
+    if training.get("label_names", ["labels"]) not in (["labels"], None):
+        raise UserError(
+            f"training.label_names is {training['label_names']}; rows have their labels in 'labels' alone. Remove it; "
+            "the column that they come from is data.label_column."
+        )
+    for key in _OWN_METRICS:
+        if training.get(key):
+            raise UserError(f"training.{key} is for a compute_metrics function of one's own; remove it.")
     if training.get("save_strategy") == "best" and not training.get("metric_for_best_model"):
         raise UserError("training.save_strategy=best needs training.metric_for_best_model, such as eval_loss.")
 
 
-def name_unused(training: dict[str, Any]) -> None:
-    """Say which keys of the section have no effect, one line each."""
+def name_unused(training: dict[str, Any], arguments: TrainingArguments) -> None:
+    """Say which keys of the section have no effect on a run with these arguments, one line each."""
     for key, reason in _WITHOUT_EFFECT.items():
         if key in training:
             say(f"note: training.{key} has no effect here: {reason}")
     if training.get("hub_model_id") and not training.get("push_to_hub"):
         say("note: training.hub_model_id has no effect without training.push_to_hub=true")
+    if training.get("fp16") and arguments.device.type == "cpu" and not arguments.deepspeed:
+        say("note: training.fp16 has no effect on a CPU, which computes in the weights' dtype: see model.torch_dtype")
 
 
 def check_tokens(training: dict[str, Any], tokenizer: Any) -> None:
@@ -144,6 +156,30 @@ def check_loop(arguments: TrainingArguments, steps: int) -> None:
             num_training_steps=steps,
             scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,  # type: ignore[arg-type]  # parsed by then
         )
+
+
+def check_hub(arguments: TrainingArguments) -> None:
+    """See that the hub can be asked and knows its user, where the run is to be pushed to it; a collective call.
+
+    Raises:
+        UserError: it cannot or does not.
+    """
+    if not arguments.push_to_hub:
+        return
+    from huggingface_hub import HfApi
+
+    def ask() -> None:
+        if arguments.process_index != 0:
+            return
+        try:
+            HfApi(token=arguments.hub_token).whoami()
+        except Exception as error:
+            raise UserError(
+                f"training.push_to_hub=true: the hub does not take this run ({' '.join(str(error).split())[:160]}). "
+                "Log in with hf auth login, or remove the key and push the adapter's folder later."
+            ) from None
+
+    together(ask)
 
 
 @contextmanager

@@ -52,10 +52,11 @@ from adalora_scale.training.arguments import (
     training_arguments,
 )
 from adalora_scale.training.base_weights import BaseWeights
+from adalora_scale.training.best import settle_best
 from adalora_scale.training.checkpointing import check_asked_checkpoint, choose_checkpoint
 from adalora_scale.training.console import use_console
 from adalora_scale.training.continuing import rank_fitter, run_identity
-from adalora_scale.training.dry_run import check_loop, check_tokens, check_values, name_unused
+from adalora_scale.training.dry_run import check_hub, check_loop, check_tokens, check_values, name_unused
 from adalora_scale.training.lease import Lease
 from adalora_scale.training.optimizers import check_optimizer
 from adalora_scale.training.output_dir import hold_output_dir
@@ -169,6 +170,7 @@ def prepare(config: RunConfig) -> Inputs:
     if raw.eval is None and arguments.eval_on_start:
         raise UserError("training.eval_on_start needs evaluation data; set data.eval or data.eval_fraction.")
     task.check_labels(raw.label_names, arguments)
+    settle_best(arguments, training, task.higher_is_better(raw.label_names))
     tokenizer = load_tokenizer(config)
     check_tokens(training, tokenizer)
     data = task.prepare(raw, tokenizer, config.data, seed=seed)
@@ -182,8 +184,9 @@ def prepare(config: RunConfig) -> Inputs:
     if steps < 1:
         raise UserError("training.num_train_epochs and training.max_steps leave no step to train; raise one of them.")
     check_loop(arguments, steps)
+    check_hub(arguments)
     if arguments.process_index == 0:
-        name_unused(training)
+        name_unused(training, arguments)
     config.adalora.phase_steps(steps)
     require_evaluation_at_budget(arguments, config.adalora, steps)
     if data.mixture is not None and arguments.process_index == 0:

@@ -13,6 +13,8 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    ProphetNetConfig,
+    ProphetNetForCausalLM,
 )
 
 from adalora_scale.adalora.injection import inject_adalora
@@ -285,6 +287,18 @@ def test_digests_agree_between_files_and_memory(request, tmp_path):
         inject_adalora(half, options(kind))
         assert half.adalora.base_digests["rest"]["bfloat16"] == own["rest"]["bfloat16"]
         assert half.adalora.base_digests["adapted"] == {"bfloat16": own["adapted"]["bfloat16"]}
+
+
+def test_an_embedding_of_several_names_is_digested_under_the_first(tmp_path):
+    """ProphetNet's parameter is `word_embeddings`, its embedding module the decoder's: its own base was refused."""
+    sizes = {"hidden_size": 16, "vocab_size": 32, "max_position_embeddings": 16, "num_decoder_layers": 1}
+    layers = {"decoder_ffn_dim": 16, "num_decoder_attention_heads": 2, "num_encoder_attention_heads": 2}
+    ProphetNetForCausalLM(ProphetNetConfig(**sizes, **layers)).save_pretrained(tmp_path)
+    model = ProphetNetForCausalLM.from_pretrained(tmp_path)
+    inject_adalora(model, AdaLoraConfig(init_r=2, target_r=1, target_modules=["query_proj"]))
+    targets = [name.removesuffix(".lora_A") for name, _ in model.named_parameters() if name.endswith(".lora_A")]
+    own = BaseCheckpoint(tmp_path, task=task_of_peft("CAUSAL_LM"), num_labels=None).digests(targets, [])
+    assert own == model.adalora.base_digests
 
 
 def test_model_code_and_licences_travel_and_foreign_files_do_not(request, tmp_path):

@@ -63,6 +63,13 @@ REFUSED = [
     ({"dataloader_prefetch_factor": 2}, "prefetch_factor"),
     ({"accelerator_config": "missing.json"}, "missing.json"),
     ({"save_strategy": "best"}, "metric_for_best_model"),
+    ({"metric_for_best_model": "f1", "load_best_model_at_end": True}, "=f1 is no .*eval_mean_token_accuracy"),
+    ({"metric_for_best_model": "eval_acuracy"}, "eval_acuracy is no figure"),
+    ({"metric_for_best_model": "entropy", "prediction_loss_only": True}, "prediction_loss_only=true"),
+    ({"label_names": ["foo"]}, "training.label_names .*data.label_column"),
+    ({"batch_eval_metrics": True}, "batch_eval_metrics"),
+    ({"include_for_metrics": ["inputs"]}, "include_for_metrics"),
+    ({"push_to_hub": True}, "push_to_hub=true: the hub does not take this run"),
     ({"seed": -1}, "training.seed is -1"),
     ({"seed": 2**40}, "training.seed"),
     ({"data_seed": -1}, "training.data_seed is -1"),
@@ -114,9 +121,21 @@ def test_what_runs_is_let_through(folder, training):
     assert prepared(folder, **training).steps == 6
 
 
+@pytest.mark.parametrize(
+    ("metric", "higher"), [("loss", False), ("eval_mean_token_accuracy", True), ("entropy", False)]
+)
+def test_the_better_end_of_a_figure_is_kept(folder, metric, higher):
+    """transformers takes the higher end of whatever is not called loss."""
+    assert prepared(folder, metric_for_best_model=metric).arguments.greater_is_better is higher
+
+
 def test_keys_without_effect_are_named(folder, capsys):
     """Else a user believes that they do something."""
-    prepared(folder, do_train=False, packing_strategy="wrapped", hub_model_id="a/b", shuffle_dataset=True)
+    keys = {
+        "do_train": False, "packing_strategy": "wrapped", "hub_model_id": "a/b", "shuffle_dataset": True,
+        "metric_for_best_model": "mean_token_accuracy", "fp16": True,
+    }  # fmt: skip
+    prepared(folder, **keys)
     out = capsys.readouterr()
-    for key in ("do_train", "packing_strategy", "hub_model_id", "shuffle_dataset"):
+    for key in keys:
         assert f"training.{key} has no effect" in out.out + out.err

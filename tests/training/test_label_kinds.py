@@ -13,7 +13,7 @@ from adalora_scale.cli import main
 from adalora_scale.config import RunConfig, load_config
 from adalora_scale.errors import UserError
 from adalora_scale.export.peft_adalora import load_adapter
-from adalora_scale.tasks.label_metrics import METRICS
+from adalora_scale.tasks.label_metrics import HIGHER_IS_BETTER, METRICS
 from adalora_scale.training.run import prepare, train
 from tests.conftest import ROOT
 
@@ -83,7 +83,9 @@ def test_a_run_ends_in_a_model_that_says_what_it_predicts(tmp_path, make, kind, 
     else:
         wanted = np.array([row["label"] for row in rows], dtype=np.float32)
     tokenizer = hf.AutoTokenizer.from_pretrained(tmp_path / "merged")
-    for name, value in METRICS[kind]((predicted(merged, tokenizer, rows), wanted)).items():
+    figures = METRICS[kind]((predicted(merged, tokenizer, rows), wanted))
+    assert figures.keys() == HIGHER_IS_BETTER[kind].keys()
+    for name, value in figures.items():
         assert summary["final"][f"eval_{name}"] == pytest.approx(value, abs=2e-3), name
     logits = torch.from_numpy(predicted(merged, tokenizer, rows))
     loss = torch.nn.functional.mse_loss if kind == "numbers" else torch.nn.functional.binary_cross_entropy_with_logits
