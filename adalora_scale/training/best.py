@@ -40,8 +40,8 @@ def settle_best(
         )
     if arguments.prediction_loss_only and name != "loss":
         raise UserError(
-            f"training.metric_for_best_model={asked} and training.prediction_loss_only=true, which leaves the loss alone, "
-            "exclude each other; remove one of them."
+            f"training.metric_for_best_model={asked} and training.prediction_loss_only=true, which leaves the loss "
+            "alone, exclude each other; remove one of them."
         )
     chosen = arguments.load_best_model_at_end or arguments.save_strategy == "best"
     if not chosen and arguments.lr_scheduler_type != "reduce_lr_on_plateau":
