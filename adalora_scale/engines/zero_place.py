@@ -23,6 +23,7 @@ from adalora_scale.engines.engine import Engine, Loader, refuse_casts
 from adalora_scale.engines.join import join_deepspeed_on_cpu
 from adalora_scale.engines.planned import Part, Reading, Traffic, Work
 from adalora_scale.engines.zero import ZeroSharding
+from adalora_scale.engines.zero_keys import check_keys, check_read
 from adalora_scale.engines.zero_plan import zero_memory, zero_traffic
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.messages import quoted
@@ -109,8 +110,11 @@ class Zero(Engine):
             join_deepspeed_on_cpu(timeout)
 
     def check(self, arguments: TrainingArguments) -> None:
-        """See that DeepSpeed's values are the training section's."""
+        """See that DeepSpeed knows its values, and that they are the training section's."""
         if (deepspeed := getattr(arguments, "hf_deepspeed_config", None)) is not None:
+            if self.configuration is None:  # accelerate's
+                check_keys(deepspeed.config)
+            check_read(deepspeed.config)
             refuse_mismatches(deepspeed)
 
     @contextlib.contextmanager
@@ -285,6 +289,7 @@ def deepspeed_config(source: str | dict[str, Any] | None) -> dict[str, Any]:
     for name in ("zero_optimization", "compile"):
         if not isinstance(tree.get(name) or {}, dict):
             raise UserError(f"engine.config: {name} is {quoted(tree[name])}; it must be a mapping.")
+    check_keys(tree)
     if (tree.get("compile") or {}).get("deepcompile"):
         raise Unsupported(
             "compile.deepcompile is not supported under AdaLoRA; switch it off in DeepSpeed's configuration."
@@ -322,6 +327,7 @@ def partition_zero3(parameters: list[nn.Parameter], options: dict[str, Any]) -> 
         Unsupported: parameters on NVMe, or quantised by DeepSpeed.
     """
     import deepspeed
+    from deepspeed.utils import groups
 
     zero = {key: value for key, value in options["zero_optimization"].items() if value != "auto"}
     if (zero.get("offload_param") or {}).get("device") == "nvme" or zero.get("zero_quantized_weights"):
@@ -331,7 +337,9 @@ def partition_zero3(parameters: list[nn.Parameter], options: dict[str, Any]) -> 
         )
     holder = nn.ParameterList(parameters)  # zero.Init takes a module with all that is below it
     deepspeed.zero.Init(
-        module=holder, config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+        module=holder,
+        config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero},
+        zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),  # hpZ's, made for the first block
     )
 
 

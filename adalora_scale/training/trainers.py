@@ -26,6 +26,7 @@ from adalora_scale.engines import base_optimizer
 from adalora_scale.engines.engine import Engine
 from adalora_scale.engines.ranks import together
 from adalora_scale.engines.registry import check_engine, is_sharded, real_engine
+from adalora_scale.engines.zero_keys import deepspeed_refusals
 from adalora_scale.engines.zero_place import refuse_mismatches
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter, saved_values, unwrapped
@@ -127,7 +128,8 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         injection = injection_of(self.model)  # type: ignore[arg-type]
         if injection is not None:
             require_evaluation_at_budget(self.args, injection.config, max_steps)
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        with deepspeed_refusals():
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.engine = check_engine(self.model_wrapped, self.asked_engine, world_size=self.args.world_size)
         allocator = self.adalora_callback.attach(self.model, self.optimizer, max_steps)  # type: ignore[arg-type]
         scaler = deepspeed_scaler(self)

@@ -21,7 +21,7 @@ from tests.sizes import assert_budget_spent, assert_spent
 
 WORKER = Path(trainer_worker.__file__)
 TOGETHER, PER_TENSOR = 1e-5, 5e-5
-DEEPSPEED = {"zero1", "zero2", "zero3", "zero3_offload"}
+DEEPSPEED = {"zero1", "zero2", "zero3", "zero3_offload", "zero3_hpz"}
 full = pytest.mark.full
 
 
@@ -113,13 +113,16 @@ def assert_saved_is_live(ranks, folder, stories260k, kind, four_bit=False):
 
 
 def real(name):
-    return {"ddp": "ddp", "fsdp2": "fsdp2", "zero3_offload": "zero3"}.get(name, name)
+    return {"ddp": "ddp", "fsdp2": "fsdp2", "zero3_offload": "zero3", "zero3_hpz": "zero3"}.get(name, name)
 
 
 @pytest.mark.parametrize(
     "engine",
-    ["fsdp2", "zero3", *(pytest.param(name, marks=full) for name in ("ddp", "zero1", "zero2", "zero3_offload"))],
-)
+    [
+        "fsdp2", "zero3",
+        *(pytest.param(name, marks=full) for name in ("ddp", "zero1", "zero2", "zero3_offload", "zero3_hpz")),
+    ],
+)  # fmt: skip
 def test_sft_trainer_on_two_ranks_is_one_process(engine, on_ranks, one_process, stories260k):
     """A user who adds GPUs would get other ranks, or an adapter on disk that is not the trained one."""
     ranks, folder = on_ranks(engine, "sft")
@@ -134,7 +137,7 @@ FOUR_BIT = ("model.load_in_4bit=true", "model.bnb_4bit_compute_dtype=float32")
 
 
 @pytest.mark.parametrize(
-    "engine", [pytest.param(name, marks=full) for name in ("ddp", "fsdp2", "zero1", "zero2", "zero3")]
+    "engine", [pytest.param(name, marks=full) for name in ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_hpz")]
 )
 def test_a_4_bit_base_on_two_ranks_is_one_process(engine, on_ranks, one_process, stories260k):
     """QAdaLoRA through the trainers: streamed, quantised and sharded bases train the adapter of one process."""

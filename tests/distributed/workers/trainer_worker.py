@@ -99,6 +99,10 @@ def config_of(engine, kind, model_dir, data_dir, folder, world_size, extra=()):
             overrides += ["engine.name=fsdp2", "engine.config.replicate=2"]
         case "zero1" | "zero2" | "zero3" | "zero3_offload":
             overrides += ["engine.name=deepspeed", f"engine.config={ZERO / engine}.json"]
+        case "zero3_hpz":
+            tree = json.loads((ZERO / "zero3.json").read_text())
+            tree["zero_optimization"]["zero_hpz_partition_size"] = 2
+            overrides += ["engine.name=deepspeed", f"engine.config={json.dumps(tree)}"]
     return load_config(path, [*overrides, *extra])
 
 
