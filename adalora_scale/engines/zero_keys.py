@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from adalora_scale.errors import Unsupported, UserError, nearest
 from adalora_scale.messages import quoted
 
@@ -84,6 +86,11 @@ def _check_zero(zero: dict[str, Any]) -> None:
             "DeepSpeed's zero_optimization.zenflow is not supported: it updates weights some steps late, of which the "
             "scores of triplets would know nothing. Remove it from engine.config."
         )
+    if zero.get("stage3_use_all_reduce_for_fetch_params") is True:
+        raise Unsupported(
+            "DeepSpeed's zero_optimization.stage3_use_all_reduce_for_fetch_params is not supported: it fetches weights "
+            "of one dtype, and adapters have another than their base. Remove it from engine.config."
+        )
     secondary, ranks = zero.get("zero_hpz_partition_size", 1), os.environ.get("WORLD_SIZE")
     if isinstance(secondary, int) and ranks is not None and int(ranks) % max(secondary, 1):
         raise UserError(
@@ -106,6 +113,9 @@ def check_read(tree: dict[str, Any]) -> None:
     for key in tree["zero_optimization"]:
         if key not in known:
             raise UserError(f"engine.config: zero_optimization.{key} is none of DeepSpeed's.{nearest(key, known)}")
+    for key in ("zero_quantized_gradients", "zero_quantized_weights"):
+        if tree["zero_optimization"].get(key) is True and not torch.cuda.is_available():
+            raise UserError(f"engine.config: zero_optimization.{key}=true needs a GPU, and there is none; remove it.")
     stated = _stated({key: value for key, value in tree.items() if key not in _BATCH})
     with deepspeed_refusals():
         DeepSpeedConfig(stated | {"train_micro_batch_size_per_gpu": 1})

@@ -110,6 +110,9 @@ class AdaLoraTrainerMixin(_TrainerSeams):
             # Every adapter takes part in every forward; searching for unused ones costs a graph walk a step.
             args.ddp_find_unused_parameters = False
         model = cast(nn.Module, self.model)
+        if args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
+            name = type(model).__name__
+            raise UserError(f"training.gradient_checkpointing (activation_checkpointing): {name} has none; remove it.")
         enable = getattr(model, "enable_input_require_grads", None)
         if callable(enable) and (args.gradient_checkpointing or has_own_backward(model)):
             # Reentrant checkpointing drops gradients of blocks whose input needs none; frozen embeddings give such.

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from adalora_scale.engines.zero_keys import check_keys, check_read, deepspeed_refusals
 from adalora_scale.errors import Unsupported, UserError
@@ -32,6 +33,7 @@ REFUSED = [
     (tree({"offload_optimizer": {"device": "nvme"}}), "offload_optimizer.device=nvme needs nvme_path"),
     (tree({"offload_param": {"device": "nvme", "nvme_path": ""}}), "offload_param.device=nvme needs nvme_path"),
     (tree({"zenflow": {"topk_ratio": 0.1}}), "zenflow is not supported"),
+    (tree({"stage3_use_all_reduce_for_fetch_params": True}), "fetch_params is not supported: .*dtype"),
     (tree({"zero_hpz_partition_size": 3}), "zero_hpz_partition_size=3 does not divide the number of ranks .4."),
 ]
 
@@ -63,6 +65,13 @@ def test_what_deepspeed_cannot_read_is_one_line(configuration, said):
     with pytest.raises(UserError, match=said) as caught:
         check_read(configuration)
     assert str(caught.value).startswith("engine.config: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has the operators")
+def test_quantised_gradients_need_a_gpu():
+    """Else the first step ends in a traceback."""
+    with pytest.raises(UserError, match="zero_quantized_gradients=true needs a GPU"):
+        check_read(tree({"zero_quantized_gradients": True}))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

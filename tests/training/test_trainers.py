@@ -10,7 +10,13 @@ import pandas
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+)
 from trl import SFTConfig
 
 from adalora_scale.adalora.injection import adapter_layers, inject_adalora
@@ -102,6 +108,20 @@ def test_trainer_without_adapters_or_with_two_sets_of_options_is_refused(make, s
     injected = inject_adalora(AutoModelForCausalLM.from_pretrained(stories260k), CONFIG)
     with pytest.raises(UserError, match="already has adapters"):
         make(injected)
+
+
+@pytest.mark.parametrize("key", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_of_a_model_that_has_none_is_refused(key, tmp_path):
+    """GPT-1 and sixteen other models; transformers' own refusal is a traceback."""
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 32, "n_positions": 16}
+    arguments = SFTConfig(**OPTIONS, output_dir=str(tmp_path), **{key: True})
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "launch" / "quickstart" / "base_model")
+    rows = datasets.Dataset.from_list([{"input_ids": [5, 6, 7]}])
+    with pytest.raises(UserError, match="OpenAIGPTLMHeadModel has none"):
+        AdaLoraSFTTrainer(
+            OpenAIGPTLMHeadModel(OpenAIGPTConfig(**sizes)), arguments, adalora_config=CONFIG, train_dataset=rows,
+            processing_class=tokenizer,
+        )  # fmt: skip
 
 
 def test_adapter_on_the_output_head_is_refused(make):
