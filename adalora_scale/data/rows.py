@@ -37,7 +37,13 @@ from adalora_scale.data.mixing import MixedPart, Mixing, limited
 from adalora_scale.data.row_files import first_line
 from adalora_scale.data.row_table import Source, gather
 from adalora_scale.data.row_values import COLUMNS, Layout, Reader
-from adalora_scale.data.sources import is_local, open_source, refuse_shared_files, say_idle_keys
+from adalora_scale.data.sources import (
+    is_local,
+    open_source,
+    refuse_files_read_twice,
+    refuse_shared_files,
+    say_idle_keys,
+)
 from adalora_scale.data.streaming import StreamedPart, first_rows
 from adalora_scale.errors import UserError
 
@@ -120,6 +126,8 @@ def load_raw(config: DataConfig, wanted: Wanted, *, seed: int) -> RawData:
     splits = tuple(key for key in ("train_split", "eval_split") if getattr(config, key) != getattr(DataConfig, key))
     say_idle_keys(train_sources, eval_sources, configuration=config.name is not None, splits=splits)
     refuse_shared_files(train_sources, eval_sources)
+    if config.eval_fraction:
+        refuse_files_read_twice(train_sources)
     format_ = _recognise(train_sources[0], config, wanted)
     layout, train, rows = _normalise(train_sources, format_, config, wanted)
     held_out: datasets.Dataset | None = None

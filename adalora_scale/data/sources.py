@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import logging
 import os
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,20 @@ def refuse_shared_files(train: list[Source], eval: list[Source]) -> None:
                 f"data.train={source.name} takes in {min(shared).name} of data.eval, so that evaluation rows would be "
                 "trained on; write a pattern without it, or list the files."
             )
+
+
+def refuse_files_read_twice(train: list[Source]) -> None:
+    """Refuse training data that takes in a file twice, where a part of its rows is held out.
+
+    Raises:
+        UserError: names the file.
+    """
+    counts = Counter(place for source in train for place in ([str(f.resolve()) for f in source.files] or [source.name]))
+    if twice := sorted(place for place, count in counts.items() if count > 1):
+        raise UserError(
+            f"data.train takes in {Path(twice[0]).name} twice, so that data.eval_fraction would hold out rows "
+            "that are trained on; name it once ({path, weight} shows rows more often), or name data.eval."
+        )
 
 
 def is_local(name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from adalora_scale.errors import Unsupported, UserError, nearest
-from adalora_scale.messages import quoted
+from adalora_scale.messages import quoted, say
 
 _READ = (
     "activation_checkpointing", "aio", "autotuning", "bf16", "bfloat16", "checkpoint", "comet", "comms_logger",
@@ -100,7 +100,7 @@ def _check_zero(zero: dict[str, Any]) -> None:
 
 
 def check_read(tree: dict[str, Any]) -> None:
-    """Let the installed DeepSpeed read a configuration, before there is a model.
+    """Let the installed DeepSpeed read a configuration, before there is a model; name keys without effect.
 
     Raises:
         UserError: DeepSpeed does not take it.
@@ -110,17 +110,22 @@ def check_read(tree: dict[str, Any]) -> None:
 
     fields = DeepSpeedZeroConfig.model_fields
     known = {*fields, *(field.alias for field in fields.values() if field.alias)}
-    for key in tree["zero_optimization"]:
+    for key in (zero := tree["zero_optimization"]):
         if key not in known:
             raise UserError(f"engine.config: zero_optimization.{key} is none of DeepSpeed's.{nearest(key, known)}")
+    if zero.get("stage", 0) != 3 and int(os.environ.get("RANK", "0")) == 0:
+        for key, value in zero.items():
+            if (key.startswith("stage3_") or key in _OF_STAGE_3) and not _off(value):
+                say(f"note: zero_optimization.{key} has no effect at stage {zero.get('stage', 0)}")
     for key in ("zero_quantized_gradients", "zero_quantized_weights"):
-        if tree["zero_optimization"].get(key) is True and not torch.cuda.is_available():
+        if zero.get(key) is True and not torch.cuda.is_available():
             raise UserError(f"engine.config: zero_optimization.{key}=true needs a GPU, and there is none; remove it.")
     stated = _stated({key: value for key, value in tree.items() if key not in _BATCH})
     with deepspeed_refusals():
         DeepSpeedConfig(stated | {"train_micro_batch_size_per_gpu": 1})
 
 
+_OF_STAGE_3 = ("offload_param", "zero_hpz_partition_size", "zero_quantized_weights", "memory_efficient_linear")
 _BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -143,7 +148,7 @@ def deepspeed_refusals() -> Iterator[None]:
             raise
         raise UserError(f"engine.config: DeepSpeed does not take it: {_reason(error)}") from error
     except Exception as error:
-        if type(error).__name__ != "DeepSpeedConfigError":
+        if type(error).__module__.split(".")[0] != "deepspeed":
             raise
         raise UserError(f"engine.config: {_reason(error)}") from error
 
@@ -157,8 +162,8 @@ def _reason(error: Exception) -> str:
     """Return the error's text in one line; of pydantic's, the first place and what is wrong there."""
     if callable(errors := getattr(error, "errors", None)):
         first = errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}."
-    return " ".join(str(error).split())[:300]
+        return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"].rstrip(".") + ".")))
+    return " ".join(str(error).split())[:600]
 
 
 def _off(value: Any) -> bool:

@@ -208,6 +208,21 @@ def test_rows_that_stand_there_twice_are_refused(tmp_path):
     assert "takes in both a.jsonl and a.jsonl.zst" in refusal(tmp_path / "d")
 
 
+@pytest.mark.parametrize("second", ["d/a.jsonl", "d/../d/a.jsonl", "d/*.jsonl", "link.jsonl"])
+def test_a_file_that_is_read_twice_has_no_rows_held_out(tmp_path, second):
+    """Else the same row stands in what is trained and in what judges it."""
+    write(tmp_path / "d" / "a.jsonl", jsonl(ROWS))
+    write(tmp_path / "b.jsonl", jsonl(ROWS[:1]))
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "d" / "a.jsonl")
+    names = [str(tmp_path / "d" / "a.jsonl"), str(tmp_path / second)]
+    wanted = wanted_rows(find_task("causal_lm"))
+    for train in (names, [{"path": name, "weight": 1} for name in names]):
+        with pytest.raises(UserError, match=r"takes in a\.jsonl twice"):
+            load_raw(DataConfig(train=train, eval_fraction=0.5), wanted, seed=0)
+    raw = load_raw(DataConfig(train=names, eval=str(tmp_path / "b.jsonl")), wanted, seed=0)
+    assert raw.train.num_rows >= 2 * len(ROWS)
+
+
 def test_a_changed_or_added_file_of_a_folder_is_seen(tmp_path, monkeypatch):
     """Rows are gathered once and kept; a cache that looks at one file only would train on what was there before."""
     monkeypatch.setattr("adalora_scale.data.sources.LARGE", 100)

@@ -74,6 +74,13 @@ def test_quantised_gradients_need_a_gpu():
         check_read(tree({"zero_quantized_gradients": True}))
 
 
+def test_keys_of_stage_3_are_named_at_other_stages(capsys):
+    check_read(tree({"stage": 2, "zero_hpz_partition_size": 2, "stage3_max_live_parameters": "auto"}))
+    out = capsys.readouterr()
+    said = out.out + out.err
+    assert "zero_hpz_partition_size has no effect at stage 2" in said and "max_live_parameters" not in said
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_the_shipped_configurations_are_read(path):
     configuration = json.loads(path.read_text())
