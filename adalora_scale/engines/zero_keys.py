@@ -169,5 +169,5 @@ def _reason(error: Exception) -> str:
 def _off(value: Any) -> bool:
     """Whether a block is switched off, or leaves things as they are."""
     if isinstance(value, dict):
-        return value.get("enabled") is False or value.get("autotp_size") in (0, 1)
+        return value.get("enabled") is False or value.get("autotp_size") in (0, 1) or value.get("device") == "none"
     return value in (None, False, "auto")
