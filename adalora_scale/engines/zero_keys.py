@@ -43,6 +43,9 @@ _REMOVED = (
     "quantize_training", "sparse_attention", "sparse_gradients", "use_data_before_expert_parallelism",
 )  # fmt: skip
 """Keys of DeepSpeed's older versions, and of parts that a run does not use."""
+_OF_STAGE_3 = ("offload_param", "zero_hpz_partition_size", "zero_quantized_weights", "memory_efficient_linear")
+"""Keys of zero_optimization that other stages pass over, beside those that begin with stage3."""
+_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def check_keys(tree: dict[str, Any]) -> None:
@@ -123,10 +126,6 @@ def check_read(tree: dict[str, Any]) -> None:
     stated = _stated({key: value for key, value in tree.items() if key not in _BATCH})
     with deepspeed_refusals():
         DeepSpeedConfig(stated | {"train_micro_batch_size_per_gpu": 1})
-
-
-_OF_STAGE_3 = ("offload_param", "zero_hpz_partition_size", "zero_quantized_weights", "memory_efficient_linear")
-_BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 def _stated(tree: dict[str, Any]) -> dict[str, Any]:
