@@ -61,6 +61,11 @@ def one_line(text: str) -> str:
     return f"{line[: LONGEST_LINE - 100]} … ({len(line):,} characters) … {line[-60:]}"
 
 
+def cause(error: BaseException, longest: int | None = 200) -> str:
+    """Return what another library's error says, as a message of one line quotes it: cut at `longest` characters."""
+    return " ".join(str(error).split())[:longest]
+
+
 def quoted(value: object, longest: int = 60) -> str:
     """Return a value as a message quotes it: its `repr`, cut at `longest` characters, whatever the value is."""
     if isinstance(value, str | bytes):

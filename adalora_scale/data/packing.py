@@ -22,6 +22,7 @@ from torch import nn
 from trl.data_utils import pack_dataset
 
 from adalora_scale.errors import Unsupported
+from adalora_scale.messages import cause
 
 _LENGTHS = (7, 6, 5)
 
@@ -77,8 +78,7 @@ def check_packing_isolated(model: Any, key: str = "data.packing") -> None:
         raise
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, ImportError) as error:
         raise Unsupported(
-            f"{key}: {config.model_type} does not run on packed rows ({' '.join(str(error).split())[:200]}). Set "
-            f"{key}=false."
+            f"{key}: {config.model_type} does not run on packed rows ({cause(error)}). Set {key}=false."
         ) from error
     start = _LENGTHS[0]
     difference = (reference[start:] - changed[start:]).abs().max().item()

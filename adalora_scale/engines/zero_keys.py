@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from adalora_scale.errors import Unsupported, UserError, nearest
-from adalora_scale.messages import quoted, say
+from adalora_scale.messages import cause, quoted, say
 
 _READ = (
     "activation_checkpointing", "aio", "autotuning", "bf16", "bfloat16", "checkpoint", "comet", "comms_logger",
@@ -162,7 +162,7 @@ def _reason(error: Exception) -> str:
     if callable(errors := getattr(error, "errors", None)):
         first = errors()[0]
         return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"].rstrip(".") + ".")))
-    return " ".join(str(error).split())[:600]
+    return cause(error, 600)
 
 
 def _off(value: Any) -> bool:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from adalora_scale.errors import UserError
+from adalora_scale.messages import cause
 
 _MAX_TOKENS = 128
 _NOISE = 3e-5  # of the largest logit: the same sums in another order, float32
@@ -213,7 +214,7 @@ def _runs(model: nn.Module, batches: list[dict[str, Tensor]]) -> Tensor:
     except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError, NotImplementedError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        said = " ".join(str(error).split())[:200]
+        said = cause(error)
         raise NotMeasurable(f"{type(model).__name__} does not run on samples of text: {said}") from error
 
 

@@ -26,6 +26,7 @@ from adalora_scale.export.peft_adalora import load_adapter
 from adalora_scale.export.request import Request
 from adalora_scale.export.rounding import add_rounding
 from adalora_scale.export.tensor_files import DTYPES
+from adalora_scale.messages import cause
 from adalora_scale.tasks.vocabulary import fit_rows
 
 _HEADROOM = 1.5  # loading holds a tensor twice, computing needs activations
@@ -133,7 +134,7 @@ def _with_peft(model: nn.Module, folder: Path) -> nn.Module:
         try:
             adapted: nn.Module = peft.PeftModel.from_pretrained(model, folder)
         except (KeyError, ValueError, RuntimeError) as error:
-            said = " ".join(str(error).split())[:200]
+            said = cause(error)
             raise Unsupported(
                 f"PEFT does not open this adapter on {type(model).__name__} ({type(error).__name__}: {said}); use "
                 f"--format merged."

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from adalora_scale.errors import Unsupported
+from adalora_scale.messages import cause
 
 WEIGHT = ".weight"
 _NAME = "exported"
@@ -97,7 +98,7 @@ def _difference(
                 copy.deepcopy(model), peft.LoraConfig(**options), adapter_name=_NAME, low_cpu_mem_usage=True
             )
     except Exception as error:  # whatever PEFT says, it does not adapt this
-        return " ".join(str(error).split())[:200]
+        return cause(error)
     adapted = opened.get_base_model()
     found = {
         name: (layer.r[_NAME], layer.scaling[_NAME])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adalora_scale.errors import Unsupported
+from adalora_scale.messages import cause
 
 MULTIPLE = 64
 """Rows are added up to a multiple of this, which tensor cores and sharding want."""
@@ -64,7 +65,7 @@ def grow(model: nn.Module, rows: int) -> dict[str, int]:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             model.resize_token_embeddings(rows, mean_resizing=False)  # type: ignore[operator]
     except (NotImplementedError, TypeError, ValueError, AttributeError) as error:
-        said = " ".join(str(error).split())[:200]
+        said = cause(error)
         raise Unsupported(f"model.resize_token_embeddings: {kind} cannot be enlarged ({said}).") from None
     grown: dict[str, int] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -15,6 +15,7 @@ from adalora_scale.config import AdaLoraConfig, RunConfig, check_value
 from adalora_scale.config.hints import hint
 from adalora_scale.engines.engine import Engine
 from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.messages import cause
 from adalora_scale.tasks.registry import find_task
 from adalora_scale.training.batch import batch_sizes
 
@@ -169,7 +170,7 @@ def training_arguments(config: RunConfig, engine: Engine) -> TrainingArguments:
     try:
         arguments = None if alone else task.arguments_class()(**options)
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise UserError(f"training: {' '.join(str(error).split())}") from None
+        raise UserError(f"training: {cause(error, None)}") from None
     if arguments is None or arguments.world_size != launched:
         seen = 1 if arguments is None else arguments.world_size
         raise UserError(

@@ -28,8 +28,6 @@ def settle_best(
         UserError: there is no such figure.
     """
     if not (asked := training.get("metric_for_best_model")):
-        if "greater_is_better" in training and not arguments.metric_for_best_model:
-            _unused(arguments, "greater_is_better", "training.metric_for_best_model")
         return
     name = asked.removeprefix("eval_")
     if name not in higher_is_better:
@@ -43,18 +41,9 @@ def settle_best(
             f"training.metric_for_best_model={asked} and training.prediction_loss_only=true, which leaves the loss "
             "alone, exclude each other; remove one of them."
         )
-    chosen = arguments.load_best_model_at_end or arguments.save_strategy == "best"
-    if not chosen and arguments.lr_scheduler_type != "reduce_lr_on_plateau":
-        needed = "training.load_best_model_at_end=true or training.save_strategy=best"
-        _unused(arguments, "metric_for_best_model", needed)
     higher = higher_is_better[name]
     if training.get("greater_is_better") is None:
         arguments.greater_is_better = higher
     elif training["greater_is_better"] != higher and arguments.process_index == 0:
         end = "lowest" if higher else "highest"
         say(f"note: training.greater_is_better={str(not higher).lower()} keeps the {end} eval_{name}, the worst")
-
-
-def _unused(arguments: TrainingArguments, key: str, needed: str) -> None:
-    if arguments.process_index == 0:
-        say(f"note: training.{key} has no effect without {needed}")

@@ -19,7 +19,7 @@ from transformers.utils import logging as hf_logging
 
 from adalora_scale.engines.ranks import together
 from adalora_scale.errors import UserError, nearest
-from adalora_scale.messages import say
+from adalora_scale.messages import cause, say
 
 _AT_LEAST = {
     "dataloader_num_workers": 0,
@@ -117,8 +117,19 @@ def name_unused(training: dict[str, Any], arguments: TrainingArguments) -> None:
     for key, reason in _WITHOUT_EFFECT.items():
         if key in training:
             say(f"note: training.{key} has no effect here: {reason}")
-    if training.get("hub_model_id") and not training.get("push_to_hub"):
-        say("note: training.hub_model_id has no effect without training.push_to_hub=true")
+    chooses = arguments.load_best_model_at_end or arguments.save_strategy == "best"
+    follows = arguments.lr_scheduler_type == "reduce_lr_on_plateau"
+    for key, needed, there in (
+        ("hub_model_id", "training.push_to_hub=true", training.get("push_to_hub")),
+        ("greater_is_better", "training.metric_for_best_model", arguments.metric_for_best_model),
+        (
+            "metric_for_best_model",
+            "training.load_best_model_at_end=true or training.save_strategy=best",
+            chooses or follows,
+        ),
+    ):
+        if training.get(key) is not None and not there:
+            say(f"note: training.{key} has no effect without {needed}")
     if training.get("fp16") and arguments.device.type == "cpu" and not arguments.deepspeed:
         say("note: training.fp16 has no effect on a CPU, which computes in the weights' dtype: see model.torch_dtype")
 
@@ -175,7 +186,7 @@ def check_hub(arguments: TrainingArguments) -> None:
             HfApi(token=arguments.hub_token).whoami()
         except Exception as error:
             raise UserError(
-                f"training.push_to_hub=true: the hub does not take this run ({' '.join(str(error).split())[:160]}). "
+                f"training.push_to_hub=true: the hub does not take this run ({cause(error, 160)}). "
                 "Log in with hf auth login, or remove the key and push the adapter's folder later."
             ) from None
 
@@ -188,4 +199,4 @@ def _said(keys: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{keys}: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"{keys}: {cause(error, 300)}") from None

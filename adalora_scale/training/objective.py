@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from adalora_scale.data.packing import evaluating
 from adalora_scale.engines.ranks import everywhere
 from adalora_scale.export.peft_adalora import unwrapped
-from adalora_scale.messages import say
+from adalora_scale.messages import cause, say
 from adalora_scale.tasks.own_head import use_own_head, why_not_fused
 
 _TOKENS = 48
@@ -128,11 +128,10 @@ def _put_away(inner: Any) -> str | None:
     TRL gathers the weight for the product alone. Its gradient arrives after the weight went back to its shards, where
     only a module of its own that runs backward (the embedding that shares it) would hold it.
     """
-    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
-    if head is None:
-        return None
-    for parameter in head.parameters(recurse=False):
-        if hasattr(parameter, "ds_id") and parameter.requires_grad and parameter is not embedding.weight:
+    head = inner.get_output_embeddings()
+    for parameter in head.parameters(recurse=False) if head is not None else ():
+        trained = hasattr(parameter, "ds_id") and parameter.requires_grad
+        if trained and parameter is not inner.get_input_embeddings().weight:
             return "the output head is trained, and under ZeRO-3 its weight is gathered for its own module alone"
     return None
 
@@ -194,7 +193,7 @@ def _enlarged(inner: nn.Module, factor: float) -> Iterator[list[int]]:
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return f"{type(error).__name__}: {cause(error, 160)}"
 
 
 def _note(trainer: Any, text: str) -> None:

@@ -19,6 +19,7 @@ from adalora_scale.cluster.preflight.findings import Finding
 from adalora_scale.cluster.preflight.links import judge_collectives, judge_links, slow_pairs
 from adalora_scale.cluster.preflight.thresholds import Thresholds
 from adalora_scale.cluster.ranks import Board, RanksSilent, process_group
+from adalora_scale.messages import cause
 
 _SECOND_LOOKS = 3
 _MOST_PAIRS_AGAIN = 64
@@ -49,7 +50,7 @@ def measure_fabric(board: Board, hosts: list[Host], *, thresholds: Thresholds, t
     except (RuntimeError, ValueError) as error:  # torch's own errors are RuntimeErrors
         if isinstance(error, RanksSilent):
             raise
-        trouble = {"doing": sweep.doing, "step": sweep.step, "error": " ".join(str(error).split())[:300]}
+        trouble = {"doing": sweep.doing, "step": sweep.step, "error": cause(error, 300)}
     own = {
         "backend": sweep.backend,
         "links": [link.as_dict() for link in sweep.best.values()],
