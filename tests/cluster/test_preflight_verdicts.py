@@ -97,6 +97,14 @@ def test_two_sick_hosts_are_both_named():
     assert [finding.where for finding in found if finding.status == "FAIL"] == ["node2", "node5"]
 
 
+@pytest.mark.parametrize("count", [3, 4, 16])
+def test_a_link_beside_a_sick_host_is_named_as_a_link(count):
+    """Else, of three hosts, one bad link makes a healthy host the culprit because the sick one's links count as its."""
+    hosts = [Host(f"node{rank}", [rank]) for rank in range(count)]
+    found = judge_links(links(count, lambda a, b: a == 1 or (a, b) == (2, 0)), hosts, LIMITS.nccl)
+    assert [finding.where for finding in found if finding.status == "FAIL"] == ["node1", "node2 → node0"]
+
+
 def test_a_slow_collective_is_named_with_its_hosts():
     """Else a fabric that is slow only under load passes."""
     hosts = [Host("a", [0, 1]), Host("b", [2, 3])]

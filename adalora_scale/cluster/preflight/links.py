@@ -85,7 +85,11 @@ def _findings(judged: _Judged, hosts: list[Host]) -> list[Finding]:
 
 
 def _culprits(links: list[Link], slow: list[Link], names: dict[int, str]) -> list[tuple[str, str, list[Link]]]:
-    """Group the slow directions: by a host all of whose links (to two others or more) are slow, the rest one by one."""
+    """Group the slow directions: by a host all of whose links (to two others or more) are slow, the rest one by one.
+
+    A host is named for what no other explains: links to two hosts or more that are slow beside those of a host named
+    before it. One such link can be its other end's fault as well, and is named as a link.
+    """
     left = list(slow)
     found = []
     between = links[0].kind == "between hosts"
@@ -99,8 +103,8 @@ def _culprits(links: list[Link], slow: list[Link], names: dict[int, str]) -> lis
     for what, belongs in sides:
         for end in ends:
             own = [link for link in links if belongs(link, end)]
-            partners = {place(rank) for link in own for rank in (link.sender, link.receiver)} - {end}
-            if len(partners) >= 2 and all(link in slow for link in own) and any(link in left for link in own):
+            unexplained = {place(rank) for link in own if link in left for rank in (link.sender, link.receiver)} - {end}
+            if len(unexplained) >= 2 and all(link in slow for link in own):
                 found.append((end, what, own))
                 left = [link for link in left if link not in own]
     for link in left:

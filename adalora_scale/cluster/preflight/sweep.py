@@ -1,7 +1,7 @@
 """Going over the whole fabric: collectives, every round of the tournament, and a second look at what seemed slow.
 
-Other work on a host disturbs single measurements. A link that looks slow is measured again, alone, and counts as slow
-only if it stays so.
+Other work on a host disturbs single measurements, for seconds at times. A link that looks slow is measured again, alone,
+at growing distances, and counts as slow only if it stays so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from adalora_scale.cluster.preflight.thresholds import Thresholds
 from adalora_scale.cluster.ranks import Board, RanksSilent, process_group
 from adalora_scale.messages import cause
 
-_SECOND_LOOKS = 3
+_PAUSES_S = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+"""Before each second look: a disturbance that outlasts one look seldom outlasts all of them."""
 _MOST_PAIRS_AGAIN = 64
 
 
@@ -111,13 +112,17 @@ class _Sweep:
                 )
                 return
             self._measure_pairs(kind, pairs, device)
-        for look in range(_SECOND_LOOKS):
+        for look, pause in enumerate(_PAUSES_S):
             said = self.board.collect(f"look {look}", [link.as_dict() for link in self.best.values()])
             again: list[tuple[Kind, int, int]] = []
             if said is not None:
                 links = [Link(**link) for one in said for link in one]
                 again = slow_pairs(links, self.thresholds.fabric(self.backend))[:_MOST_PAIRS_AGAIN]
+                if again:
+                    time.sleep(pause)  # the others wait for what is announced
             again = self.board.announce(f"again {look}", again)
+            if not again:
+                return
             for kind, a, b in again:
                 if not self._go_on():
                     return
