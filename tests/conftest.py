@@ -25,7 +25,10 @@ def pytest_configure(config):
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     # The locks of a run that a test kills are removed: they must not be those of another worker's build.
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-        os.environ["TORCH_EXTENSIONS_DIR"] = os.path.join(os.environ["TORCH_EXTENSIONS_DIR"], worker)
+        whole = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(whole / worker)
+        if (whole / "built").is_dir():  # tests/run.sh compiled once for all
+            shutil.copytree(whole / "built", whole / worker)
 
 
 @pytest.hookimpl(optionalhook=True)

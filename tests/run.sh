@@ -28,9 +28,13 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 # (60 times slower was seen on two cores with another job beside).
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-# DeepSpeed compiles into a folder of this run's own: a lock that a killed run left behind cannot stop this one.
+# DeepSpeed compiles into a folder of this run's own: a lock that a killed run left behind cannot stop this one. It does so
+# once, while the other checks run; each worker gets a copy. Where that fails, the tests that need it say why.
 TORCH_EXTENSIONS_DIR="$(mktemp -d)"
 export TORCH_EXTENSIONS_DIR
+DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR="$TORCH_EXTENSIONS_DIR/built" \
+    python tests/distributed/build_ops.py >"$TORCH_EXTENSIONS_DIR/build.log" 2>&1 &
+building=$!
 trap 'rm -rf "$TORCH_EXTENSIONS_DIR"' EXIT
 trap 'exit 130' INT TERM
 
@@ -56,6 +60,8 @@ done
 stage "ruff check" ruff check .
 stage "ruff format" ruff format --check .
 stage "mypy" mypy "${typed[@]}"
+
+wait "$building" || rm -rf "$TORCH_EXTENSIONS_DIR/built"
 
 echo "== pytest"
 workers=(-n "${ADALORA_TEST_WORKERS:-2}" --dist loadscope --no-loadscope-reorder)  # scopes: see tests/conftest.py

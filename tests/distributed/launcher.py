@@ -28,10 +28,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tests.distributed.rank_main import STACK_SIGNAL
+from tests.distributed.warm_ranks import Launched, WarmRanks
 
 ROOT = Path(__file__).resolve().parents[2]
 RANK_MAIN = Path(__file__).with_name("rank_main.py")
 SHOWN_CHARACTERS = 6000  # of each rank's output, in a failure's message
+_WARM = WarmRanks()
 PER_RUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -72,7 +74,7 @@ def run_ranks(
     world_size: int,
     args: Sequence[str] = (),
     *,
-    launcher: Literal["torchrun", "deepspeed"] = "torchrun",
+    launcher: Literal["warm", "torchrun", "deepspeed"] = "warm",
     timeout: float = 180,
     env: Mapping[str, str] | None = None,
 ) -> list[RankOutput]:
@@ -81,6 +83,8 @@ def run_ranks(
     Args:
         script: A file, or a module's dotted name. Under "deepspeed" its first argument is `--local_rank=N`.
         args: The script's own arguments.
+        launcher: Who starts the ranks. "warm" is torchrun with the imports done before (warm_ranks.py), or torchrun
+            itself where `env` could change what is imported.
         timeout: Seconds for the whole run, imports included. DeepSpeed's compilation is not: it happens before, once;
             a torchrun script that uses DeepSpeed asks for it with the fixture `deepspeed_ops`.
         env: Added to the ranks' environment. GPUs are hidden unless it sets CUDA_VISIBLE_DEVICES.
@@ -93,17 +97,8 @@ def run_ranks(
     with tempfile.TemporaryDirectory(prefix="ranks_") as name:
         folder = Path(name)
         target = str(script.resolve()) if isinstance(script, Path) else script
-        command = [*_launch_command(launcher, world_size), str(RANK_MAIN), target, *map(str, args)]
-        with open(folder / "launcher.log", "wb") as log:
-            process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=_environment(folder, launcher, env or {}),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        environment = _environment(folder, launcher, env or {})
+        process = _start(launcher, [target, *map(str, args)], world_size, folder, environment)
         returncode: int | None = None
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -126,24 +121,39 @@ def run_ranks(
 
 @functools.cache
 def build_deepspeed_ops() -> None:
-    """Compile the operator DeepSpeed needs for gloo on CPU, about a minute, so that no rank's timeout includes it."""
-    build = "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
+    """Compile DeepSpeed's operators, a minute or two where tests/run.sh has not: no rank's timeout includes that."""
     environment = _environment(Path(os.devnull), "deepspeed", {})
-    result = subprocess.run(
-        [sys.executable, "-c", build], env=environment, timeout=400, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, str(Path(__file__).with_name("build_ops.py"))]
+    result = subprocess.run(command, env=environment, timeout=1200, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise RuntimeError(f"DeepSpeed could not build its operator (is a C++ compiler installed?):\n{result.stderr}")
+        raise RuntimeError(f"DeepSpeed could not build its operators (is a C++ compiler installed?):\n{result.stderr}")
+
+
+def _start(
+    launcher: str, script: list[str], world_size: int, folder: Path, environment: dict[str, str]
+) -> subprocess.Popen[bytes] | Launched:
+    if launcher == "warm" and _WARM.fits(environment):
+        return _WARM.start(script, world_size, folder, environment)
+    with open(folder / "launcher.log", "wb") as log:
+        return subprocess.Popen(
+            [*_launch_command(launcher, world_size), str(RANK_MAIN), *script],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def _launch_command(launcher: str, world_size: int) -> list[str]:
-    if launcher == "torchrun":
+    if launcher in ("warm", "torchrun"):
         options = ["--standalone", "--local-addr", "127.0.0.1", "--nnodes", "1", "--nproc-per-node", str(world_size)]
         return [sys.executable, "-m", "torch.distributed.run", *options]
     if launcher == "deepspeed":
         options = ["--num_gpus", str(world_size), "--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
         return [str(Path(sys.executable).with_name("deepspeed")), *options]
-    raise ValueError(f"launcher must be 'torchrun' or 'deepspeed', not {launcher!r}")
+    raise ValueError(f"launcher must be 'warm', 'torchrun' or 'deepspeed', not {launcher!r}")
 
 
 def _free_port() -> int:
@@ -191,11 +201,14 @@ def _dump_stacks(folder: Path) -> None:
 
 
 def _processes(folder: Path) -> Iterator[int]:
-    """Yield every live process of the run, whatever its session: torchrun starts each rank in one of its own."""
+    """Yield every live process of the run: by its variables, or, forked ones, by the session of a rank or launcher."""
     mark = f"ADALORA_RANK_DIR={folder}".encode()
+    sessions = {pid_file.read_bytes() for pid_file in folder.glob("*.pid")}
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if mark in (entry / "environ").read_bytes().split(b"\0") and int(entry.name) != os.getpid():
+            session = (entry / "stat").read_bytes().rpartition(b")")[2].split()[3]
+            marked = session in sessions or mark in (entry / "environ").read_bytes().split(b"\0")
+            if marked and int(entry.name) != os.getpid():
                 yield int(entry.name)
 
 

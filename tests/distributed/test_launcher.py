@@ -11,9 +11,10 @@ from tests.distributed.launcher import RankFailure, run_ranks
 CHECK = Path(__file__).parent / "workers" / "launcher_check.py"
 
 
-def test_two_torchrun_ranks_all_reduce_and_report():
+@pytest.mark.parametrize("start", ["warm", "torchrun"])
+def test_two_ranks_all_reduce_and_report(start):
     """Else no distributed test has a process group."""
-    ranks = run_ranks(CHECK, 2, ["sum", "more"])
+    ranks = run_ranks(CHECK, 2, ["sum", "more"], launcher=start)
     assert [rank.rank for rank in ranks] == [0, 1]
     assert [rank["total"] for rank in ranks] == [3.0, 3.0]
     assert ranks[0]["world_size"] == 2
