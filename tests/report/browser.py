@@ -99,7 +99,7 @@ def browser() -> Iterator[Browser]:
             "--remote-debugging-pipe",
         ]  # fmt: skip
         # Chromium reads commands from descriptor 3 and answers on 4.
-        shell = ["sh", "-c", f'exec "$@" 3<&{their_read} 4>&{their_write}', "sh", *arguments]
+        shell = ["bash", "-c", f'exec "$@" 3<&{their_read} 4>&{their_write}', "bash", *arguments]
         process = subprocess.Popen(
             shell, pass_fds=(their_read, their_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
