@@ -186,9 +186,11 @@ def _train_as(config: RunConfig, lease: Lease | None, *, skip_preflight: bool) -
         if os.environ.get("RANK", "0") == "0":
             ranks = list(summary["ranks"].values())
             final = "".join(f", {key} {value:.4f}" for key, value in summary["final"].items() if key in _SHOWN)
+            folder = config.training["output_dir"]
+            report = " (and report.html)" if (Path(folder).expanduser() / "report.html").is_file() else ""
             say(
                 f"done: {sum(ranks)} triplets over {len(ranks)} matrices (ranks {min(ranks)} to {max(ranks)}){final}; "
-                f"adapter in {config.training['output_dir']}"
+                f"adapter in {folder}{report}"
             )
     finally:
         if sys.exc_info()[0] in (None, Interrupted):

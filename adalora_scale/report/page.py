@@ -71,7 +71,9 @@ def as_html(page: Page) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=shown)
     template = environment.from_string(files(__package__).joinpath("page.html.jinja").read_text("utf-8"))
     with drawing():
-        drawn = {picture.key: as_svg(picture.draw(), picture.key, printable(picture.label)) for picture in page.pictures}
+        drawn = {
+            picture.key: as_svg(picture.draw(), picture.key, printable(picture.label)) for picture in page.pictures
+        }
     return template.render(page=page, drawn=drawn, numeric=_numeric)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from adalora_scale.errors import UserError
 from adalora_scale.messages import quoted
@@ -71,8 +71,9 @@ class Run:
     @property
     def ranks(self) -> dict[str, int]:
         """Module → kept triplets now."""
-        if self.summary is not None and isinstance(self.summary.get("ranks"), dict) and self.summary["ranks"]:
-            return {str(name): int(rank) for name, rank in self.summary["ranks"].items()}
+        said = (self.summary or {}).get("ranks")
+        if isinstance(said, dict) and said and all(_is_whole(rank) for rank in said.values()):
+            return said
         return self.allocations[-1].ranks if self.allocations else {}
 
     @property
@@ -99,7 +100,7 @@ def read_run(directory: Path) -> Run:
         parent = directory.absolute().parent
         near = f" Did you mean {directory.parent}?" if (parent / METRICS_NAME).is_file() else ""
         raise UserError(f"{directory} is no run: it has no {METRICS_NAME} and no {RUN_NAME}; pass an output_dir.{near}")
-    metrics = [line for line in _lines(directory, METRICS_NAME) if isinstance(line.get("step"), int)]
+    metrics = [line for line in _lines(directory, METRICS_NAME) if _is_whole(line.get("step"))]
     allocations = [_ranks(line, directory / RANKS_NAME) for line in _lines(directory, RANKS_NAME)]
     summary, notes = _summary(directory, metrics)
     scored = read_scored(directory)
@@ -128,15 +129,20 @@ def read_scored(directory: Path) -> Scored | None:
         r, every = int(first["r"]), int(first["every"])
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: its first line does not name the matrices; was the file edited?") from None
-    if len(sides) != len(modules) or r < 1:
+    if len(sides) != len(modules) or r < 1 or min(map(min, sides), default=0) < 1:
         raise UserError(f"{path}: its first line does not name the matrices; was the file edited?")
-    allocations = [line for line in lines[1:] if isinstance(line.get("step"), int) and line.get("budget") is not None]
+    allocations = [line for line in lines[1:] if _is_whole(line.get("step")) and _is_whole(line.get("budget"))]
     return Scored(str(first.get("score")), str(first.get("unit")), r, every, modules, sides, allocations, path)
 
 
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**62
+
+
 def number(value: Any) -> float | None:
-    """Return a JSON number; None for everything else, true and false too."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """Return a finite JSON number; None for everything else, true and false too."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+    return float(value) if known else None
 
 
 def flat(tree: Mapping[str, Any], before: str = "") -> dict[str, Any]:
@@ -165,11 +171,11 @@ def _summary(directory: Path, metrics: list[dict[str, Any]]) -> tuple[dict[str, 
 
 def _ranks(line: dict[str, Any], path: Path) -> Ranks:
     ranks, step, budget, spent = (line.get(key) for key in ("ranks", "step", "budget", "spent"))
-    if not (isinstance(ranks, dict) and isinstance(step, int) and isinstance(budget, int)):
+    if not (isinstance(ranks, dict) and _is_whole(step) and _is_whole(budget)):
         raise UserError(f"{path} holds a line that is no allocation; was the file edited?")
-    if not all(isinstance(rank, int) for rank in ranks.values()):
+    if not ranks or not all(_is_whole(rank) for rank in ranks.values()):
         raise UserError(f"{path} holds ranks that are no whole numbers; was the file edited?")
-    return Ranks(step, budget, spent if isinstance(spent, int) else None, ranks)
+    return Ranks(step, budget, spent if _is_whole(spent) else None, ranks)
 
 
 def _lines(directory: Path, name: str) -> list[dict[str, Any]]:
