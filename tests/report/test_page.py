@@ -9,7 +9,7 @@ from adalora_scale.cli import main
 from tests.report.browser import PROGRAM, browser
 from tests.report.runs import matrices, write_run
 
-EVIL = '<script>alert("x")</script><img src=http://192.0.2.1/a.png onerror=alert(1)> & $x_2$ \u202e'
+EVIL = '<script>alert("x")</script><img src=http://192.0.2.1/a onerror=alert(1)> "><b> & $x_2$ \u202e'
 SINGLE = {"At a glance", "Loss", "Budget", "Ranks", "How ranks moved", "Why these ranks", "Parameters by type", "Speed",
           "Steps skipped", "How it was made"}  # fmt: skip
 COMPARED = {
@@ -106,7 +106,7 @@ def test_text_in_pictures_stays_inside_and_apart(tab, runs, tmp_path):
     # Upright labels only: the boxes of slanted ones overlap where the letters do not.
     overlapping = tab.value(
         "[...document.querySelectorAll('figure svg')].flatMap(svg => { const boxes = [...svg.querySelectorAll('text')]"
-        ".filter(one => !/rotate[(]-?(?!0[ )])/.test(one.getAttribute('transform') || '')).map(one => "
+        ".filter(one => !/rotate[(](?!-?0[ )])/.test(one.getAttribute('transform') || '')).map(one => "
         "[one.getBoundingClientRect(), one.textContent]); return boxes.flatMap(([a, s], i) => boxes.slice(i + 1)"
         ".filter(([b, t]) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 3 && b.top < a.bottom"
         " - 3).map(([b, t]) => svg.getAttribute('aria-label') + ': ' + s + ' / ' + t)); })"

@@ -57,14 +57,15 @@ def test_a_run_records_the_scores_that_were_ranked(tmp_path, monkeypatch, unit):
 def test_every_rank_ranked_what_rank_0_recorded(tmp_path):
     """Else the file would hold one rank's part of the sums."""
     ranks = run_ranks(Path(__file__).parent / "workers" / "scores_of_ranks.py", 2, [tmp_path])
-    scored = read_scored(tmp_path)
-    assert [line["step"] for line in scored.lines] == ALLOCATIONS
-    recorded, kept = decode(scored.lines[-1], len(scored.modules) * scored.r, "the last line")
-    for rank in ranks:
-        assert np.array_equal(np.array(rank["scores"], dtype=np.float32), recorded)
     alone = Run().train()
-    np.testing.assert_allclose(alone.allocator.last_allocation.scores.numpy(), recorded, rtol=1e-3)
-    assert alone.allocator.mask.tolist() == kept.tolist()
+    for engine in ("ddp", "fsdp2"):
+        scored = read_scored(tmp_path / engine)
+        assert [line["step"] for line in scored.lines] == ALLOCATIONS
+        recorded, kept = decode(scored.lines[-1], len(scored.modules) * scored.r, "the last line")
+        for rank in ranks:
+            assert np.array_equal(np.array(rank[engine], dtype=np.float32), recorded)
+        np.testing.assert_allclose(alone.allocator.last_allocation.scores.numpy(), recorded, rtol=1e-3)
+        assert alone.allocator.mask.tolist() == kept.tolist()
 
 
 def test_the_file_stays_small_and_has_the_final_allocation(tmp_path, monkeypatch):
