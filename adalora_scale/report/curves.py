@@ -29,7 +29,7 @@ def lines(
         series: each with at least one point.
         y_label, x_label: of the axes.
         stairs: whether a value holds until the next one.
-        looks: of each curve, the number of its colour and that of its dash and marker; None: its place is both.
+        looks: of each curve, the number of its colour and marker and that of its dash; None: its place is both.
     """
     columns = 1 if max(len(name) for name, _ in series) > 26 else 2
     rows = -(-len(series) // columns) if len(series) > 1 else 0
@@ -43,7 +43,8 @@ def lines(
             ys,
             color=LINES[color % len(LINES)],
             linestyle=DASHES[dash % len(DASHES)],
-            marker=MARKERS[dash % len(MARKERS)] if len(points) <= 30 else None,
+            marker=MARKERS[color % len(MARKERS)] if looks is not None or len(points) <= 30 else None,
+            markevery=max(1, len(points) // 12),
             markersize=3.5,
             drawstyle="steps-post" if stairs else "default",
             label=name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -11,6 +12,8 @@ from adalora_scale.messages import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_FIGURE = re.compile(r"[+-][\d.,]+%?|[\d.,]+ ?[%×]")
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,10 @@ def shown(value: Any) -> Any:
 
 
 def _numeric(table: Table) -> list[bool]:
-    """Tell which columns hold numbers."""
+    """Tell which columns hold numbers, or texts such as +2.5%."""
     columns = range(len(table.head))
-    return [any(isinstance(row[c], int | float) for row in table.rows) and c > 0 for c in columns]
+    return [c > 0 and any(_is_number(row[c]) for row in table.rows) for c in columns]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, str) and bool(_FIGURE.fullmatch(value)))

@@ -10,7 +10,7 @@ from adalora_scale.report.grid import groups
 from adalora_scale.report.page import Page, Picture, Section, Table, shown
 from adalora_scale.report.run_files import Run, flat
 from adalora_scale.report.sections import MOST_TYPES, UNITS, budget, figures, loss, mean_ranks, rank_maps, speed
-from adalora_scale.report.why import Decision, Standing, decision
+from adalora_scale.report.why import Decision, decision
 
 
 def single(run: Run) -> Page:
@@ -31,15 +31,6 @@ def single(run: Run) -> Page:
     sections += [speed([run], names), _skipped(run), *_config(run)]
     state = "finished" if run.summary is not None else f"not ended, at step {run.last_step}"
     return Page(f"AdaLoRA run {run.name}", f"{run.directory}: {state}", sections)
-
-
-def price(standing: Standing, found: Decision) -> str:
-    """Say what the matrix's next triplet would cost."""
-    if standing.needs is None:
-        return "all are kept"
-    unit = UNITS.get(found.unit, found.unit)
-    share = standing.needs / found.of_each
-    return f"{standing.needs:,} {unit} more budget (target_r {share:+.2f})"
 
 
 def _at_a_glance(run: Run) -> Section:
@@ -67,7 +58,7 @@ def _why(found: Decision) -> Section:
         gap = f"; the last one that was paid for lies {found.gap:.2%} above it" if found.gap is not None else ""
         section.text.append(
             f"The cut, the {per} of the first triplet that was not paid for, is {found.cut:.4g}{gap}. A margin is the "
-            f"distance from the cut relative to it: +50% is half as much again. The last column says how much larger a "
+            f"distance from the cut relative to it: +50% is half as much again. The last columns say how much larger a "
             f"budget surely buys the matrix's next triplet, with all that are ranked before it; one triplet of every "
             f"matrix (target_r + 1) is {found.of_each:,} {unit}."
         )
@@ -75,13 +66,14 @@ def _why(found: Decision) -> Section:
     rows = [
         (
             name, len(one.kept), len(one.kept) + len(one.dropped), _first(one.kept), _last(one.kept),
-            _first(one.dropped), margin(one.worst), margin(one.next), one.size, price(one, found),
+            _first(one.dropped), margin(one.worst), margin(one.next), one.size, one.needs,
+            None if one.needs is None else f"{one.needs / found.of_each:+.2f}",
         )
         for name, one in found.standings.items()
     ]  # fmt: skip
     head = (
         "matrix", "rank", "of", "best kept score", "worst kept", "best dropped", "margin of the worst kept",
-        "of the next", "parameters of a triplet", "the next one costs",
+        "of the next", "parameters of a triplet", f"{unit} more for the next", "as target_r",
     )  # fmt: skip
     section.tables.append(Table("Every matrix against the cut", head, rows, folded=len(rows) > 20))
     return section
