@@ -26,6 +26,7 @@ from adalora_scale.export.command import add_verbs as add_export_verbs
 from adalora_scale.installed import version_of
 from adalora_scale.messages import say, say_json
 from adalora_scale.placing.quantize import add_verb as add_quantize_verb
+from adalora_scale.report.command import add_verb as add_report_verb
 from adalora_scale.sweep.arguments import add_parser as add_sweep
 from adalora_scale.training.lease import Lease
 from adalora_scale.training.output_dir import hold_output_dir
@@ -128,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.set_defaults(run=_verify_engines)
     add_sweep(verbs)
     add_export_verbs(verbs, _quiet_start)
+    add_report_verb(verbs)
     add_plan(verbs)
     add_preflight(verbs)
     add_quantize_verb(verbs, _quiet_start)
@@ -184,9 +186,11 @@ def _train_as(config: RunConfig, lease: Lease | None, *, skip_preflight: bool) -
         if os.environ.get("RANK", "0") == "0":
             ranks = list(summary["ranks"].values())
             final = "".join(f", {key} {value:.4f}" for key, value in summary["final"].items() if key in _SHOWN)
+            folder = config.training["output_dir"]
+            report = " (and report.html)" if (Path(folder).expanduser() / "report.html").is_file() else ""
             say(
                 f"done: {sum(ranks)} triplets over {len(ranks)} matrices (ranks {min(ranks)} to {max(ranks)}){final}; "
-                f"adapter in {config.training['output_dir']}"
+                f"adapter in {folder}{report}"
             )
     finally:
         if sys.exc_info()[0] in (None, Interrupted):

@@ -19,6 +19,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # A report takes a second or two of every run; the tests of reports ask for it.
+    os.environ["ADALORA_REPORT"] = "0"
     # A killed run leaves a lock in DeepSpeed's build folder and every later run waits for it: build in a private one.
     if "TORCH_EXTENSIONS_DIR" not in os.environ:
         folder = os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="torch_extensions_")

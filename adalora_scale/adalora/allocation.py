@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ class Allocation:
     """Kept triplets of every module."""
     gap: float
     """Relative distance between the worst kept and the best dropped score (0 is a tie)."""
+    scores: Tensor | None = field(default=None, repr=False, compare=False)
+    """(triplets,) float32 on the CPU, ordered by (layer, k): what was decided on; None where it was restored."""
 
 
 def keep_best(scores: Tensor, budget: int, costs: Tensor | None = None) -> Tensor:

@@ -32,17 +32,19 @@ class Spending:
 
     def __init__(self, config: AdaLoraConfig, layers: Sequence[AdaLoraLayer], r: int, total_step: int) -> None:
         unit = config.budget_unit
-        self._each = [layer.triplet_size if unit == "params" else 1 for layer in layers]
-        self.schedule = BudgetSchedule.from_config(config, unit, self._each, total_step)
-        self._costs = torch.tensor(self._each).repeat_interleave(r)
+        self.each = [layer.triplet_size if unit == "params" else 1 for layer in layers]
+        """What one triplet of each layer costs."""
+        self.schedule = BudgetSchedule.from_config(config, unit, self.each, total_step)
+        self._costs = torch.tensor(self.each).repeat_interleave(r)
 
     def spent(self, ranks: Sequence[int]) -> int:
         """Return what that many triplets of every matrix cost."""
-        return sum(rank * cost for rank, cost in zip(ranks, self._each, strict=True))
+        return sum(rank * cost for rank, cost in zip(ranks, self.each, strict=True))
 
-    def cut(self, scores: Tensor, step: int) -> tuple[Tensor, int, float]:
-        """Return the (modules · r,) bool mask to keep after `step`, the budget, and the relative gap at the cut."""
+    def cut(self, scores: Tensor, step: int) -> tuple[Tensor, int, float, Tensor]:
+        """Return the (modules · r,) bool mask to keep after `step`, the budget, the relative gap at the cut, and the
+        scores on the CPU."""
         budget = self.schedule.budget(step)
         on_cpu = scores.cpu()  # one transfer, whatever the cut asks
         mask = keep_best(on_cpu, budget, self._costs).to(scores.device)
-        return mask, budget, relative_gap(on_cpu, budget, self._costs)
+        return mask, budget, relative_gap(on_cpu, budget, self._costs), on_cpu

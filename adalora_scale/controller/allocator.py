@@ -66,8 +66,8 @@ class RankAllocator:
         self._layers = list(layers.values())
         self.compact = is_compact(layers, self.r)
         """Whether the adapters were built at the ranks of a final mask."""
-        self._spending = Spending(config, self._layers, self.r, total_step)
-        self.schedule = self._spending.schedule
+        self.spending = Spending(config, self._layers, self.r, total_step)
+        self.schedule = self.spending.schedule
         injection = injection_of(model)
         if injection is not None:
             injection.total_step = total_step  # save_adapter writes it
@@ -149,7 +149,7 @@ class RankAllocator:
     @property
     def spent(self) -> int:
         """What the kept triplets cost, in `schedule.unit`; after an allocation never more than the budget."""
-        return self._spending.spent(list(self.ranks().values()))
+        return self.spending.spent(list(self.ranks().values()))
 
     @property
     def sharding(self) -> Sharding:
@@ -300,12 +300,12 @@ class RankAllocator:
 
     def _allocate(self) -> None:
         sharding = self._attached()
-        kept, budget, gap = self._spending.cut(self._scores(), self.step)
+        kept, budget, gap, scores = self.spending.cut(self._scores(), self.step)
         mask = kept.to(torch.uint8)
         sharding.broadcast(mask)
         self.mask = mask.bool()
         self._allocation_due = False
-        self.last_allocation = Allocation(self.step, budget, self.ranks(), gap)
+        self.last_allocation = Allocation(self.step, budget, self.ranks(), gap, scores)
         zero_lambda(sharding, self.mask)
         if self.step >= self.schedule.final_step:
             self._freeze()

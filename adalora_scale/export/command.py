@@ -75,10 +75,14 @@ def add_verbs(verbs: Any, prepare: Callable[[], None]) -> None:
         "inspect",
         help="what an adapter or a checkpoint holds",
         description="Print ranks by layer and type, parameters, the place in the schedule and the base of an adapter\n"
-        "(from here, PEFT's AdaLoRA or plain LoRA) or of a checkpoint-N folder.",
+        "(from here, PEFT's AdaLoRA or plain LoRA) or of a checkpoint-N folder. Ranks are shaded on a terminal, plain\n"
+        "elsewhere and where NO_COLOR is set.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inspect.add_argument("directory", type=Path, metavar="DIR", help="the folder")
+    inspect.add_argument(
+        "--why", metavar="MODULE", help="a matrix's scores against the cut, from the run's records; its name or a part"
+    )
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     inspect.set_defaults(run=lambda arguments: _inspect(arguments, prepare))
 
@@ -103,12 +107,21 @@ def _export(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int:
 
 
 def _inspect(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int:
+    from adalora_scale.report.terminal import in_colour, print_rank_maps, reasons, why_json, why_text
+
+    if arguments.why is not None:
+        reason = reasons(arguments.directory, arguments.why)
+        if arguments.json:
+            say_json(why_json(*reason))
+        else:
+            say_text(why_text(*reason))
+        return 0
     prepare()
-    from adalora_scale.export.inspection import describe, inspect_folder
+    from adalora_scale.export.inspection import describe, described, inspect_folder
 
     found = inspect_folder(arguments.directory)
     if arguments.json:
         say_json(found)
-    else:
+    elif not (in_colour() and print_rank_maps("\n".join(described(found)), found["ranks"])):
         say_text(describe(found))
     return 0

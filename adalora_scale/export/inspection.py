@@ -112,7 +112,12 @@ def inspect_adapter(adapter: AdapterFile) -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """Return the lines that a person reads."""
+    """Return what a person reads, without colour."""
+    return "\n".join([*described(found), "", rank_table(found["ranks"])])
+
+
+def described(found: dict[str, Any]) -> list[str]:
+    """Return the lines that a person reads above the ranks, printable."""
     ranks: dict[str, int] = found["ranks"]
     base = found["base"] or "not named"
     if quantisation := found.get("base_quantisation"):
@@ -135,7 +140,7 @@ def describe(found: dict[str, Any]) -> str:
     extra = found["trained_in_full_parameters"]
     also = f", and {extra:,} in {len(found['trained_in_full'])} tensors trained in full" if extra else ""
     lines.append(f"  parameters  {found['parameters']:,}{also}")
-    return "\n".join([*map(printable, lines), "", rank_table(ranks)])
+    return [*map(printable, lines)]
 
 
 def rank_table(ranks: dict[str, int]) -> str:

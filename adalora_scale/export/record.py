@@ -15,7 +15,7 @@ from adalora_scale.reading.json_text import read_object
 from adalora_scale.reading.written import RECORD_NAME, TOOL
 
 REPORT_NAME = RECORD_NAME
-_RUN_FILES = ("run.json", "metrics.jsonl", "ranks.jsonl")
+_RUN_FILES = ("run.json", "metrics.jsonl", "ranks.jsonl", "scores.jsonl")
 _HASHED = 2**20  # bytes: what people edit by hand is small; reading 140 GB again takes minutes
 _SHOWN = 3
 

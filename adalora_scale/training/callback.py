@@ -17,9 +17,12 @@ from adalora_scale.engines.ranks import rank_and_size, together
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter
 from adalora_scale.messages import say
+from adalora_scale.report.score_lines import NAME as SCORES_NAME
 from adalora_scale.training.idle import FirstStep
 from adalora_scale.training.lease import Lease, take
 from adalora_scale.training.records import JsonLines
+from adalora_scale.training.reporting import leave_report
+from adalora_scale.training.score_records import write_scores
 from adalora_scale.training.soundness import MAX_SKIPPED_STEPS, Soundness
 
 METRICS_NAME = "metrics.jsonl"
@@ -30,10 +33,10 @@ class AdaLoraCallback(TrainerCallback):
     """Attach a `RankAllocator` when training starts, write metrics and ranks, and save the adapter at the end.
 
     The model must have been prepared with `inject_adalora(model, config)` before the trainer was made. Files go to
-    `args.output_dir`: `metrics.jsonl`, `ranks.jsonl`, and at the end `adapter_config.json` with
-    `adapter_model.safetensors`; a checkpoint folder that the trainer writes gets the adapter too. Training that would
-    leave nothing right (no numbers, nothing trained, stopped before the final allocation) raises `WrongEnd`, and no
-    adapter is written.
+    `args.output_dir`: `metrics.jsonl`, `ranks.jsonl`, `scores.jsonl`, and at the end `adapter_config.json`,
+    `adapter_model.safetensors` and `report.html`; a checkpoint folder that the trainer writes gets the adapter too.
+    Training that would leave nothing right (no numbers, nothing trained, stopped before the final allocation) raises
+    `WrongEnd`, and no adapter is written.
     """
 
     def __init__(self, *, saves_checkpoints: bool = True, max_skipped_steps: int = MAX_SKIPPED_STEPS) -> None:
@@ -44,6 +47,8 @@ class AdaLoraCallback(TrainerCallback):
             max_skipped_steps: steps in a row without a finite gradient after which training ends (`WrongEnd`).
         """
         self._saves_checkpoints = saves_checkpoints
+        self.reports = True
+        """Whether a report is written when training ends; False where who called training does that later."""
         self.max_skipped_steps = max_skipped_steps
         self._soundness: Soundness | None = None
         self.allocator: RankAllocator | None = None
@@ -108,7 +113,7 @@ class AdaLoraCallback(TrainerCallback):
         kept = self.kept_lines or {}
         self.records = {
             name: JsonLines(output_dir / name, keep=kept.get(name, 0), allowed=self.require_lease)
-            for name in (METRICS_NAME, RANKS_NAME)
+            for name in (METRICS_NAME, RANKS_NAME, SCORES_NAME)
         }
 
     def require_lease(self) -> None:
@@ -181,6 +186,7 @@ class AdaLoraCallback(TrainerCallback):
             if RANKS_NAME in self.records:
                 spent = {"budget": allocation.budget, "spent": self.allocator.spent}
                 self.records[RANKS_NAME].write({"step": allocation.step, **spent, "ranks": allocation.ranks})
+                write_scores(self.records[SCORES_NAME], self.allocator)
 
     def on_log(
         self,
@@ -228,6 +234,8 @@ class AdaLoraCallback(TrainerCallback):
                 self._soundness.at_end()
             together(self.require_lease)
             save_adapter(kwargs["model"], args.output_dir or ".")
+            if self.reports and self.records:
+                leave_report(Path(args.output_dir or "."))
         if self._own_lease is not None:
             self._own_lease.release()
             self.lease = self._own_lease = None

@@ -13,7 +13,14 @@ from adalora_scale.files import write_probe
 from adalora_scale.training.lease import Lease, held
 from adalora_scale.training.stopping import stopping
 
-_RUN_FILES = ("run.json", "metrics.jsonl", "ranks.jsonl", "adapter_config.json", "adapter_model.safetensors")
+_RUN_FILES = (
+    "run.json",
+    "metrics.jsonl",
+    "ranks.jsonl",
+    "scores.jsonl",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+)
 
 
 @contextlib.contextmanager

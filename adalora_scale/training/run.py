@@ -67,6 +67,7 @@ from adalora_scale.training.records import (
     peak_memory_by_rank,
     versions,
 )
+from adalora_scale.training.reporting import REPORT_NAME, leave_report, tensorboard_folder
 from adalora_scale.training.same_rows import require_same_rows
 from adalora_scale.training.soundness import MAX_SKIPPED_STEPS
 from adalora_scale.training.stopping import stopping
@@ -117,7 +118,7 @@ def train(config: RunConfig, lease: Lease | None = None) -> dict[str, Any]:
 
 def _leave_no_result(directory: Path, reason: str) -> None:
     """Write down why there is none, and take away what would look like one: written just now, or by an earlier run."""
-    for name in (RUN_NAME, CONFIG_NAME, WEIGHTS_NAME):
+    for name in (RUN_NAME, CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME):
         (directory / name).unlink(missing_ok=True)
     with contextlib.suppress(UserError):  # of the two errors this is the lesser
         write_json(directory / WRONG_END_NAME, {"reason": reason})
@@ -128,6 +129,7 @@ def _train(config: RunConfig, lease: Lease | None, started: float) -> dict[str, 
         inputs = prepare(config)
         trainer = make_trainer(config, inputs)
         trainer.adalora_callback.lease = lease
+        trainer.adalora_callback.reports = False  # once run.json is there
         trainer.train()
     final: dict[str, float] = {}
     if inputs.data.eval is not None:
@@ -139,7 +141,10 @@ def _train(config: RunConfig, lease: Lease | None, started: float) -> dict[str, 
             f"data.eval, lower training.learning_rate, or compute in bfloat16 or float32."
         )
     trainer.save_model()
-    return _write_run(config, inputs, trainer, final, started)
+    summary = _write_run(config, inputs, trainer, final, started)
+    if trainer.is_world_process_zero():
+        leave_report(Path(config.training["output_dir"]), tensorboard=tensorboard_folder(trainer))
+    return summary
 
 
 def prepare(config: RunConfig) -> Inputs:

@@ -7,7 +7,7 @@
 #   python -m pytest tests/cluster --full
 set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive
-programs=(slurmctld slurmd munged sshd ssh pdsh shellcheck ip tc)
+programs=(slurmctld slurmd munged sshd ssh pdsh shellcheck ip tc chromium)
 missing=()
 for program in "${programs[@]}"; do
     command -v "$program" >/dev/null || [[ -x "/usr/sbin/$program" ]] || missing+=("$program")
@@ -26,3 +26,5 @@ if [[ ! -e "$policy" ]]; then
 fi
 apt-get install --yes --quiet --no-install-recommends slurmctld slurmd slurm-client munge openssh-server openssh-client \
     pdsh shellcheck iproute2
+# Ubuntu has it as a snap only, which containers cannot run.
+apt-get install --yes --quiet --no-install-recommends chromium || echo "no chromium here; tests that need it are skipped"

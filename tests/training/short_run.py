@@ -29,7 +29,7 @@ def records(path):
 def assert_same(folder, straight):
     adapter = "adapter_model.safetensors"
     assert (folder / adapter).read_bytes() == (straight / adapter).read_bytes()
-    for name in ("metrics.jsonl", "ranks.jsonl"):
+    for name in ("metrics.jsonl", "ranks.jsonl", "scores.jsonl"):
         assert records(folder / name) == records(straight / name)
     last = [Checkpoint(path / f"checkpoint-{STEPS}") for path in (folder, straight)]
     for kind in last[0].kinds("adapter"):

@@ -49,15 +49,15 @@ def run(request, stories260k, data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "out"
     arguments = ["--config", str(RECIPE), *paths(stories260k, data_dir), f"training.output_dir={folder}"]
     arguments += [f"training.max_steps={STEPS}", "training.eval_steps=30", "data.max_length=192"]
-    script = ROOT / "launch" / "train.py"
+    script, environment = ROOT / "launch" / "train.py", {"ADALORA_REPORT": "1", "OMP_NUM_THREADS": "1"}
     if request.param == "two ranks":
-        ranks = run_ranks(script, 2, [*arguments, "training.per_device_train_batch_size=4"])
+        ranks = run_ranks(script, 2, [*arguments, "training.per_device_train_batch_size=4"], env=environment)
         assert ranks[1].output == "", "only rank 0 speaks"
         return 2, folder, ranks[0].output
     result = subprocess.run(
         [sys.executable, str(script), *arguments],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=300,
@@ -90,8 +90,8 @@ def test_output_dir_holds_what_the_design_lists_and_nothing_of_the_base(run, sto
     assert sum(path.stat().st_size for path in checkpoints[0].iterdir()) < 6 * 4 * 12 * 35 * 2 * 172  # five adapters
     found = {path.name for path in folder.iterdir()} - {f"checkpoint-{STEPS}"}
     assert found == {
-        "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "ranks.jsonl", "run.json",
-        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "ranks.jsonl", "scores.jsonl", "run.json",
+        "report.html", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
     }  # fmt: skip
     tensors = load_file(folder / "adapter_model.safetensors")
     assert {name.rsplit(".", 1)[1] for name in tensors} == {"lora_A", "lora_E", "lora_B"}
@@ -150,6 +150,19 @@ def test_ranks_follow_the_schedule_and_end_in_the_frozen_allocation(run):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["peft_type"] == "ADALORA"
     assert {name.removesuffix(".lora_E"): sum(row) for name, row in config["rank_pattern"].items()} == final
+
+
+def test_the_report_is_this_runs_and_finished(run):
+    """What a newcomer opens first; one of an earlier run, or from before the end, would mislead."""
+    world_size, folder, _ = run
+    page = (folder / "report.html").read_text()
+    summary = json.loads((folder / "run.json").read_text())
+    assert f"{folder}: finished" in page and f">{sum(summary['ranks'].values())}<" in page
+    assert page.count("<svg ") == 13 and "no scores.jsonl" not in page
+    assert (">ddp<" in page) == (world_size == 2)
+    assert [line["step"] for line in lines_of(folder / "scores.jsonl")[1:]] == [
+        line["step"] for line in lines_of(folder / "ranks.jsonl")
+    ]
 
 
 def test_run_json_says_what_ran_where(run):
