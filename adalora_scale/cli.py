@@ -27,6 +27,7 @@ from adalora_scale.installed import version_of
 from adalora_scale.messages import say, say_json
 from adalora_scale.placing.quantize import add_verb as add_quantize_verb
 from adalora_scale.sweep.arguments import add_parser as add_sweep
+from adalora_scale.training.first_look import look_at_files
 from adalora_scale.training.lease import Lease
 from adalora_scale.training.output_dir import hold_output_dir
 from adalora_scale.training.stopping import stopping
@@ -107,6 +108,20 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=_evaluate)
 
+    preview = verbs.add_parser(
+        "preview",
+        help="rows as the model will see them, trained tokens marked; loads no model",
+        description="Show rows as the model will see them, what of them is trained on, and what is cut and masked.\n"
+        "They are prepared as a run prepares them, and kept for it; no model is loaded.",
+        epilog=_OVERRIDES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_config_arguments(preview)
+    preview.add_argument("--rows", type=int, default=3, metavar="N", help="rows of train and of eval (default 3)")
+    preview.add_argument("--html", type=Path, metavar="FILE", help="write them as one page, without network")
+    preview.add_argument("--json", action="store_true", help="print one JSON object")
+    preview.set_defaults(run=_preview)
+
     verify = verbs.add_parser(
         "verify-engines",
         help="does every engine here train the adapter that one process trains?",
@@ -162,6 +177,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 def _train(arguments: argparse.Namespace) -> int:
     with stopping.a_run():
         config = _config(arguments)
+        look_at_files(config)
         launched()  # srun's variables become those that everything else reads
         with hold_output_dir(config.training) as lease:
             return _train_as(config, lease, skip_preflight=arguments.skip_preflight)
@@ -200,6 +216,7 @@ _SHOWN = ("eval_loss", "eval_accuracy")
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
+    look_at_files(config, resumes=False)
     _quiet_start()
     from adalora_scale.tasks.registry import TASKS, find_task
 
@@ -220,6 +237,15 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     else:
         say(f"exact match {result.value:.1%} ({result.matches} of {result.examples})")
     return 0
+
+
+def _preview(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    look_at_files(config, resumes=False)
+    _quiet_start()
+    from adalora_scale.training.preview import run_preview
+
+    return run_preview(config, rows=arguments.rows, html=arguments.html, as_json=arguments.json)
 
 
 def _verify_engines(arguments: argparse.Namespace) -> int:

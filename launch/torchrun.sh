@@ -51,7 +51,7 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 started="$(mktemp)"
 trap 'rm -f "$started"' EXIT
-run_ranks torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --max-restarts "$RESTARTS" \
+run_ranks python -m adalora_scale.cluster.launching.torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --max-restarts "$RESTARTS" \
     --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "$JOB" ${local_address:+--local-addr "$local_address"} \
     launch/train.py "${resume[@]}" "$@"
 status=$?

@@ -34,11 +34,11 @@ from adalora_scale.config.mixing import train_entries
 from adalora_scale.data.labels import LabelNames, Place, encoded, find_labels
 from adalora_scale.data.layouts import missing_columns, reader_of, user_columns
 from adalora_scale.data.mixing import MixedPart, Mixing, limited
+from adalora_scale.data.names import is_local
 from adalora_scale.data.row_files import first_line
 from adalora_scale.data.row_table import Source, gather
 from adalora_scale.data.row_values import COLUMNS, Layout, Reader
 from adalora_scale.data.sources import (
-    is_local,
     open_source,
     refuse_files_read_twice,
     refuse_shared_files,

@@ -57,6 +57,8 @@ from adalora_scale.training.checkpointing import check_asked_checkpoint, choose_
 from adalora_scale.training.console import use_console
 from adalora_scale.training.continuing import rank_fitter, run_identity
 from adalora_scale.training.dry_run import check_hub, check_loop, check_tokens, check_values, name_unused
+from adalora_scale.training.first_example import say_first_example
+from adalora_scale.training.first_look import look_at_model
 from adalora_scale.training.lease import Lease
 from adalora_scale.training.optimizers import check_optimizer
 from adalora_scale.training.output_dir import hold_output_dir
@@ -189,6 +191,8 @@ def prepare(config: RunConfig) -> Inputs:
         name_unused(training, arguments)
     config.adalora.phase_steps(steps)
     require_evaluation_at_budget(arguments, config.adalora, steps)
+    if arguments.process_index == 0 and training.get("show_example", True):
+        say_first_example(config, data, raw, tokenizer, seed=seed)
     if data.mixture is not None and arguments.process_index == 0:
         say(*described(data.mixture, steps * global_batch(arguments)))
     return Inputs(engine, arguments, raw, tokenizer, data, steps, rows)
@@ -276,8 +280,7 @@ def _order_identity(inputs: Inputs) -> dict[str, Any]:
 def check_model_path(config: RunConfig) -> None:
     """Read config.json (or ask the hub) before rows are tokenised."""
     path = config.model.model_name_or_path
-    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
-        raise UserError(f"model.model_name_or_path={path} is not a folder.")
+    look_at_model(config.model)
     with said_of(path):
         check_base(path, config.model.revision, attention=config.model.attn_implementation)
     try:
