@@ -6,6 +6,7 @@ Heavy imports wait until a verb needs them, so `--help` and mistakes in the conf
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import platform
@@ -24,7 +25,7 @@ from adalora_scale.config.command_line import add_config_arguments
 from adalora_scale.errors import Interrupted, Unsupported, UserError, run_reporting_errors
 from adalora_scale.export.command import add_verbs as add_export_verbs
 from adalora_scale.installed import version_of
-from adalora_scale.messages import say, say_json
+from adalora_scale.messages import say, say_json, say_text
 from adalora_scale.placing.quantize import add_verb as add_quantize_verb
 from adalora_scale.sweep.arguments import add_parser as add_sweep
 from adalora_scale.training.first_look import look_at_files
@@ -45,6 +46,9 @@ a cluster:    torchrun --nnodes 2 --nproc-per-node 8 … -m adalora_scale verify
               deepspeed --no_local_rank --module adalora_scale verify-engines
 NCCL is used where every rank has a GPU of its own, else gloo on the CPU.
 """
+
+
+_SHELLS = ("bash", "zsh", "fish")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,6 +125,24 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--html", type=Path, metavar="FILE", help="write them as one page, without network")
     preview.add_argument("--json", action="store_true", help="print one JSON object")
     preview.set_defaults(run=_preview)
+
+    schema = verbs.add_parser(
+        "schema",
+        help="the JSON schema of a run's YAML file, for editors that complete keys",
+        description="Print the JSON schema of a run's YAML file. An editor with the YAML language server takes it\n"
+        "from a first line `# yaml-language-server: $schema=adalora.schema.json` in the file.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    schema.set_defaults(run=_schema)
+
+    completion = verbs.add_parser(
+        "completion",
+        help="completion of verbs, options and keys for a shell",
+        description='Print a script that completes verbs and options:\n  eval "$(adalora-scale completion bash)"',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    completion.add_argument("shell", choices=_SHELLS, help="the shell that reads it")
+    completion.set_defaults(run=_completion)
 
     verify = verbs.add_parser(
         "verify-engines",
@@ -246,6 +268,27 @@ def _preview(arguments: argparse.Namespace) -> int:
     from adalora_scale.training.preview import run_preview
 
     return run_preview(config, rows=arguments.rows, html=arguments.html, as_json=arguments.json)
+
+
+def _schema(_: argparse.Namespace) -> int:
+    from adalora_scale.config.json_schema import run_schema
+
+    say_text(json.dumps(run_schema(), indent=2))
+    return 0
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    import shtab
+
+    parser = _parser()
+    verbs = [verb for action in parser._actions if isinstance(action.choices, dict) for verb in action.choices.values()]
+    for action in (action for verb in verbs for action in verb._actions):
+        if action.metavar == "FILE":
+            action.complete = shtab.FILE  # which shtab looks for
+        elif action.metavar == "DIR":
+            action.complete = shtab.DIRECTORY
+    say_text(shtab.complete(parser, shell=arguments.shell))
+    return 0
 
 
 def _verify_engines(arguments: argparse.Namespace) -> int:

@@ -38,6 +38,9 @@ def hint(name: str, section: Iterable[str]) -> str:
         section: the keys of the section that it stood in.
     """
     section = list(section)
+    elsewhere = [key for key in known_keys() if key.rpartition(".")[2] == name]
+    if elsewhere and name not in section:  # a key of that very name is what was meant
+        return f" Did you mean '{elsewhere[0]}'?"
     if close := nearest(name, section, cutoff=0.8):
         return close
     by_name: dict[str, str] = {}  # ours win over those of transformers that are set through them

@@ -28,19 +28,20 @@ class ConsoleCallback(ProgressCallback):
         super().__init__()
         self._bar, self._speed = bar, speed
         self._begun: tuple[float, int] | None = None
+        self._warm = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar, and begin to count time."""
-        self._begun = (time.perf_counter(), state.global_step)
+        self._begun, self._warm = (time.perf_counter(), state.global_step), False
         if self._bar:
             super().on_train_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Move the bar."""
-        if self._begun is not None and state.global_step == self._begun[1] + 1 < state.max_steps:
-            self._begun = (time.perf_counter(), state.global_step)  # a first step compiles and warms up
+        if not self._warm:  # a first step compiles and fills caches
+            self._begun, self._warm = (time.perf_counter(), state.global_step), True
         if self._bar:
             super().on_step_end(args, state, control, **kwargs)
 
@@ -79,7 +80,7 @@ class ConsoleCallback(ProgressCallback):
         parts = [] if (speed := self._speed()) is None else [f"{speed:,.0f} tokens/s"]
         peak = peak_memory()
         parts.append(f"memory {peak.get('device_bytes', peak['resident_bytes']) / 2**30:.1f} GiB")
-        if self._begun is not None and state.global_step > self._begun[1]:
+        if self._begun is not None and self._begun[1] < state.global_step < state.max_steps:
             since, step = self._begun
             left = (time.perf_counter() - since) / (state.global_step - step) * (state.max_steps - state.global_step)
             parts.append(f"{timedelta(seconds=round(left))} left")

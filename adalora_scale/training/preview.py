@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from adalora_scale.config import RunConfig
-from adalora_scale.data.preparing import Prepared
 from adalora_scale.data.rows import RawData, load_raw
 from adalora_scale.data.shown import ShownRow, described_kind, marked
 from adalora_scale.errors import UserError
 from adalora_scale.files import replace_text
 from adalora_scale.messages import printable, say, say_json, say_text
+from adalora_scale.placing.positions import note_on_positions
 from adalora_scale.tasks.registry import find_task, wanted_rows
 from adalora_scale.training.arguments import check_training_section
 from adalora_scale.training.first_example import examples, size
@@ -36,12 +36,12 @@ class Preview:
     rows: list[ShownRow]
     legend: str
     """What the marks mean."""
-    sources: list[str] = field(default_factory=list)
-    """Mixtures: a line a source."""
+    notes: list[str] = field(default_factory=list)
+    """Of mixtures a line a source; and what is wrong with the length of rows."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON holds it."""
-        return {"counts": self.counts, "rows": [row.to_dict() for row in self.rows]}
+        return {"counts": self.counts, "notes": self.notes, "rows": [row.to_dict() for row in self.rows]}
 
 
 def preview(config: RunConfig, rows: int) -> Preview:
@@ -58,17 +58,19 @@ def preview(config: RunConfig, rows: int) -> Preview:
         raise UserError(f"--rows is {rows}; it must be at least 1.")
     training, task = check_training_section(config), find_task(config.task)
     seed = training.get("seed", _DEFAULT_SEED)
-    check_model_path(config)
+    shape = check_model_path(config)
     raw = load_raw(config.data, wanted_rows(task), seed=seed)
     tokenizer = load_tokenizer(config)
     data = task.prepare(raw, tokenizer, config.data, seed=seed)
     shown = list(islice(examples("train", config, data, raw, tokenizer, seed=seed), rows))
     if data.eval is not None:
         shown += islice(examples("eval", config, data, raw, tokenizer, seed=seed), rows)
-    return Preview(data.report, shown, described_kind(raw.label_names), _sources(data, raw))
+    note = note_on_positions(config.data.max_length, shape, data)
+    notes = [*_sources(raw), *([note] if note else [])]
+    return Preview(data.report, shown, described_kind(raw.label_names), notes)
 
 
-def _sources(data: Prepared, raw: RawData) -> list[str]:
+def _sources(raw: RawData) -> list[str]:
     if raw.mixing is None:
         return []
     total = sum(part.amount for part in raw.mixing.parts)
@@ -109,7 +111,7 @@ def counted(counts: dict[str, Any]) -> list[str]:
 
 
 def _print(found: Preview, config: RunConfig) -> None:
-    say(*counted(found.counts), *found.sources)
+    say(*counted(found.counts), *found.notes)
     if not sys.stdout.isatty():
         say(found.legend)
         for row in found.rows:
@@ -147,7 +149,7 @@ def page(found: Preview, config: RunConfig) -> str:
     def shown(text: str) -> str:
         return escape(printable(text, keep="\n\t"))
 
-    body = [f"<p>{shown(line)}</p>" for line in [*counted(found.counts), *found.sources]]
+    body = [f"<p>{shown(line)}</p>" for line in [*counted(found.counts), *found.notes]]
     body.append("<p><mark>Marked</mark> is what the loss counts.</p>")
     for row in found.rows:
         text = "".join(f"<mark>{shown(p.text)}</mark>" if p.trained else shown(p.text) for p in row.pieces)
