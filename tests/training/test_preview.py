@@ -146,11 +146,11 @@ def running_config(folder, *overrides):
 
 def test_a_run_begins_with_its_first_example_unless_told_not_to(show, tmp_path, capfd):
     long = [{"prompt": "line\n" * 60, "completion": " word" * 300}]
-    show(long, "data.max_length=512")
-    config = running_config(tmp_path, "data.max_length=512")
+    show(long, "data.max_length=200")
+    config = running_config(tmp_path, "data.max_length=200")
     capfd.readouterr()
     running.prepare(config)
     said = capfd.readouterr().out
     assert said.startswith("first example (") and len(said.splitlines()) <= 15 and "⟦" in said
-    running.prepare(running_config(tmp_path, "data.max_length=512", "training.show_example=false"))
+    running.prepare(running_config(tmp_path, "data.max_length=200", "training.show_example=false"))
     assert "first example" not in capfd.readouterr().out
