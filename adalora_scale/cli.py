@@ -6,6 +6,7 @@ Heavy imports wait until a verb needs them, so `--help` and mistakes in the conf
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import platform
@@ -24,10 +25,11 @@ from adalora_scale.config.command_line import add_config_arguments
 from adalora_scale.errors import Interrupted, Unsupported, UserError, run_reporting_errors
 from adalora_scale.export.command import add_verbs as add_export_verbs
 from adalora_scale.installed import version_of
-from adalora_scale.messages import say, say_json
+from adalora_scale.messages import say, say_json, say_text
 from adalora_scale.placing.quantize import add_verb as add_quantize_verb
 from adalora_scale.report.command import add_verb as add_report_verb
 from adalora_scale.sweep.arguments import add_parser as add_sweep
+from adalora_scale.training.first_look import look_at_files
 from adalora_scale.training.lease import Lease
 from adalora_scale.training.output_dir import hold_output_dir
 from adalora_scale.training.stopping import stopping
@@ -45,6 +47,9 @@ a cluster:    torchrun --nnodes 2 --nproc-per-node 8 … -m adalora_scale verify
               deepspeed --no_local_rank --module adalora_scale verify-engines
 NCCL is used where every rank has a GPU of its own, else gloo on the CPU.
 """
+
+
+_SHELLS = ("bash", "zsh", "fish")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,6 +113,38 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
     evaluate.set_defaults(run=_evaluate)
 
+    preview = verbs.add_parser(
+        "preview",
+        help="rows as the model will see them, trained tokens marked; loads no model",
+        description="Show rows as the model will see them, what of them is trained on, and what is cut and masked.\n"
+        "They are prepared as a run prepares them, and kept for it; no model is loaded.",
+        epilog=_OVERRIDES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_config_arguments(preview)
+    preview.add_argument("--rows", type=int, default=3, metavar="N", help="rows of train and of eval (default 3)")
+    preview.add_argument("--html", type=Path, metavar="FILE", help="write them as one page, without network")
+    preview.add_argument("--json", action="store_true", help="print one JSON object")
+    preview.set_defaults(run=_preview)
+
+    schema = verbs.add_parser(
+        "schema",
+        help="the JSON schema of a run's YAML file, for editors that complete keys",
+        description="Print the JSON schema of a run's YAML file. An editor with the YAML language server takes it\n"
+        "from a first line `# yaml-language-server: $schema=adalora.schema.json` in the file.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    schema.set_defaults(run=_schema)
+
+    completion = verbs.add_parser(
+        "completion",
+        help="completion of verbs, options and keys for a shell",
+        description='Print a script that completes verbs and options:\n  eval "$(adalora-scale completion bash)"',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    completion.add_argument("shell", choices=_SHELLS, help="the shell that reads it")
+    completion.set_defaults(run=_completion)
+
     verify = verbs.add_parser(
         "verify-engines",
         help="does every engine here train the adapter that one process trains?",
@@ -164,6 +201,7 @@ def _config(arguments: argparse.Namespace) -> RunConfig:
 def _train(arguments: argparse.Namespace) -> int:
     with stopping.a_run():
         config = _config(arguments)
+        look_at_files(config)
         launched()  # srun's variables become those that everything else reads
         with hold_output_dir(config.training) as lease:
             return _train_as(config, lease, skip_preflight=arguments.skip_preflight)
@@ -204,6 +242,7 @@ _SHOWN = ("eval_loss", "eval_accuracy")
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     config = _config(arguments)
+    look_at_files(config, resumes=False)
     _quiet_start()
     from adalora_scale.tasks.registry import TASKS, find_task
 
@@ -223,6 +262,36 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         say_json({"exact_match": result.value, "matches": result.matches, "examples": result.examples})
     else:
         say(f"exact match {result.value:.1%} ({result.matches} of {result.examples})")
+    return 0
+
+
+def _preview(arguments: argparse.Namespace) -> int:
+    config = _config(arguments)
+    look_at_files(config, resumes=False)
+    _quiet_start()
+    from adalora_scale.training.preview import run_preview
+
+    return run_preview(config, rows=arguments.rows, html=arguments.html, as_json=arguments.json)
+
+
+def _schema(_: argparse.Namespace) -> int:
+    from adalora_scale.config.json_schema import run_schema
+
+    say_text(json.dumps(run_schema(), indent=2))
+    return 0
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    import shtab
+
+    parser = _parser()
+    verbs = [verb for action in parser._actions if isinstance(action.choices, dict) for verb in action.choices.values()]
+    for action in (action for verb in verbs for action in verb._actions):
+        if action.metavar == "FILE":
+            action.complete = shtab.FILE  # which shtab looks for
+        elif action.metavar == "DIR":
+            action.complete = shtab.DIRECTORY
+    say_text(shtab.complete(parser, shell=arguments.shell))
     return 0
 
 

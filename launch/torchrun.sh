@@ -15,7 +15,7 @@
 #   JOB       name of the folder under logs/ (default adalora)
 #
 # Exit code: 0 done; 85 a checkpoint was written because SIGUSR1 or SIGTERM asked for it, start again; 3 training was given
-# up (docs/resume.md); else failed.
+# up (docs/resume.md); 130 after Ctrl-C; else failed.
 # shellcheck disable=SC2154  # launch-check prints output_dir, endpoint and their like
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -51,8 +51,8 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 started="$(mktemp)"
 trap 'rm -f "$started"' EXIT
-run_ranks torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" --max-restarts "$RESTARTS" \
-    --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "$JOB" ${local_address:+--local-addr "$local_address"} \
+run_ranks python -m adalora_scale.cluster.launching.torchrun --nnodes "$NODES" --nproc-per-node "$GPUS" \
+    --max-restarts "$RESTARTS" --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "$JOB" ${local_address:+--local-addr "$local_address"} \
     launch/train.py "${resume[@]}" "$@"
 status=$?
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import functools
-import importlib.util
 from collections.abc import Iterable
-from pathlib import Path
+from typing import get_args
 
-from adalora_scale.config.options import AdaLoraConfig, DataConfig, EngineConfig, Fsdp2Config, ModelConfig, RunConfig
-from adalora_scale.errors import nearest
+from adalora_scale.config.options import (
+    AdaLoraConfig,
+    DataConfig,
+    EngineConfig,
+    Fsdp2Config,
+    ModelConfig,
+    RunConfig,
+    TaskName,
+)
+from adalora_scale.config.training_keys import MANAGED, OWN_KEYS, refuse_managed, vendor_keys
+from adalora_scale.errors import UserError, nearest
 
 _SECTIONS = {
     "": RunConfig,
@@ -21,7 +28,6 @@ _SECTIONS = {
     "engine.": EngineConfig,
     "engine.config.": Fsdp2Config,
 }
-_ARGUMENTS = (("transformers", "training_args.py"), ("trl", "trainer/sft_config.py"))
 
 
 def hint(name: str, section: Iterable[str]) -> str:
@@ -32,6 +38,9 @@ def hint(name: str, section: Iterable[str]) -> str:
         section: the keys of the section that it stood in.
     """
     section = list(section)
+    elsewhere = [key for key in known_keys() if key.rpartition(".")[2] == name]
+    if elsewhere and name not in section:  # a key of that very name is what was meant
+        return f" Did you mean '{elsewhere[0]}'?"
     if close := nearest(name, section, cutoff=0.8):
         return close
     by_name: dict[str, str] = {}  # ours win over those of transformers that are set through them
@@ -48,19 +57,26 @@ def hint(name: str, section: Iterable[str]) -> str:
 def known_keys() -> tuple[str, ...]:
     """Return every key of a run's YAML file as section.key, those of `training` too.
 
-    The classes of transformers and TRL are read as text: importing them takes seconds, and a misspelt key is answered
-    at once.
+    The classes of transformers and TRL are read as text (`training_keys`).
     """
     ours = [prefix + entry.name for prefix, cls in _SECTIONS.items() for entry in dataclasses.fields(cls)]
-    theirs = [f"training.{name}" for package, file in _ARGUMENTS for name in _fields(package, file)]
-    return tuple(dict.fromkeys([*ours, *theirs]))
+    names = [
+        *OWN_KEYS,
+        *(name for task in get_args(TaskName) for name in vendor_keys(task) or () if name not in MANAGED),
+    ]
+    return tuple(dict.fromkeys([*ours, *(f"training.{name}" for name in names)]))
 
 
-def _fields(package: str, file: str) -> list[str]:
-    spec = importlib.util.find_spec(package)
-    path = Path(spec.origin).parent / file if spec and spec.origin else Path()
-    if not path.is_file():
-        return []
-    classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
-    entries = [entry for node in classes for entry in node.body if isinstance(entry, ast.AnnAssign)]
-    return [entry.target.id for entry in entries if isinstance(entry.target, ast.Name)]
+def check_training_names(config: RunConfig) -> None:
+    """Refuse keys of `training:` that the task's arguments do not have, without importing these.
+
+    Raises:
+        UserError: naming the first one and what was meant, or the section that it belongs to.
+    """
+    if (known := vendor_keys(config.task)) is None:
+        return  # whoever converts the section looks again
+    names = [name for name in (*known, *OWN_KEYS) if name not in MANAGED]
+    for key in config.training:
+        refuse_managed(key)
+        if key not in names:
+            raise UserError(f"unknown key 'training.{key}'.{hint(key, names)}")

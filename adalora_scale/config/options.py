@@ -22,7 +22,7 @@ TaskName = Literal["causal_lm", "sequence_classification"]
 """What can be trained; each has the file of its name in `tasks/`."""
 
 # Misspelt keys must not be dropped silently; pydantic reads this attribute from plain dataclasses too.
-_FORBID_EXTRA = ConfigDict(extra="forbid")
+_FORBID_EXTRA = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 # Nothing is imported from the method here; its scores are one file each, so looking at the folder is enough.
 SCORES = tuple(sorted(path.stem for path in (Path(__file__).parents[1] / "adalora" / "scores").glob("[!_]*.py")))

@@ -11,7 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from adalora_scale.config import options
-from adalora_scale.config.hints import hint
+from adalora_scale.config.hints import check_training_names, hint
 from adalora_scale.config.options import AdaLoraConfig, Fsdp2Config, RunConfig
 from adalora_scale.config.yaml_text import parse_yaml, read_yaml
 from adalora_scale.errors import UserError, nearest
@@ -35,7 +35,9 @@ def config_from_tree(tree: dict[str, Any]) -> RunConfig:
     Raises:
         UserError: a key is unknown, or a value has the wrong type or range.
     """
-    return _build(RunConfig, tree)
+    config: RunConfig = _build(RunConfig, tree)
+    check_training_names(config)
+    return config
 
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -103,12 +103,14 @@ def _count(node: yaml.Node, known: dict[int, int], depth: int) -> int:
 
 
 def _refuse_repeated(node: yaml.MappingNode) -> None:
-    seen = set()
+    seen: dict[tuple[str, str], yaml.Mark] = {}
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):
             continue
-        if (key.tag, key.value) in seen:
+        if (first := seen.get((key.tag, key.value))) is not None:
             raise yaml.MarkedYAMLError(
-                problem=f"the key {quoted(key.value)} stands there twice", problem_mark=key.start_mark
+                problem=f"the key {quoted(key.value)} stands there twice, in lines {first.line + 1} and "
+                f"{key.start_mark.line + 1}",
+                problem_mark=key.start_mark,
             )
-        seen.add((key.tag, key.value))
+        seen[key.tag, key.value] = key.start_mark

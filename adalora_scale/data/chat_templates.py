@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -25,20 +24,14 @@ from trl.chat_template_utils import (
 )
 
 from adalora_scale.config import DataConfig
+from adalora_scale.data.names import builtin_chat_templates, template_file
 from adalora_scale.data.rendering import LimitReached, Renderer, Span, is_known
 from adalora_scale.data.row_values import CONVERSATIONS, Layout
 from adalora_scale.data.rows import loss_target
-from adalora_scale.errors import UserError, nearest
+from adalora_scale.errors import UserError
 from adalora_scale.reading.text import MAX_TEXT_BYTES, read_text
 
 logger = logging.getLogger(__name__)
-
-_DIRECTORY = Path(__file__).with_suffix("")
-
-
-def builtin_chat_templates() -> list[str]:
-    """Return the names `data.chat_template` accepts without a file."""
-    return sorted(path.stem for path in _DIRECTORY.glob("*.jinja"))
 
 
 def resolve_chat_template(
@@ -155,13 +148,9 @@ def assistant_masks(
 
 
 def _named(name: str) -> str:
-    builtin = _DIRECTORY / f"{name}.jinja"
+    path = template_file(name)
     if name in builtin_chat_templates():
-        return builtin.read_text(encoding="utf-8")
-    path = Path(name).expanduser()
-    if not path.is_file():
-        hint = nearest(name, builtin_chat_templates())
-        raise UserError(f"data.chat_template={name} is neither a built-in template nor a Jinja file.{hint} {_known()}")
+        return path.read_text(encoding="utf-8")
     template = read_text(path, "data.chat_template")
     try:
         # The markers are tags of transformers' own Jinja extension; a plain parser has to be told to accept them.
@@ -197,10 +186,6 @@ def _own(tokenizer: Any, marked: bool, tools: bool) -> str:
 
 def _offer() -> str:
     return "a built-in one (" + " or ".join(f"data.chat_template={n}" for n in reversed(builtin_chat_templates())) + ")"
-
-
-def _known() -> str:
-    return f"Built-in: {', '.join(builtin_chat_templates())}."
 
 
 class _GenerationTag(jinja2.ext.Extension):

@@ -13,19 +13,13 @@ from typing import BinaryIO, cast
 
 import pyarrow as pa
 
+from adalora_scale.data.names import is_packed
 from adalora_scale.errors import UserError
 
-PACKED = (".gz", ".zst")
-"""Endings of packed files, behind the ending of what is in them."""
 MAX_EXPANSION = 1000
 """Bytes out of a byte in. JSON of rows packs to a tenth or a fiftieth, one text repeated without end beyond this."""
 _SMALL = 2**28
 """Bytes that any file may unpack to."""
-
-
-def is_packed(path: Path) -> bool:
-    """Whether a file's name ends in `.gz` or `.zst`."""
-    return path.suffix.lower() in PACKED
 
 
 def opened(source: str, path: Path) -> BinaryIO:

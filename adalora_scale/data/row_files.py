@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from adalora_scale.data.arrow_rows import class_names, plain_rows
-from adalora_scale.data.packed import PACKED, is_packed, opened, read_whole
+from adalora_scale.data.names import inner_name, is_packed, kind_of, local_path, look, refuse_special
+from adalora_scale.data.packed import opened, read_whole
 from adalora_scale.data.row_limits import (
     MAX_ARRAY_BYTES,
     MAX_COLUMNS,
@@ -32,26 +33,15 @@ from adalora_scale.data.row_limits import (
     check_shape,
     parse_row,
     refuse_hostile,
-    refuse_special,
 )
 from adalora_scale.data.token_cache import build_once, default_cache_dir
 from adalora_scale.errors import UserError
 
-KINDS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-"""Ending of a data file -> what is in it; those of text may be followed by one of `PACKED`."""
-ENDINGS = f"{', '.join(KINDS)}; of text also with {' or '.join(PACKED)} behind it"
-"""The endings, in words."""
 LARGE = 2**20
 """Bytes of a file that is worth remembering as looked at; some 25 ms."""
 _SAMPLE = 1000
 """Rows of a JSON file whose keys are its columns."""
 _PARQUET_ROWS = 256
-
-
-def kind_of(path: Path) -> str | None:
-    """Return what is in a file, by its name: `json`, `csv` (or tabs) or `parquet`; None for an ending nobody reads."""
-    kind = KINDS.get(_inner(path).suffix.lower())
-    return None if kind == "parquet" and is_packed(path) else kind
 
 
 def check_file(source: str) -> Path:
@@ -64,14 +54,9 @@ def check_file(source: str) -> Path:
         UserError: the file is missing, empty, of an unknown kind, or would harm whoever opens it.
     """
     path = local_path(source)
-    size = refuse_special(source, path)
-    kind = kind_of(path)
-    if kind is None:
-        ending = "".join(path.suffixes[-2:]) if is_packed(path) else path.suffix
-        raise UserError(f"{source} has an unknown extension '{ending}'; supported: {ENDINGS}.")
-    if size == 0:
-        raise UserError(f"data file {source} is empty.")
-    _look_once(source, path, kind)
+    refuse_special(source, path)  # a name that can be no hub id's is a file's here, whatever its ending
+    look(source)
+    _look_once(source, path, kind_of(path) or "")
     return path
 
 
@@ -137,22 +122,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
-def local_path(source: str) -> Path:
-    """Return the path that a user wrote, `~` replaced.
-
-    Raises:
-        UserError: there is no such user.
-    """
-    try:
-        return Path(source).expanduser()
-    except RuntimeError:
-        raise UserError(f"{source}: there is no such user; write the whole path.") from None
-
-
-def _inner(path: Path) -> Path:
-    return path.with_suffix("") if is_packed(path) else path
-
-
 def _is_array(source: str, path: Path) -> bool:
     with opened(source, path) as file:
         return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
@@ -177,7 +146,7 @@ def _parquet_rows(source: str, path: Path, columns: Collection[str] | None) -> I
 def _csv_rows(source: str, path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     limit = csv.field_size_limit(MAX_ROW_BYTES)  # a document may be longer than the default 128 KiB field
     line, size = 1, [0]
-    between, name = ("\t", "tab") if _inner(path).suffix.lower() == ".tsv" else (",", "comma")
+    between, name = ("\t", "tab") if inner_name(path).suffix.lower() == ".tsv" else (",", "comma")
     try:
         with opened(source, path) as file:
             reader = csv.reader(_text_lines(bounded_lines(source, file, size)), delimiter=between, strict=True)

@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,28 +33,6 @@ MAX_COLUMNS = 1000
 _STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NO_BRACKETS = bytes(set(range(256)) - set(b"{}[]"))
 _SPLIT = "split it into several rows"
-
-
-def refuse_special(source: str, path: Path) -> int:
-    """Return the bytes of a regular file that can be opened.
-
-    Raises:
-        UserError: it is a folder, a pipe or a device, or is not there.
-    """
-    try:
-        status = os.stat(path)
-        os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK)) if stat.S_ISREG(status.st_mode) else None
-    except FileNotFoundError:
-        raise UserError(f"data file {source} does not exist (looked in {Path.cwd()}).") from None
-    except OSError as error:
-        raise UserError(f"data file {source} cannot be read: {error.strerror}.") from None
-    except ValueError:  # a NUL in the name
-        raise UserError(f"data file {source} cannot be read: no file has such a name.") from None
-    if stat.S_ISDIR(status.st_mode):
-        raise UserError(f"{source} is a directory, not a file of rows.")
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError(f"{source} is a pipe or a device; write the rows to a file and name that.")
-    return status.st_size
 
 
 def refuse_hostile(source: str, path: Path, kind: str) -> None:

@@ -34,11 +34,11 @@ from adalora_scale.config.mixing import train_entries
 from adalora_scale.data.labels import LabelNames, Place, encoded, find_labels
 from adalora_scale.data.layouts import missing_columns, reader_of, user_columns
 from adalora_scale.data.mixing import MixedPart, Mixing, limited
+from adalora_scale.data.names import is_local
 from adalora_scale.data.row_files import first_line
 from adalora_scale.data.row_table import Source, gather
 from adalora_scale.data.row_values import COLUMNS, Layout, Reader
 from adalora_scale.data.sources import (
-    is_local,
     open_source,
     refuse_files_read_twice,
     refuse_shared_files,
@@ -210,6 +210,7 @@ def _recognise(source: Source, config: DataConfig, wanted: Wanted) -> str:
     else:
         fitting = [name for name in FORMATS if not missing_columns(name, source.columns, config)]
         if not fitting:
+            _refuse_unknown_names(source, config)
             raise UserError(
                 f"{source.name}: no known layout in the columns {', '.join(source.columns)}. Name them: "
                 "data.messages_column; or data.prompt_column and data.completion_column; or data.text_column (and "
@@ -217,6 +218,18 @@ def _recognise(source: Source, config: DataConfig, wanted: Wanted) -> str:
             )
         format_ = max(fitting, key=lambda name: _is_named(name, config))  # the first of the fitting, or what was named
     return format_
+
+
+def _refuse_unknown_names(source: Source, config: DataConfig) -> None:
+    """Refuse a column that the user has named and the source does not have.
+
+    Raises:
+        UserError: naming it and the columns that are there.
+    """
+    for key in ("messages_column", "prompt_column", "completion_column", "text_column", "label_column"):
+        if (name := getattr(config, key)) != getattr(DataConfig, key) and name not in source.columns:
+            found = ", ".join(source.columns)
+            raise UserError(f"{source.name} has no column '{name}' (it has {found}); set data.{key}.")
 
 
 def _is_named(format_: str, config: DataConfig) -> bool:

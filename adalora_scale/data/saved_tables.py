@@ -11,8 +11,9 @@ import datasets
 import pyarrow as pa
 
 from adalora_scale.data.arrow_rows import class_names, plain_rows
-from adalora_scale.data.row_files import ENDINGS, LARGE, file_stamp, first_line
-from adalora_scale.data.row_limits import MAX_COLUMNS, refuse_special
+from adalora_scale.data.names import ENDINGS, refuse_special
+from adalora_scale.data.row_files import LARGE, file_stamp, first_line
+from adalora_scale.data.row_limits import MAX_COLUMNS
 from adalora_scale.data.row_table import Source
 from adalora_scale.errors import UserError
 from adalora_scale.reading.json_text import read_object

@@ -14,18 +14,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from adalora_scale.data.packed import PACKED
-from adalora_scale.data.row_files import (
-    ENDINGS,
-    LARGE,
-    check_file,
-    file_identity,
-    file_stamp,
-    iterate_rows,
-    kind_of,
-    local_path,
-    sample_of,
-)
+from adalora_scale.data.names import ENDINGS, PACKED, is_local, kind_of, local_path
+from adalora_scale.data.row_files import LARGE, check_file, file_identity, file_stamp, iterate_rows, sample_of
 from adalora_scale.data.row_table import Source
 from adalora_scale.data.saved_tables import hub_source, is_saved, saved_source
 from adalora_scale.errors import UserError
@@ -100,13 +90,6 @@ def refuse_files_read_twice(train: list[Source]) -> None:
             f"data.train takes in {Path(twice[0]).name} twice, so that data.eval_fraction would hold out rows "
             "that are trained on; name it once ({path, weight} shows rows more often), or name data.eval."
         )
-
-
-def is_local(name: str) -> bool:
-    """Tell a path from a hub id: a known ending, an existing path, or a form no hub id can have."""
-    path = local_path(name)
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or glob.has_magic(name)
-    return kind_of(path) is not None or path.suffix.lower() in PACKED or looks_like_path or os.path.lexists(path)
 
 
 def _in_folder(name: str, path: Path) -> list[str]:

@@ -97,6 +97,27 @@ def foreign(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {reason}") from error
 
 
+def hub_hint(name: str, error: BaseException) -> str:
+    """Return how to get a model that is no folder here and that the hub did not give; empty where nothing helps.
+
+    Args:
+        name: the hub id.
+        error: what was said, or raised with what the hub said as its cause.
+    """
+    if Path(name).exists():
+        return ""
+    from huggingface_hub import is_offline_mode
+
+    if is_offline_mode():
+        return f" HF_HUB_OFFLINE is set: run `hf download {name}` where there is network, or name a folder."
+    said = f"{error} {error.__cause__ or ''}".lower()
+    if any(word in said for word in ("gated", "private", "401", "403", "not a valid model identifier")):
+        return f" If {name} is gated or private, ask for access on its page and log in by `hf auth login`."
+    if any(word in said for word in ("connect", "resolve", "timed out", "timeout")):
+        return f" Without network run `hf download {name}` where there is some, or name a folder."
+    return ""
+
+
 def _check_file(path: Path, folder: Path, attention: str | None) -> None:
     size = file_size(own_file(path, folder))
     if path.suffix == ".safetensors":

@@ -13,37 +13,12 @@ from transformers import TrainingArguments
 
 from adalora_scale.config import AdaLoraConfig, RunConfig, check_value
 from adalora_scale.config.hints import hint
+from adalora_scale.config.training_keys import OWN_KEYS, refuse_managed
 from adalora_scale.engines.engine import Engine
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.messages import cause
 from adalora_scale.tasks.registry import find_task
 from adalora_scale.training.batch import batch_sizes
-
-OWN_KEYS = {
-    "overwrite_output_dir": bool,
-    "resume_allow_changed": list[str] | None,
-    "resume_compact": bool | None,
-    "global_batch_size": int,
-    "max_skipped_steps": int,
-}
-"""Keys of the section that are not transformers'."""
-
-# Set through the `data:` section, once tokenisation is done; two places for one thing would disagree some day.
-_MANAGED = {
-    "max_length": "data.max_length",
-    "packing": "data.packing",
-    "eval_packing": "data.packing",
-    "completion_only_loss": "data.loss_on",
-    "assistant_only_loss": "data.loss_on",
-    "chat_template_path": "data.chat_template",
-    "dataset_text_field": "data.text_column",
-    "dataset_num_proc": "data.preprocessing_num_workers",
-    "dataset_kwargs": "data",
-    "model_init_kwargs": "model",
-    "deepspeed": "engine.config",
-    "fsdp": "engine.name",
-    "fsdp_config": "engine.config",
-}
 
 _COUNTS = (
     "per_device_train_batch_size",
@@ -90,8 +65,7 @@ def convert_training_section(config: RunConfig) -> dict[str, Any]:
     )
     checked: dict[str, Any] = {}
     for key, value in config.training.items():
-        if key in _MANAGED:
-            raise UserError(f"training.{key} is set through {_MANAGED[key]} here; move it there.")
+        refuse_managed(key)
         if key not in hints:
             raise UserError(f"unknown key 'training.{key}'.{hint(key, hints)}")
         if value is False and key.endswith("_strategy"):

@@ -65,6 +65,8 @@ class AdaLoraCallback(TrainerCallback):
         self._last_written = 0
         self._clock = time.perf_counter()
         self._tokens = 0.0
+        self.tokens_per_second: float | None = None
+        """Over all ranks, between the last two logs of a loss."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -202,7 +204,9 @@ class AdaLoraCallback(TrainerCallback):
         figures = dict(logs)
         self._clock += logs.get("eval_runtime", 0.0)  # tokens_per_second is training's
         if "loss" in logs:
-            figures.update(self._speed(logs, state))
+            speed = self._speed(logs, state)
+            self.tokens_per_second = speed.get("tokens_per_second")
+            figures.update(speed)
             figures.update(self.allocator.metrics())
         self.records[METRICS_NAME].write({"step": state.global_step, **figures})
 

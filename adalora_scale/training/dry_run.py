@@ -117,6 +117,8 @@ def name_unused(training: dict[str, Any], arguments: TrainingArguments) -> None:
     for key, reason in _WITHOUT_EFFECT.items():
         if key in training:
             say(f"note: training.{key} has no effect here: {reason}")
+    if "num_train_epochs" in training and arguments.max_steps > 0:
+        say(f"note: training.num_train_epochs has no effect beside training.max_steps={arguments.max_steps}")
     chooses = arguments.load_best_model_at_end or arguments.save_strategy == "best"
     follows = arguments.lr_scheduler_type == "reduce_lr_on_plateau"
     for key, needed, there in (

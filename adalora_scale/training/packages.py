@@ -10,11 +10,12 @@ from importlib.util import find_spec
 from typing import Any
 
 from transformers.integrations import integration_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import import_utils
 
 from adalora_scale.config import RunConfig
 from adalora_scale.engines.engine import Engine
-from adalora_scale.errors import UserError
+from adalora_scale.errors import UserError, nearest
 
 Looks = Callable[[], bool]
 
@@ -101,13 +102,20 @@ def check_packages(config: RunConfig, training: dict[str, Any], engine: Engine) 
     for tracker in _listed(training.get("report_to")):
         if tracker not in _TRACKERS and tracker not in ("none", "all", *integration_utils.INTEGRATION_TO_CALLBACK):
             raise UserError(
-                f"training.report_to={tracker} is no tracker; known are {', '.join(sorted(_TRACKERS))}, all and none."
+                f"training.report_to={tracker} is no tracker.{nearest(tracker, _TRACKERS)} Known: "
+                f"{', '.join(sorted(_TRACKERS))}, all and none."
             )
         _require(f"training.report_to={tracker}", _TRACKERS.get(tracker), _HINTS.get(tracker, ""))
     optimizer = training.get("optim")
     name = str(getattr(optimizer, "value", optimizer))
     _require(f"training.optim={name}", _OPTIMIZERS.get(name))
     if attention := config.model.attn_implementation:
+        known = sorted({"eager", *ALL_ATTENTION_FUNCTIONS.valid_keys(), *_ATTENTION})
+        if "/" not in attention and attention.removeprefix("paged|") not in known:
+            raise UserError(
+                f"model.attn_implementation={attention} is unknown.{nearest(attention, known)} Known: "
+                f"{', '.join(name for name in known if '|' not in name)}, or a kernel's repository on the hub."
+            )
         from_hub = "/" in attention or attention in _ATTENTION
         if not (from_hub and import_utils.is_kernels_available()):
             hub_only = (import_utils.is_kernels_available, "kernels") if "/" in attention else None

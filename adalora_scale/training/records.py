@@ -97,13 +97,19 @@ def hardware() -> dict[str, Any]:
     return found
 
 
-def peak_memory_by_rank() -> list[dict[str, int]]:
-    """Return every rank's peak resident and device memory in bytes; a collective call."""
+def peak_memory() -> dict[str, int]:
+    """Return this process's peak memory in bytes: `resident_bytes`, and `device_bytes` where there is a GPU."""
     # Linux counts ru_maxrss in KiB, macOS in bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     own = {"resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if torch.cuda.is_available():
         own["device_bytes"] = torch.cuda.max_memory_allocated()
+    return own
+
+
+def peak_memory_by_rank() -> list[dict[str, int]]:
+    """Return every rank's peak resident and device memory in bytes; a collective call."""
+    own = peak_memory()
     if not (dist.is_available() and dist.is_initialized()):
         return [own]
     everyone: list[dict[str, int]] = [{} for _ in range(dist.get_world_size())]

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import is_offline_mode
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
     TrainingArguments,
     set_seed,
@@ -40,8 +40,9 @@ from adalora_scale.files import write_json
 from adalora_scale.messages import say
 from adalora_scale.placing import streaming
 from adalora_scale.placing.model import place_model
+from adalora_scale.placing.positions import note_on_positions
 from adalora_scale.placing.tokens import embedding_rows, require_rows
-from adalora_scale.reading.base_config import check_base, foreign, said_of
+from adalora_scale.reading.base_config import check_base, foreign, hub_hint, said_of
 from adalora_scale.tasks.registry import find_task, wanted_rows
 from adalora_scale.training.arguments import (
     check_training_section,
@@ -57,6 +58,8 @@ from adalora_scale.training.checkpointing import check_asked_checkpoint, choose_
 from adalora_scale.training.console import use_console
 from adalora_scale.training.continuing import rank_fitter, run_identity
 from adalora_scale.training.dry_run import check_hub, check_loop, check_tokens, check_values, name_unused
+from adalora_scale.training.first_example import say_first_example
+from adalora_scale.training.first_look import look_at_model
 from adalora_scale.training.lease import Lease
 from adalora_scale.training.optimizers import check_optimizer
 from adalora_scale.training.output_dir import hold_output_dir
@@ -159,7 +162,7 @@ def prepare(config: RunConfig) -> Inputs:
     check_optimizer(training)
     check_packages(config, training, engine)
     check_asked_checkpoint(training.get("resume_from_checkpoint"), Path(training["output_dir"]))
-    check_model_path(config)
+    shape = check_model_path(config)
     if config.model.adapter_path:
         check_start(config.model.adapter_path, config.adalora)
     if config.model.load_in_4bit:
@@ -194,6 +197,11 @@ def prepare(config: RunConfig) -> Inputs:
         name_unused(training, arguments)
     config.adalora.phase_steps(steps)
     require_evaluation_at_budget(arguments, config.adalora, steps)
+    note = note_on_positions(config.data.max_length, shape, data)
+    if arguments.process_index == 0 and note is not None:
+        say(note)
+    if arguments.process_index == 0 and training.get("show_example", True):
+        say_first_example(config, data, raw, tokenizer, seed=seed)
     if data.mixture is not None and arguments.process_index == 0:
         say(*described(data.mixture, steps * global_batch(arguments)))
     return Inputs(engine, arguments, raw, tokenizer, data, steps, rows)
@@ -278,27 +286,20 @@ def _order_identity(inputs: Inputs) -> dict[str, Any]:
     return {"data.mixing": amounts, "data_fingerprint": data_fingerprint(data.train)}
 
 
-def check_model_path(config: RunConfig) -> None:
-    """Read config.json (or ask the hub) before rows are tokenised."""
+def check_model_path(config: RunConfig) -> PretrainedConfig:
+    """Read config.json (or ask the hub) before rows are tokenised, and return it."""
     path = config.model.model_name_or_path
-    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
-        raise UserError(f"model.model_name_or_path={path} is not a folder.")
+    look_at_model(config.model)
     with said_of(path):
         check_base(path, config.model.revision, attention=config.model.attn_implementation)
     try:
         with foreign(f"model.model_name_or_path={path}"):
-            AutoConfig.from_pretrained(
+            shape: PretrainedConfig = AutoConfig.from_pretrained(
                 path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
             )
     except UserError as error:
-        raise UserError(f"{error}{_offline_hint(path)}") from None
-
-
-def _offline_hint(path: str) -> str:
-    """Say how to get what an offline machine lacks."""
-    if not is_offline_mode() or Path(path).exists():
-        return ""
-    return f" HF_HUB_OFFLINE is set: run `hf download {path}` where there is network, or name a folder."
+        raise UserError(f"{error}{hub_hint(path, error)}") from None
+    return shape
 
 
 def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
@@ -312,7 +313,7 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
                 path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
             )
     except UserError as error:
-        raise UserError(f"model.{key}={path}: {error}{_offline_hint(path)}") from None
+        raise UserError(f"model.{key}={path}: {error}{hub_hint(path, error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

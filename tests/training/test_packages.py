@@ -56,7 +56,7 @@ def test_what_is_there_is_not_refused(override):
 
 def test_a_tracker_that_does_not_exist_is_refused():
     """Else a misspelt tracker is found after loading."""
-    with pytest.raises(UserError, match=r"training.report_to=wanbd is no tracker; known are .*wandb"):
+    with pytest.raises(UserError, match=r"training.report_to=wanbd is no tracker\. Did you mean .wandb"):
         check("training.report_to=wanbd")
 
 
