@@ -8,6 +8,7 @@ from typing import Any
 from adalora_scale.adalora.adaptables import adaptable_of
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import AdapterFile
+from adalora_scale.export.adapter_record import UNFINISHED
 from adalora_scale.export.base_checkpoint import BaseCheckpoint, local_base, rows_in
 from adalora_scale.export.dequantise import Dequantised, dequantised_weights, refuse_quantised
 from adalora_scale.export.fidelity import NotMeasurable
@@ -47,8 +48,9 @@ def _export(request: Request, adapter: AdapterFile, whole: AdapterFile, pruning:
         "base": str(request.base or adapter.base),
         "notes": [],
     }
-    if not adapter.final:
-        report["notes"].append("the adapter is from before its final allocation: it holds more than the target budget")
+    if adapter.unfinished is not None:
+        report["unfinished"] = adapter.unfinished
+        report["notes"].append(f"the adapter is unfinished: {UNFINISHED[adapter.unfinished]}")
     if base is not None and base.grown:
         report["vocabulary"], old = rows_in(base), next(iter(base.grown.values()))
         if request.format.startswith("peft"):
