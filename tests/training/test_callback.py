@@ -109,12 +109,6 @@ def test_checkpoints_of_a_stock_trainer_hold_the_adapter(stories260k, tokenizer,
     assert abs(loss_on(last, tokenizer, texts) - loss_on(model, tokenizer, texts)) < 1e-5
 
 
-def files_below(folder):
-    return {
-        str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin", ".json")
-    }
-
-
 @pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
 def test_saving_by_a_stock_trainer_writes_the_adapter_alone(stories260k, tokenizer, texts, tmp_path, capsys, kind):
     """Else save_model and every checkpoint hold the base as `…base_layer.weight`, which nothing loads."""
@@ -126,15 +120,13 @@ def test_saving_by_a_stock_trainer_writes_the_adapter_alone(stories260k, tokeniz
     trainer.train()
     trainer.save_model(str(tmp_path / "after"))
     said = capsys.readouterr().err.splitlines()
-    assert [line for line in said if "unfinished" in line] == [
-        f"note: the adapter in {tmp_path}/run/checkpoint-8 is marked unfinished: it is from before the final allocation "
-        f"and has more triplets than the target budget"
-    ]
+    (note,) = [line for line in said if "unfinished" in line]
+    assert note.startswith(
+        f"note: the adapter in {tmp_path}/run/checkpoint-8 is marked unfinished: it is from before the"
+    )
     for folder in ("before", "after", "run/checkpoint-8", "run/checkpoint-16", "run"):
         assert (tmp_path / folder / "adapter_model.safetensors").is_file()
-    assert not {
-        name for name in files_below(tmp_path) if name.rpartition("/")[2].startswith(("model", "pytorch_model"))
-    }
+    assert not [path for name in ("model*", "pytorch_model*") for path in tmp_path.rglob(name)]
     assert inspect_folder(tmp_path / "run" / "checkpoint-8")["unfinished"] == "before the final allocation"
     assert inspect_folder(tmp_path / "after")["unfinished"] is None
     again = load_adapter(AutoModelForCausalLM.from_pretrained(stories260k), tmp_path / "after")
@@ -146,9 +138,11 @@ def test_saving_by_a_stock_trainer_writes_the_adapter_alone(stories260k, tokeniz
 def test_the_best_checkpoint_of_a_stock_trainer_is_refused_before_training(stories260k, tokenizer, texts, tmp_path):
     """transformers would look for a whole model there, warn, and go on with the last weights."""
     model = inject_adalora(AutoModelForCausalLM.from_pretrained(stories260k), CONFIG)
-    options = {"save_steps": 8, "eval_strategy": "steps", "eval_steps": 8, "load_best_model_at_end": True}
+    trainer = stock_trainer("Trainer", model, tokenizer, texts, tmp_path, AdaLoraCallback(), save_steps=8)
+    trainer.args.load_best_model_at_end = True
     with pytest.raises(Unsupported, match="load_best_model_at_end=True"):
-        stock_trainer("Trainer", model, tokenizer, texts, tmp_path, AdaLoraCallback(), **options)
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_saving_a_prepared_model_whole_is_refused(stories260k, tmp_path):
