@@ -26,6 +26,7 @@ from adalora_scale.export.command import add_verbs as add_export_verbs
 from adalora_scale.installed import version_of
 from adalora_scale.messages import say, say_json
 from adalora_scale.placing.quantize import add_verb as add_quantize_verb
+from adalora_scale.recipes.command import add_parser as add_recipes
 from adalora_scale.sweep.arguments import add_parser as add_sweep
 from adalora_scale.training.lease import Lease
 from adalora_scale.training.output_dir import hold_output_dir
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what is installed, for a report of a fault",
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
+    add_recipes(verbs)
 
     train = verbs.add_parser(
         "train",
