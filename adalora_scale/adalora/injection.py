@@ -77,6 +77,14 @@ class Injection:
     """Steps of the run, for adapter files to record; None before there is an allocator."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Linear layers that `all-linear` left out, because an adapter on them would not act → why."""
+    allocator: Callable[[], Any] | None = None
+    """A weak reference to the allocator that is attached to an optimizer."""
+    name: str = "default"
+    """Of the adapter, where several are at hand (`export/switching.py`)."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of a model leave the allocator out: it holds the tensors of the first one."""
+        return vars(self) | {"allocator": None}
 
 
 def inject_adalora(

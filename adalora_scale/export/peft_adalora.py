@@ -23,6 +23,7 @@ from adalora_scale.adalora.injection import (
     adapter_layers,
     attach_injection,
     digest_base,
+    injection_of,
     replace_modules,
 )
 from adalora_scale.adalora.layer import AdaLoraLayer
@@ -43,6 +44,7 @@ from adalora_scale.export.adapter_file import PREFIX as _PREFIX
 from adalora_scale.export.adapter_record import PEFT_SCALE, checked_record
 from adalora_scale.export.base_copies import BASE_LAYER, require_own_copies
 from adalora_scale.export.stock_saving import save_adapter_alone
+from adalora_scale.export.switching import load_beside, refuse_trained_modules
 from adalora_scale.export.tensor_files import TensorFile
 from adalora_scale.export.tied import part_what_differs
 from adalora_scale.export.whole_adapter import WholeAdapter, collected, unwrapped
@@ -85,23 +87,35 @@ def gather_adapter(model: nn.Module) -> WholeAdapter | None:
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = False) -> nn.Module:
+def load_adapter(
+    model: nn.Module, directory: str | Path, *, adapter_name: str = "default", trainable: bool = False
+) -> nn.Module:
     """Put the adapter in `directory` (written here or by PEFT) onto a base model, in place, and return the model.
 
-    Layers are built at the ranks in the file, so pruned triplets cost nothing.
+    Layers are built at the ranks in the file, so pruned triplets cost nothing. On a model that has an adapter the new
+    one is put beside it, and acts from `set_adapter(model, adapter_name)` on.
 
     Args:
-        model: the base model the adapter was trained on, without adapters.
+        model: the base model the adapter was trained on.
         directory: where `adapter_config.json` and `adapter_model.safetensors` are.
+        adapter_name: for `set_adapter`; one that the model does not have yet.
         trainable: leave the adapter's parameters trainable.
 
     Raises:
-        UserError: files are missing or damaged, or the adapter belongs to another base model.
-        Unsupported: the adapter is of another method.
+        UserError: files are missing or damaged, or the adapter belongs to another base model, or the name is taken.
+        Unsupported: the adapter is of another method; or, beside another one, it or that one has modules that were
+            trained in full.
     """
-    directory = Path(directory)
     if any(True for _ in adapter_layers(model)):
-        raise UserError("the model already has AdaLoRA layers; load an adapter onto a fresh base model.")
+        load_beside(model, adapter_name, lambda base: _load_onto(base, Path(directory), trainable, beside=True))
+        return model
+    _load_onto(model, Path(directory), trainable)
+    if (injection := injection_of(model)) is not None:
+        injection.name = adapter_name
+    return model
+
+
+def _load_onto(model: nn.Module, directory: Path, trainable: bool, *, beside: bool = False) -> None:
     saved = read_adapter_config(directory)
     tensors, record = _read_weights(directory)
     found = {key: module_of_factor(key.removeprefix(_PREFIX), "ADALORA") for key in tensors}
@@ -112,6 +126,8 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
     others = {k.removeprefix(_PREFIX): v for k, v in tensors.items() if found[k] is None}
     copies = {name.replace(BASE_LAYER, "."): partial(others.pop, name) for name in list(others) if BASE_LAYER in name}
     require_own_copies(copies, dict(model.named_parameters(remove_duplicate=False)).get, directory)
+    if beside and others:
+        refuse_trained_modules(sorted({name.rpartition(".")[0] for name in others}))
     fit_rows(model, {name: tuple(value.shape) for name, value in others.items()})
     _check_others(model, others, directory)
 
@@ -165,7 +181,6 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
         model.config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
         model.config.label2id = {name: index for index, name in enumerate(labels)}  # type: ignore[union-attr]
         model.config.problem_type = record.get("problem_type")  # type: ignore[union-attr]
-    return model
 
 
 def saved_values(model: nn.Module, directory: str | Path) -> list[tuple[nn.Parameter, Tensor]]:
