@@ -15,6 +15,7 @@ from adalora_scale.export.fidelity import NotMeasurable
 from adalora_scale.export.from_checkpoint import adapter_folder
 from adalora_scale.export.measuring import measure, num_labels, samples, why_not_measured
 from adalora_scale.export.merge import Plan, check_same_base, plan_merge
+from adalora_scale.export.model_card import card_text, command_line, ranks_said, write_card
 from adalora_scale.export.model_folder import shard_bytes, write_companions, write_model
 from adalora_scale.export.output import Withdrawn, aside, output_folder
 from adalora_scale.export.peft_forms import write_peft_adalora, write_peft_lora
@@ -108,10 +109,31 @@ def _export(request: Request, adapter: AdapterFile, whole: AdapterFile, pruning:
             )
             if kept is None:
                 raise Withdrawn
+        _write_card(request, adapter, report, folder)
         report.update(write_record(folder, report))
         if kept is not None:
             raise Withdrawn(kept)
     return report
+
+
+def _write_card(request: Request, adapter: AdapterFile, report: dict[str, Any], folder: Path) -> None:
+    """Write the model card where the form's users look for one; a rank pattern is no model."""
+    if request.format == "rank-pattern":
+        return
+    ranks = report.get("ranks") or {name: shape.rank for name, shape in adapter.modules.items()}
+    table = {"base model": str(report["base"]), "form": str(report["format"]), "ranks": ranks_said(ranks)}
+    if fidelity := report.get("fidelity_text"):
+        table["compared with the adapter"] = str(fidelity)
+    text = card_text(
+        title=Path(request.output).name,
+        base=report["base"],
+        task=adapter.task,
+        merged=request.format == "merged",
+        datasets=[],
+        table=table | {"command": command_line()},
+        notes=report["notes"],
+    )
+    write_card(folder, text)
 
 
 def _base(request: Request, adapter: AdapterFile) -> BaseCheckpoint | None:
