@@ -28,6 +28,7 @@ from adalora_scale.installed import version_of
 from adalora_scale.messages import say, say_json, say_text
 from adalora_scale.placing.quantize import add_verb as add_quantize_verb
 from adalora_scale.report.command import add_verb as add_report_verb
+from adalora_scale.recipes.command import add_parser as add_recipes
 from adalora_scale.sweep.arguments import add_parser as add_sweep
 from adalora_scale.training.first_look import look_at_files
 from adalora_scale.training.lease import Lease
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what is installed, for a report of a fault",
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB")
+    add_recipes(verbs)
 
     train = verbs.add_parser(
         "train",

@@ -3,8 +3,8 @@
 # (QAdaLoRA) with DeepSpeed ZeRO on 2 processes, and shows its exact-match score before and after, with plain LoRA
 # beside it. No network beyond the package index.
 #
-#   bash launch/quickstart.sh            about 3 minutes on 2 CPU cores after the set-up
-#   bash launch/quickstart.sh --seeds 5  both methods on five seeds, with mean and spread; about 10 minutes
+#   bash launch/quickstart.sh            3 minutes on 2 fast CPU cores after the set-up, 8 on 2 slow or busy ones
+#   bash launch/quickstart.sh --seeds 5  both methods on five seeds, with mean and spread; 10 to 30 minutes
 set -euo pipefail
 
 seeds=1

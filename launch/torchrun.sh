@@ -20,10 +20,11 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
-# Kubernetes' training operator speaks through PET_ variables.
+# Kubernetes' training operator (v1) and Kubeflow Trainer (v2, which names the first node) speak through PET_ variables.
 NODES="${NODES:-${PET_NNODES:-1}}"
-RDZV="${RDZV:-${PET_RDZV_ENDPOINT:-}}"
-patience="${PET_RDZV_ENDPOINT:+300}"  # pods start in any order, and have an address only then
+named="${PET_RDZV_ENDPOINT:-${PET_MASTER_ADDR:+$PET_MASTER_ADDR:${PET_MASTER_PORT:-29400}}}"
+RDZV="${RDZV:-$named}"
+patience="${named:+300}"  # pods start in any order, and have an address only then
 RESTARTS="${RESTARTS:-${PET_MAX_RESTARTS:-0}}"
 GPUS="${GPUS:-${PET_NPROC_PER_NODE:-}}"
 JOB="${JOB:-${PET_RDZV_ID:-adalora}}"

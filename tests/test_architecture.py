@@ -22,6 +22,7 @@ LAYERS = {
     "cli": 8,
     "__main__": 8,
     "cluster": 7,
+    "recipes": 7,
     "sweep": 7,
     "verify": 7,
     "training": 6,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +22,10 @@ def test_the_quickstart_learns_its_task_and_shows_it(tmp_path):
     # A copy, so that a developer's own runs/quickstart stays; the environment is the one the tests run in.
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, files.split("\0")):
-        if name.startswith(("adalora_scale/", "launch/", "configs/", "benchmarks/")) and (ROOT / name).is_file():
+        if name.startswith(("adalora_scale/", "launch/", "configs/", "benchmarks/")) and os.path.lexists(ROOT / name):
             target = tmp_path / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes((ROOT / name).read_bytes())
+            shutil.copy2(ROOT / name, target, follow_symlinks=False)
     (tmp_path / "launch" / "setup.sh").write_text("exit 0\n")
     environment = os.environ | {"ADALORA_VENV": sys.prefix, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,14 @@ class Injection:
     """Steps of the run, for adapter files to record; None before there is an allocator."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Linear layers that `all-linear` left out, because an adapter on them would not act → why."""
+    allocator: Callable[[], Any] | None = None
+    """A weak reference to the allocator that is attached to an optimizer."""
+    name: str = "default"
+    """Of the adapter, where several are at hand (`export/switching.py`)."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles of a model leave the allocator out: it holds the tensors of the first one."""
+        return vars(self) | {"allocator": None}
 
 
 def inject_adalora(
@@ -153,6 +161,16 @@ def file_forms(model: nn.Module) -> dict[str, dict[str, Any]]:
 def attach_injection(model: nn.Module, injection: Injection) -> None:
     """Make `injection` the model's own."""
     model.adalora = injection  # type: ignore[assignment]  # a plain attribute; nn.Module's stub knows only tensors
+    if callable(getattr(type(model), "save_pretrained", None)):
+        model.save_pretrained = _refuse_whole_model  # type: ignore[assignment]
+
+
+def _refuse_whole_model(*args: Any, **kwargs: Any) -> NoReturn:
+    """Stand in for transformers' `save_pretrained` until something that writes adapters does."""
+    raise UserError(
+        "model.save_pretrained would write the frozen base under names that nothing loads; call "
+        "adalora_scale.save_adapter(model, folder), or train with AdaLoraCallback, after which it writes the adapter."
+    )
 
 
 def injected_module(model: nn.Module) -> nn.Module | None:

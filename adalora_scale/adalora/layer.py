@@ -74,6 +74,8 @@ class AdaLoraLayer(nn.Module):
         """After the final allocation: which triplets are kept; None before it."""
         self.earlier: Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
         """Gives an earlier adapter's A (in, k), E (k,) and B (out, k), k ≤ r, which training goes on from."""
+        self.bypassed = False
+        """Whether the forward is the base's alone: switched off for a while, or merged into the weight."""
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         device = self.weight.device
         self.lora_A = nn.Parameter(torch.empty(self.in_features, r, dtype=torch.float32, device=device))
@@ -131,7 +133,7 @@ class AdaLoraLayer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = cast(torch.Tensor, self.base_layer(x))
-        if self.r == 0:
+        if self.r == 0 or self.bypassed:
             return y
         dtype = x.dtype if x.is_floating_point() else y.dtype
         a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)

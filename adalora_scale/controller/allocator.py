@@ -10,6 +10,7 @@ adapter that this rank owns, and sums over ranks, come from `adalora_scale.engin
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from typing import Any
 
 import torch
@@ -128,6 +129,8 @@ class RankAllocator:
             self._scoring.begin()
         base.register_step_pre_hook(self._before_update)
         base.register_step_post_hook(self._after_update)
+        if (injection := injection_of(self.model)) is not None:
+            injection.allocator = weakref.ref(self)
         return self
 
     def _hold(self, target: object) -> tuple[Sharding, Optimizer]:

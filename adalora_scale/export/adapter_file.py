@@ -19,7 +19,7 @@ from torch import Tensor
 from adalora_scale.adalora.adaptables import MATRIX, FileForm, block, module_of_factor, namings
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_keys import refuse_more, require_plain
-from adalora_scale.export.adapter_record import PEFT_SCALE, checked_record
+from adalora_scale.export.adapter_record import BEFORE_FINAL, PEFT_SCALE, checked_record
 from adalora_scale.export.base_copies import BASE_LAYER, require_own_copies
 from adalora_scale.export.tensor_files import FLOATING, TensorFile
 from adalora_scale.reading.folders import PICKLES, own_file
@@ -129,7 +129,14 @@ class AdapterFile:
     @property
     def final(self) -> bool:
         """Whether the ranks are settled: plain LoRA, or AdaLoRA after its final allocation."""
-        return self.method == "LORA" or bool(self.config.get("rank_pattern"))
+        return self.unfinished is None
+
+    @property
+    def unfinished(self) -> str | None:
+        """A key of `UNFINISHED`; None where the ranks are settled. Files without a mark are judged by their masks."""
+        if (marked := self.record.get("unfinished")) is not None:
+            return str(marked)
+        return BEFORE_FINAL if self.method == "ADALORA" and not self.config.get("rank_pattern") else None
 
     @property
     def fan_in_fan_out(self) -> bool:

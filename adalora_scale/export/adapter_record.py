@@ -26,6 +26,12 @@ PEFT_SCALE = "peft_scale"
 """Key of the record: λ was multiplied by `peft_scale(init_r)`, so that PEFT's function is exact."""
 CHECKSUM = "checksum"
 """Key of the record: SHA-256 over the tensors and the rest of the record."""
+NO_ALLOCATOR, BEFORE_FINAL = "no allocator", "before the final allocation"
+UNFINISHED = {
+    NO_ALLOCATOR: "no allocator was attached, so nothing was pruned: every matrix has all its triplets",
+    BEFORE_FINAL: "it is from before the final allocation and has more triplets than the target budget",
+}
+"""State in the record of a weight file → what it means. A finished adapter has none."""
 
 
 def save_adapter_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:

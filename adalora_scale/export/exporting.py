@@ -8,12 +8,14 @@ from typing import Any
 from adalora_scale.adalora.adaptables import adaptable_of
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import AdapterFile
+from adalora_scale.export.adapter_record import UNFINISHED
 from adalora_scale.export.base_checkpoint import BaseCheckpoint, local_base, rows_in
 from adalora_scale.export.dequantise import Dequantised, dequantised_weights, refuse_quantised
 from adalora_scale.export.fidelity import NotMeasurable
 from adalora_scale.export.from_checkpoint import adapter_folder
 from adalora_scale.export.measuring import measure, num_labels, samples, why_not_measured
 from adalora_scale.export.merge import Plan, check_same_base, plan_merge
+from adalora_scale.export.model_card import card_text, command_line, ranks_said, write_card
 from adalora_scale.export.model_folder import shard_bytes, write_companions, write_model
 from adalora_scale.export.output import Withdrawn, aside, output_folder
 from adalora_scale.export.peft_forms import write_peft_adalora, write_peft_lora
@@ -47,8 +49,9 @@ def _export(request: Request, adapter: AdapterFile, whole: AdapterFile, pruning:
         "base": str(request.base or adapter.base),
         "notes": [],
     }
-    if not adapter.final:
-        report["notes"].append("the adapter is from before its final allocation: it holds more than the target budget")
+    if adapter.unfinished is not None:
+        report["unfinished"] = adapter.unfinished
+        report["notes"].append(f"the adapter is unfinished: {UNFINISHED[adapter.unfinished]}")
     if base is not None and base.grown:
         report["vocabulary"], old = rows_in(base), next(iter(base.grown.values()))
         if request.format.startswith("peft"):
@@ -106,10 +109,31 @@ def _export(request: Request, adapter: AdapterFile, whole: AdapterFile, pruning:
             )
             if kept is None:
                 raise Withdrawn
+        _write_card(request, adapter, report, folder)
         report.update(write_record(folder, report))
         if kept is not None:
             raise Withdrawn(kept)
     return report
+
+
+def _write_card(request: Request, adapter: AdapterFile, report: dict[str, Any], folder: Path) -> None:
+    """Write the model card where the form's users look for one; a rank pattern is no model."""
+    if request.format == "rank-pattern":
+        return
+    ranks = report.get("ranks") or {name: shape.rank for name, shape in adapter.modules.items()}
+    table = {"base model": str(report["base"]), "form": str(report["format"]), "ranks": ranks_said(ranks)}
+    if fidelity := report.get("fidelity_text"):
+        table["compared with the adapter"] = str(fidelity)
+    text = card_text(
+        title=Path(request.output).name,
+        base=report["base"],
+        task=adapter.task,
+        merged=request.format == "merged",
+        datasets=[],
+        table=table | {"command": command_line()},
+        notes=report["notes"],
+    )
+    write_card(folder, text)
 
 
 def _base(request: Request, adapter: AdapterFile) -> BaseCheckpoint | None:

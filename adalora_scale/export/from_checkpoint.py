@@ -19,7 +19,7 @@ from adalora_scale.checkpoint.identity import saved_identity
 from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import CONFIG_NAME, PREFIX, WEIGHTS_NAME
-from adalora_scale.export.adapter_record import save_adapter_file
+from adalora_scale.export.adapter_record import BEFORE_FINAL, RECORD_KEY, save_adapter_file
 from adalora_scale.export.output import copy_tokenizer
 from adalora_scale.files import writing
 from adalora_scale.tasks.registry import TASKS
@@ -98,7 +98,8 @@ def write_adapter(checkpoint: Checkpoint, folder: Path) -> None:
         **options.peft_fields(position["total_step"]),
         "rank_pattern": {f"{module}.lora_E": mask for module, mask in kept.items()} if position["frozen"] else None,
     }
-    save_adapter_file(tensors, folder / WEIGHTS_NAME)
+    record = {} if position["frozen"] else {"unfinished": BEFORE_FINAL}
+    save_adapter_file(tensors, folder / WEIGHTS_NAME, {RECORD_KEY: json.dumps(record)})
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from adalora_scale.checkpoint.format import MANIFEST_NAME, Checkpoint, checkpoints
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import CONFIG_NAME, AdapterFile
+from adalora_scale.export.adapter_record import BEFORE_FINAL, UNFINISHED
 from adalora_scale.export.from_checkpoint import adalora_options, masks
 from adalora_scale.messages import printable
 from adalora_scale.reading.folders import own_file
@@ -59,6 +60,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "base": manifest.get("base_model"),
         "task_type": manifest["identity"].get("task"),
         "final": position["frozen"],
+        "unfinished": None if position["frozen"] else BEFORE_FINAL,
         "ranks": ranks,
         "triplets": sum(ranks.values()),
         "parameters": sum(ranks[name] * side for name, side in sides.items()),
@@ -98,6 +100,7 @@ def inspect_adapter(adapter: AdapterFile) -> dict[str, Any]:
         "base_quantisation": adapter.record.get("quantisation"),
         "task_type": adapter.task_type,
         "final": adapter.final,
+        "unfinished": adapter.unfinished,
         "ranks": ranks,
         "triplets": sum(ranks.values()),
         "parameters": sum(shape.parameters for shape in adapter.modules.values()) + lambdas,
@@ -133,6 +136,8 @@ def described(found: dict[str, Any]) -> list[str]:
             f"  budget      init_r {found['init_r']}, target_r {found['target_r']}, alpha {found['lora_alpha']}"
         )
         lines.append(f"  schedule    {_said(found['schedule'], found['final'])}")
+    if (state := found["unfinished"]) is not None:
+        lines.append(f"  unfinished  {UNFINISHED[state]}")
     if "world_size" in found:
         lines.append(f"  written by  {found['engine']} on {found['world_size']} ranks, {found['bytes']:,} bytes")
     spread = f"ranks {min(ranks.values())} to {max(ranks.values())}, {list(ranks.values()).count(0)} of rank 0"

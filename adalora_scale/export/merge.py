@@ -24,7 +24,7 @@ from adalora_scale.export.dequantise import Dequantised, Stored
 from adalora_scale.export.tensor_files import DTYPES, FLOATING
 from adalora_scale.finite import is_finite, require_finite
 
-_BLOCK = 4 * 2**20  # elements that are summed at a time: 16 MiB in float32
+BLOCK = 4 * 2**20  # elements that are summed at a time: 16 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def merged(source: Source, key: str, adapter: AdapterFile, module: str, transpos
     def pieces() -> Iterator[Tensor]:
         update = adapter.update(module)
         rows, *rest = entry.shape
-        step = max(1, _BLOCK // math.prod(rest))
+        step = max(1, BLOCK // math.prod(rest))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             weight = source.file.rows(source.key, start, stop)
@@ -175,7 +175,7 @@ def dequantised(key: str, stored: Stored, adapter: AdapterFile, module: str | No
         weight = stored.load()
         update = adapter.update(module) if module else None
         rows, columns = stored.shape
-        step = max(1, _BLOCK // columns)
+        step = max(1, BLOCK // columns)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             part = weight[start:stop]

@@ -8,7 +8,6 @@ linear layers only: for other types the file has the shapes that PEFT's LoRA giv
 from __future__ import annotations
 
 import dataclasses
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from adalora_scale.adalora.injection import (
     adapter_layers,
     attach_injection,
     digest_base,
-    injected_module,
     injection_of,
     replace_modules,
 )
@@ -43,84 +41,81 @@ from adalora_scale.export.adapter_file import (
     weights_path,
 )
 from adalora_scale.export.adapter_file import PREFIX as _PREFIX
-from adalora_scale.export.adapter_record import PEFT_SCALE, RECORD_KEY, checked_record, save_adapter_file
+from adalora_scale.export.adapter_record import PEFT_SCALE, checked_record
 from adalora_scale.export.base_copies import BASE_LAYER, require_own_copies
-from adalora_scale.export.dequantise import quantised_base
+from adalora_scale.export.stock_saving import save_adapter_alone
+from adalora_scale.export.switching import load_beside, refuse_trained_modules
 from adalora_scale.export.tensor_files import TensorFile
 from adalora_scale.export.tied import part_what_differs
-from adalora_scale.files import replacing
-from adalora_scale.tasks.registry import task_of_model
+from adalora_scale.export.whole_adapter import WholeAdapter, collected, unwrapped
 from adalora_scale.tasks.vocabulary import fit_rows
 
 
 @torch.no_grad()
-def save_adapter(model: nn.Module, directory: str | Path) -> None:
+def save_adapter(model: nn.Module, directory: str | Path, *, named: bool = True) -> None:
     """Write `model`'s adapter (and modules_to_save) to `directory` in PEFT's format.
 
-    Before the final allocation every triplet is written; after it only the kept ones. Each file appears complete or
-    not at all.
+    Before the final allocation, or without an allocator, every triplet is written, the file is marked as unfinished and
+    one line says so; after it only the kept ones are written. Each file appears complete or not at all.
 
     With several processes every rank calls it, whatever the engine: parameters are gathered one by one (the fp32
     masters where an engine keeps such), and rank 0 writes. The files are there when any rank returns.
+
+    Args:
+        model: with adapters, wrapped or not.
+        directory: where; it is made if it is not there.
+        named: False leaves out the line about an unfinished adapter, for a caller that said so already.
 
     Raises:
         UserError: the model has no adapters, or, on all ranks, the disk is full or the folder cannot be written; an
             adapter that was there before stays then.
     """
+    whole = gather_adapter(model)
+    together(partial(whole.write, directory) if whole is not None else lambda: None)
+    if whole is not None and named:
+        whole.name_state(directory)
+
+
+def gather_adapter(model: nn.Module) -> WholeAdapter | None:
+    """Put a model's adapter together on rank 0; None on the others. All ranks call it.
+
+    Raises:
+        UserError: the model has no adapters.
+    """
     settle(model)
-    layers = dict(adapter_layers(model))
-    injection = injection_of(model)
-    if not layers or injection is None:
-        raise UserError("the model has no AdaLoRA layers to save; call inject_adalora(model, config) first.")
-    writes = rank_and_size()[0] == 0
-    tensors: dict[str, Tensor] = {}
-    pattern: dict[str, list[bool]] = {}
-    for name, layer in layers.items():
-        a, e, b = (_gathered(getattr(layer, factor), model, writes) for factor in FACTORS)
-        if a is None or e is None or b is None:
-            continue
-        if layer.keep_mask is not None:
-            pattern[f"{name}.lora_E"] = layer.keep_mask
-            if len(layer.keep_mask) == layer.r:
-                keep = torch.tensor(layer.keep_mask)
-                a, e, b = a[:, keep], e[keep], b[:, keep]
-        stored_a, stored_b = layer.form.stored(a.T, b)
-        for factor, part in zip(layer.form.adalora, (stored_a, e.unsqueeze(1), stored_b), strict=True):
-            tensors[f"{_PREFIX}{name}.{factor}"] = part
-    base = unwrapped(model)
-    for name in modules_to_save(base, injection.config):
-        for key, tensor in _whole_tensors(base.get_submodule(name)):
-            if (value := _gathered(tensor, model, writes)) is not None:
-                tensors[f"{_PREFIX}{name}.{key}"] = value
-    tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
-
-    def write() -> None:
-        text = json.dumps(_peft_config(base, injection, layers, pattern), indent=2) + "\n"
-        with replacing(Path(directory)) as folder:
-            save_adapter_file(tensors, folder / WEIGHTS_NAME, metadata=_record(base, injection))
-            (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
-
-    together(write if writes else lambda: None)
+    return collected(model, partial(_gathered, model=model, keeps=rank_and_size()[0] == 0))
 
 
 @torch.no_grad()
-def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = False) -> nn.Module:
+def load_adapter(
+    model: nn.Module, directory: str | Path, *, adapter_name: str = "default", trainable: bool = False
+) -> nn.Module:
     """Put the adapter in `directory` (written here or by PEFT) onto a base model, in place, and return the model.
 
-    Layers are built at the ranks in the file, so pruned triplets cost nothing.
+    Layers are built at the ranks in the file, so pruned triplets cost nothing. On a model that has an adapter the new
+    one is put beside it, and acts from `set_adapter(model, adapter_name)` on.
 
     Args:
-        model: the base model the adapter was trained on, without adapters.
+        model: the base model the adapter was trained on.
         directory: where `adapter_config.json` and `adapter_model.safetensors` are.
+        adapter_name: for `set_adapter`; one that the model does not have yet.
         trainable: leave the adapter's parameters trainable.
 
     Raises:
-        UserError: files are missing or damaged, or the adapter belongs to another base model.
-        Unsupported: the adapter is of another method.
+        UserError: files are missing or damaged, or the adapter belongs to another base model, or the name is taken.
+        Unsupported: the adapter is of another method; or, beside another one, it or that one has modules that were
+            trained in full.
     """
-    directory = Path(directory)
     if any(True for _ in adapter_layers(model)):
-        raise UserError("the model already has AdaLoRA layers; load an adapter onto a fresh base model.")
+        load_beside(model, adapter_name, lambda base: _load_onto(base, Path(directory), trainable, beside=True))
+        return model
+    _load_onto(model, Path(directory), trainable)
+    if (injection := injection_of(model)) is not None:
+        injection.name = adapter_name
+    return model
+
+
+def _load_onto(model: nn.Module, directory: Path, trainable: bool, *, beside: bool = False) -> None:
     saved = read_adapter_config(directory)
     tensors, record = _read_weights(directory)
     found = {key: module_of_factor(key.removeprefix(_PREFIX), "ADALORA") for key in tensors}
@@ -131,6 +126,8 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
     others = {k.removeprefix(_PREFIX): v for k, v in tensors.items() if found[k] is None}
     copies = {name.replace(BASE_LAYER, "."): partial(others.pop, name) for name in list(others) if BASE_LAYER in name}
     require_own_copies(copies, dict(model.named_parameters(remove_duplicate=False)).get, directory)
+    if beside and others:
+        refuse_trained_modules(sorted({name.rpartition(".")[0] for name in others}))
     fit_rows(model, {name: tuple(value.shape) for name, value in others.items()})
     _check_others(model, others, directory)
 
@@ -178,12 +175,12 @@ def load_adapter(model: nn.Module, directory: str | Path, *, trainable: bool = F
             if full == name or full.endswith("." + name):
                 module.requires_grad_(trainable)
     attach_injection(model, Injection(config, record.get("base") or digests, total_step=saved.get("total_step")))
+    save_adapter_alone(model)
     labels = record.get("labels")
     if isinstance(labels, list) and getattr(getattr(model, "config", None), "num_labels", None) == len(labels):
         model.config.id2label = dict(enumerate(labels))  # type: ignore[union-attr]
         model.config.label2id = {name: index for index, name in enumerate(labels)}  # type: ignore[union-attr]
         model.config.problem_type = record.get("problem_type")  # type: ignore[union-attr]
-    return model
 
 
 def saved_values(model: nn.Module, directory: str | Path) -> list[tuple[nn.Parameter, Tensor]]:
@@ -227,74 +224,10 @@ def saved_values(model: nn.Module, directory: str | Path) -> list[tuple[nn.Param
     return values
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP and torch.compile wrappers."""
-    if (injected := injected_module(model)) is not None:
-        return injected
-    while True:
-        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 def _gathered(tensor: Tensor, model: nn.Module, keeps: bool) -> Tensor | None:
     """Gather a tensor over ranks; return it on the CPU, or nothing on ranks that do not write."""
     whole = full_parameter(tensor, model) if isinstance(tensor, nn.Parameter) else tensor.detach()
     return whole.cpu() if keeps else None
-
-
-def _whole_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Name what `state_dict` would hold; under ZeRO-3 that would be empty tensors."""
-    kept = module.state_dict().keys()  # leaves out buffers that are not persistent
-    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return [(name, tensor) for name, tensor in named if name in kept]
-
-
-def _peft_config(
-    model: nn.Module, injection: Injection, layers: dict[str, AdaLoraLayer], pattern: dict[str, list[bool]]
-) -> dict[str, Any]:
-    config = injection.config
-    task = task_of_model(model)
-    return {
-        "peft_type": "ADALORA",
-        "task_type": task.peft_type if task else None,
-        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
-        "inference_mode": True,
-        "bias": "none",
-        "target_modules": list(layers),
-        "modules_to_save": _saved_names(model, config),
-        "fan_in_fan_out": any(_fan_in_fan_out(layer) for layer in layers.values()),
-        **config.peft_fields(injection.total_step),
-        "rank_pattern": pattern or None,
-    }
-
-
-def _saved_names(model: nn.Module, config: AdaLoraConfig) -> list[str] | None:
-    """Return modules_to_save as PEFT must know it: with the modules that share a weight with one that was named."""
-    named = config.modules_to_save
-    if not named:
-        return None
-    tied = set(modules_to_save(model, config)) - set(modules_to_save(model, config, tied=False))
-    return [*named, *sorted(tied)]
-
-
-def _fan_in_fan_out(layer: AdaLoraLayer) -> bool:
-    return layer.adaptable.linear and layer.adaptable.is_transposed(layer.base_layer)
-
-
-def _record(base: nn.Module, injection: Injection) -> dict[str, str]:
-    """Return the metadata that says what PEFT's config has no key for: which base this is, and the classes' names."""
-    record: dict[str, Any] = {"base": injection.base_digests}
-    task = task_of_model(base)
-    if task is not None and task.has_labels:
-        labels: dict[int, str] = base.config.id2label  # type: ignore[union-attr, assignment]
-        record["labels"] = [labels[index] for index in sorted(labels)]
-        if problem := getattr(base.config, "problem_type", None):
-            record["problem_type"] = problem
-    if quantisation := quantised_base(base):
-        record["quantisation"] = quantisation
-    return {RECORD_KEY: json.dumps(record, sort_keys=True)}
 
 
 def _read_weights(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

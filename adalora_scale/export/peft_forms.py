@@ -116,9 +116,12 @@ def folded(update: Update) -> tuple[Tensor, Tensor]:
     return update.a * root[:, None], update.b * (update.e.sign() * root)
 
 
-def record_of_part(adapter: AdapterFile, *, complete: bool) -> dict[str, str] | None:
-    """Return the metadata of a file that holds all of the adapter's matrices (`complete`), or some."""
-    record = dict(adapter.record)
+def record_of_part(adapter: AdapterFile, *, complete: bool, settled: bool = False) -> dict[str, str] | None:
+    """Return the metadata of a file that holds all of the adapter's matrices (`complete`), or some.
+
+    `settled`: its ranks were chosen just now, whatever the training had come to.
+    """
+    record = {key: value for key, value in adapter.record.items() if not (settled and key == "unfinished")}
     if not record:
         return None
     if not complete:  # the digest covers every adapted module, which the new file no longer names

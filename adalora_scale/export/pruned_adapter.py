@@ -129,13 +129,13 @@ def _write(adapter: AdapterFile, cuts: dict[str, Cut], folder: Path) -> None:
     if adapter.method == "LORA":
         ranks = {name: cut.update.e.numel() for name, cut in cuts.items() if cut.update.e.numel()}
         config = lora_config(adapter, ranks, {name: adapter.scaling(name) for name in ranks}, base=None)
-        metadata = record_of_part(adapter, complete=len(ranks) == len(cuts))
+        metadata = record_of_part(adapter, complete=len(ranks) == len(cuts), settled=True)
     else:
         init_r: int = adapter.config["init_r"]
         places = {name: cut.places or range(cut.update.e.numel()) for name, cut in cuts.items()}
         pattern = {f"{name}.lora_E": [place in kept for place in range(init_r)] for name, kept in places.items()}
         config = adapter.config | {"rank_pattern": pattern}
-        metadata = record_of_part(adapter, complete=True)
+        metadata = record_of_part(adapter, complete=True, settled=True)
     save_adapter_file(tensors, folder / WEIGHTS_NAME, metadata)
     write_config(folder, config)
     copy_tokenizer(adapter.directory, folder)

@@ -10,6 +10,7 @@ from torch import nn
 
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import AdapterFile
+from adalora_scale.export.adapter_record import UNFINISHED
 from adalora_scale.export.lora_config import kept_ranks, lora_config, write_config
 from adalora_scale.export.peft_targets import parameter_targets
 
@@ -34,10 +35,10 @@ def write_rank_pattern(
     Raises:
         UserError: the ranks are not settled yet, or no triplet is left in any matrix.
     """
-    if not adapter.final:
+    if (state := adapter.unfinished) is not None:
         raise UserError(
-            f"{adapter.directory} is from before its final allocation: its ranks are not settled. Export one from "
-            f"after it, or settle them with --prune-to."
+            f"{adapter.directory}: the ranks are not settled, {UNFINISHED[state]}. Export one from after the final "
+            f"allocation, or settle them with --prune-to."
         )
     ranks = kept_ranks(adapter)
     scalings = {name: _own_scaling(adapter, name) for name in ranks}

@@ -135,6 +135,7 @@ class AdapterRecord(_Strict):
     problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
     quantisation: dict[str, Any] | None = None
     peft_scale: bool | None = None
+    unfinished: Literal["no allocator", "before the final allocation"] | None = None
     checksum: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
 
 

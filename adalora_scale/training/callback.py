@@ -11,11 +11,13 @@ import torch.distributed as dist
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from adalora_scale.adalora.injection import injection_of
+from adalora_scale.adalora.injection import injected_module, injection_of
 from adalora_scale.controller import RankAllocator
 from adalora_scale.engines.ranks import rank_and_size, together
 from adalora_scale.errors import Unsupported, UserError
-from adalora_scale.export.peft_adalora import save_adapter
+from adalora_scale.export.peft_adalora import gather_adapter, save_adapter
+from adalora_scale.export.stock_saving import is_readable, save_adapter_alone
+from adalora_scale.export.whole_adapter import WholeAdapter, unwrapped
 from adalora_scale.messages import say
 from adalora_scale.report.score_lines import NAME as SCORES_NAME
 from adalora_scale.training.idle import FirstStep
@@ -24,6 +26,7 @@ from adalora_scale.training.records import JsonLines
 from adalora_scale.training.reporting import leave_report
 from adalora_scale.training.score_records import write_scores
 from adalora_scale.training.soundness import MAX_SKIPPED_STEPS, Soundness
+from adalora_scale.training.stock_checkpoints import refuse_base_in_files
 
 METRICS_NAME = "metrics.jsonl"
 RANKS_NAME = "ranks.jsonl"
@@ -34,9 +37,10 @@ class AdaLoraCallback(TrainerCallback):
 
     The model must have been prepared with `inject_adalora(model, config)` before the trainer was made. Files go to
     `args.output_dir`: `metrics.jsonl`, `ranks.jsonl`, `scores.jsonl`, and at the end `adapter_config.json`,
-    `adapter_model.safetensors` and `report.html`; a checkpoint folder that the trainer writes gets the adapter too.
-    Training that would leave nothing right (no numbers, nothing trained, stopped before the final allocation) raises
-    `WrongEnd`, and no adapter is written.
+    `adapter_model.safetensors` and `report.html`. `trainer.save_model` and the trainer's checkpoints write the adapter
+    too, in place of the model; what would write the frozen base as well is refused when training starts. Training that
+    would leave nothing right (no numbers, nothing trained, stopped before the final allocation) raises `WrongEnd`, and no
+    adapter is written.
     """
 
     def __init__(self, *, saves_checkpoints: bool = True, max_skipped_steps: int = MAX_SKIPPED_STEPS) -> None:
@@ -51,6 +55,8 @@ class AdaLoraCallback(TrainerCallback):
         """Whether a report is written when training ends; False where who called training does that later."""
         self.max_skipped_steps = max_skipped_steps
         self._soundness: Soundness | None = None
+        self._whole: tuple[int, WholeAdapter | None] | None = None
+        """The step at which ranks put the adapter together for the trainer to write, and on rank 0 the adapter."""
         self.allocator: RankAllocator | None = None
         self.records: dict[str, JsonLines] = {}
         """The files of lines that rank 0 writes."""
@@ -68,6 +74,14 @@ class AdaLoraCallback(TrainerCallback):
         self.tokens_per_second: float | None = None
         """Over all ranks, between the last two logs of a loss."""
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Let the trainer's saving write the adapter, before training too."""
+        model: nn.Module = kwargs["model"]
+        if (root := injected_module(model)) is not None:
+            save_adapter_alone(root, self._ready)
+            if self._saves_checkpoints:
+                refuse_base_in_files(args, root)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -82,6 +96,9 @@ class AdaLoraCallback(TrainerCallback):
                 f"the process group has {dist.get_world_size()} processes, TrainingArguments {args.world_size}: each "
                 f"would train alone. On machines without a GPU pass use_cpu=True."
             )
+        if self._saves_checkpoints:
+            refuse_base_in_files(args, model)
+            save_adapter_alone(unwrapped(model), self._ready)  # a callback that was added later saw no on_init_end
         output_dir = Path(args.output_dir or ".")
         together(lambda: self._hold(output_dir) if state.is_world_process_zero else None)
         allocator = self.allocator
@@ -181,7 +198,7 @@ class AdaLoraCallback(TrainerCallback):
             self._compare_ranks()
         if self._soundness is not None:
             self._soundness.after_step()
-        self._before_save(control)
+        self._before_save(control, kwargs["model"])
         allocation = self.allocator.last_allocation
         if allocation is not None and allocation.step != self._last_written:
             self._last_written = allocation.step
@@ -214,19 +231,36 @@ class AdaLoraCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """See that what the trainer is going to write is sound."""
-        self._before_save(control)
+        self._before_save(control, kwargs["model"])
 
-    def _before_save(self, control: TrainerControl) -> None:
+    def _before_save(self, control: TrainerControl, model: nn.Module) -> None:
         """Look before the trainer writes its own checkpoint, and deletes an older one for it."""
         if control.should_save and self._saves_checkpoints and self.allocator is not None:
             self.guard()
+            self._gather(model)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Be ready for the checkpoint that a trainer writes of its best evaluation."""
+        if args.save_strategy == "best" and self._saves_checkpoints and self.allocator is not None:
+            self._gather(kwargs["model"])
+
+    def _gather(self, model: nn.Module) -> None:
+        """Put the adapter together on all ranks where the one that writes could not read it alone."""
+        if self.allocator is not None and not is_readable(model):
+            self._whole = self.allocator.step, gather_adapter(model)
+
+    def _ready(self) -> WholeAdapter | None:
+        if self._whole is None or self.allocator is None or self._whole[0] != self.allocator.step:
+            return None
+        return self._whole[1]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the adapter beside what the trainer just wrote."""
         if self.allocator is not None and self._saves_checkpoints:
             self.guard()
             together(self.require_lease)
-            save_adapter(kwargs["model"], Path(args.output_dir or ".") / f"checkpoint-{state.global_step}")
+            folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+            save_adapter(kwargs["model"], folder, named=False)  # what the trainer wrote said so
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -240,6 +274,8 @@ class AdaLoraCallback(TrainerCallback):
             save_adapter(kwargs["model"], args.output_dir or ".")
             if self.reports and self.records:
                 leave_report(Path(args.output_dir or "."))
+            if self._saves_checkpoints:
+                self._gather(kwargs["model"])  # for a save_model after training
         if self._own_lease is not None:
             self._own_lease.release()
             self.lease = self._own_lease = None

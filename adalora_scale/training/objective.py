@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adalora_scale.data.packing import evaluating
 from adalora_scale.engines.ranks import everywhere
-from adalora_scale.export.peft_adalora import unwrapped
+from adalora_scale.export.whole_adapter import unwrapped
 from adalora_scale.messages import cause, say
 from adalora_scale.tasks.own_head import use_own_head, why_not_fused
 

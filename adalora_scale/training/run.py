@@ -36,6 +36,7 @@ from adalora_scale.engines.registry import engine_for
 from adalora_scale.errors import UserError, WrongEnd
 from adalora_scale.export.adapter_file import CONFIG_NAME, WEIGHTS_NAME
 from adalora_scale.export.continual import check_start
+from adalora_scale.export.model_card import remove_card
 from adalora_scale.files import write_json
 from adalora_scale.messages import say
 from adalora_scale.placing import streaming
@@ -71,6 +72,7 @@ from adalora_scale.training.records import (
     versions,
 )
 from adalora_scale.training.reporting import REPORT_NAME, leave_report, tensorboard_folder
+from adalora_scale.training.run_card import write_run_card
 from adalora_scale.training.same_rows import require_same_rows
 from adalora_scale.training.soundness import MAX_SKIPPED_STEPS
 from adalora_scale.training.stopping import stopping
@@ -123,6 +125,7 @@ def _leave_no_result(directory: Path, reason: str) -> None:
     """Write down why there is none, and take away what would look like one: written just now, or by an earlier run."""
     for name in (RUN_NAME, CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME):
         (directory / name).unlink(missing_ok=True)
+    remove_card(directory)
     with contextlib.suppress(UserError):  # of the two errors this is the lesser
         write_json(directory / WRONG_END_NAME, {"reason": reason})
 
@@ -359,6 +362,7 @@ def _write_run(
         if trainer.is_world_process_zero():
             trainer.adalora_callback.require_lease()
             write_json(path, summary)
+            write_run_card(config, summary, [log["loss"] for log in trainer.state.log_history if "loss" in log])
 
     together(write)
     return summary

@@ -20,7 +20,7 @@ from adalora_scale.controller import RankAllocator
 from adalora_scale.engines.full import held_values
 from adalora_scale.engines.ranks import everywhere, on_all_ranks, rank_and_size
 from adalora_scale.errors import WrongEnd
-from adalora_scale.export.peft_adalora import unwrapped
+from adalora_scale.export.whole_adapter import unwrapped
 from adalora_scale.finite import is_finite
 
 MAX_SKIPPED_STEPS = 10

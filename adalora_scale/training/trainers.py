@@ -29,7 +29,8 @@ from adalora_scale.engines.registry import check_engine, is_sharded, real_engine
 from adalora_scale.engines.zero_keys import deepspeed_refusals
 from adalora_scale.engines.zero_place import refuse_mismatches
 from adalora_scale.errors import Unsupported, UserError
-from adalora_scale.export.peft_adalora import save_adapter, saved_values, unwrapped
+from adalora_scale.export.peft_adalora import save_adapter, saved_values
+from adalora_scale.export.whole_adapter import unwrapped
 from adalora_scale.files import replacing, writing
 from adalora_scale.tasks.registry import task_of_class
 from adalora_scale.training.arguments import refuse_batch_search, require_evaluation_at_budget

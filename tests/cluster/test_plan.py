@@ -77,9 +77,28 @@ def test_parts_add_up_and_the_table_shows_them(capsys, shape):
         there = [part["bytes"] for part in engine["parts"] if part["moment"] in moments]
         assert sum(there) == engine["device_bytes"]
         assert engine["largest_micro_batch"] >= answer["sequences_per_micro_batch"]
-        assert engine["speed"]["step_s"] > 0 and engine["load"]["seconds"] > 0
+        assert engine["speed"]["compute_s"] > 0 and engine["load"]["seconds"] > 0
     _, out, _ = plan(capsys, shape, "--gpus", "4")
     assert "4-bit scales" in out and "fits: " in out and "fewest GPUs: 1 " in out
+
+
+def test_times_are_those_of_a_card_that_was_named(capsys, shape):
+    """Else an H100's tokens/s are read as those of the card at hand, or kernels' start is planned as arithmetic."""
+    options = ["--gpus", "1", "training.per_device_train_batch_size=64", "data.max_length=4096"]
+    for named, expected, timed in (
+        ([], "h100 assumed, 84.83 GB; name yours with --gpu", False),
+        (["--gpu-memory", "24GB"], "h100 assumed, 24.00 GB; name yours with --gpu", False),
+        (["--gpu", "A100", "--peak-tflops", "0.1"], "a100, 84.83 GB", True),
+        (["--gpu", "h100", "data.max_length=32", "training.per_device_train_batch_size=1"], "h100, 84.83 GB", False),
+    ):
+        _, out, _ = plan(capsys, shape, *options, *named)
+        assert f"1 GPU: {expected}" in out
+        (row,) = [line.split() for line in out.splitlines() if line.startswith("ddp ")]
+        assert (row[6] != "-", row[7] != "-") == (timed, timed), out
+        assert timed or "No seconds and tokens/s" in out
+    _, out, _ = plan(capsys, shape, *options, "--json")
+    answer = json.loads(out)
+    assert answer["hardware"]["name"] is None and answer["engines"]["ddp"]["speed"]["tokens_per_s"] is None
 
 
 def test_a_model_that_cannot_fit_is_told_by_how_much_and_what_would_fit(capsys, shape):

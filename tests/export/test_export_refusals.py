@@ -258,7 +258,7 @@ def test_taken_folders_are_left_alone(own, tmp_path, capsys):
     first = (out / "model.safetensors").read_bytes()
     assert "pass --overwrite" in refused(capsys, run, out, *form)
     export(run, out, "--base", base, "--format", "peft-lora", "--overwrite", "--no-fidelity")
-    assert sorted(p.name for p in out.iterdir()) == [CONFIG, WEIGHTS, "export.json"]
+    assert sorted(p.name for p in out.iterdir()) == sorted([CONFIG, WEIGHTS, "README.md", "export.json"])
     export(run, out, *form, "--overwrite")
     assert (out / "model.safetensors").read_bytes() == first
     foreign = tmp_path / "foreign"

@@ -70,7 +70,7 @@ def test_adapter_from_before_its_end_shows_the_current_mask(request, tmp_path, c
     report = export(
         tmp_path / "run", tmp_path / "out", "--base", base, "--format", "peft-lora", "--no-fidelity", capsys=capsys
     )
-    assert any("before its final allocation" in note for note in report["notes"])
+    assert any("before the final allocation" in note for note in report["notes"])
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora", "adalora"])

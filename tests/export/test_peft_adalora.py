@@ -15,7 +15,7 @@ from adalora_scale.adalora.injection import adapter_layers, inject_adalora
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
 from adalora_scale.errors import Unsupported, UserError
-from adalora_scale.export import peft_adalora
+from adalora_scale.export import whole_adapter
 from adalora_scale.export.peft_adalora import load_adapter, save_adapter
 from tests.adalora import tiny
 
@@ -404,9 +404,9 @@ def test_crash_while_writing_leaves_the_old_adapter(base_of, saved, monkeypatch,
         raise OSError("No space left on device")
 
     if moment == "config":
-        monkeypatch.setattr(peft_adalora.Path, "write_text", lambda self, *a, **k: fails({}, self))
+        monkeypatch.setattr(whole_adapter.Path, "write_text", lambda self, *a, **k: fails({}, self))
     else:
-        monkeypatch.setattr(peft_adalora, "save_adapter_file", fails)
+        monkeypatch.setattr(whole_adapter, "save_adapter_file", fails)
     with pytest.raises(UserError, match="No space left"):
         save_adapter(other, saved)
     monkeypatch.undo()

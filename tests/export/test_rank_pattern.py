@@ -149,7 +149,7 @@ def test_a_checkpoint_gives_its_pattern_once_it_is_settled(request, tmp_path, ca
         assert report["ranks"] == {name: rank for name, rank in allocator.ranks().items() if rank}
         return
     assert main(["export", str(folder), str(tmp_path / "out"), *FORM]) == 2
-    assert "before its final allocation" in capsys.readouterr().err
+    assert "before the final allocation" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     report = export(folder, tmp_path / "out", *FORM, "--prune-to", "50%", capsys=capsys)
     assert report["ranks"] == {name: rank for name, rank in report["pruning"]["kept"].items() if rank}

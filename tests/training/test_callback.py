@@ -12,7 +12,8 @@ from trl import SFTConfig, SFTTrainer
 
 from adalora_scale.adalora.injection import adapter_layers, inject_adalora
 from adalora_scale.config import AdaLoraConfig
-from adalora_scale.errors import UserError
+from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.export.inspection import inspect_folder
 from adalora_scale.export.peft_adalora import load_adapter
 from adalora_scale.training.callback import AdaLoraCallback
 from adalora_scale.training.idle import FirstStep
@@ -106,6 +107,50 @@ def test_checkpoints_of_a_stock_trainer_hold_the_adapter(stories260k, tokenizer,
     last = load_adapter(AutoModelForCausalLM.from_pretrained(stories260k), tmp_path / "checkpoint-16")
     assert_spent({name: layer.r for name, layer in adapter_layers(last)}, CONFIG.target_r)
     assert abs(loss_on(last, tokenizer, texts) - loss_on(model, tokenizer, texts)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
+def test_saving_by_a_stock_trainer_writes_the_adapter_alone(stories260k, tokenizer, texts, tmp_path, capsys, kind):
+    """Else save_model and every checkpoint hold the base as `…base_layer.weight`, which nothing loads."""
+    model = inject_adalora(AutoModelForCausalLM.from_pretrained(stories260k), CONFIG)
+    trainer = stock_trainer(kind, model, tokenizer, texts, tmp_path / "run", AdaLoraCallback(), save_steps=8)
+    trainer.save_model(str(tmp_path / "before"))
+    assert "no allocator was attached" in capsys.readouterr().err
+    assert inspect_folder(tmp_path / "before")["unfinished"] == "no allocator"
+    trainer.train()
+    trainer.save_model(str(tmp_path / "after"))
+    said = capsys.readouterr().err.splitlines()
+    (note,) = [line for line in said if "unfinished" in line]
+    assert note.startswith(
+        f"note: the adapter in {tmp_path}/run/checkpoint-8 is marked unfinished: it is from before the"
+    )
+    for folder in ("before", "after", "run/checkpoint-8", "run/checkpoint-16", "run"):
+        assert (tmp_path / folder / "adapter_model.safetensors").is_file()
+    assert not [path for name in ("model*", "pytorch_model*") for path in tmp_path.rglob(name)]
+    assert inspect_folder(tmp_path / "run" / "checkpoint-8")["unfinished"] == "before the final allocation"
+    assert inspect_folder(tmp_path / "after")["unfinished"] is None
+    again = load_adapter(AutoModelForCausalLM.from_pretrained(stories260k), tmp_path / "after")
+    assert abs(loss_on(again, tokenizer, texts) - loss_on(model, tokenizer, texts)) < 1e-5
+    again.save_pretrained(tmp_path / "again")  # without a trainer
+    assert inspect_folder(tmp_path / "again")["ranks"] == inspect_folder(tmp_path / "after")["ranks"]
+
+
+def test_the_best_checkpoint_of_a_stock_trainer_is_refused_before_training(stories260k, tokenizer, texts, tmp_path):
+    """transformers would look for a whole model there, warn, and go on with the last weights."""
+    model = inject_adalora(AutoModelForCausalLM.from_pretrained(stories260k), CONFIG)
+    trainer = stock_trainer("Trainer", model, tokenizer, texts, tmp_path, AdaLoraCallback(), save_steps=8)
+    trainer.args.load_best_model_at_end = True
+    with pytest.raises(Unsupported, match="load_best_model_at_end=True"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_saving_a_prepared_model_whole_is_refused(stories260k, tmp_path):
+    """A loop by hand that calls what it always called would write a model that loads with random weights."""
+    model = inject_adalora(AutoModelForCausalLM.from_pretrained(stories260k), CONFIG)
+    with pytest.raises(UserError, match="save_adapter"):
+        model.save_pretrained(tmp_path / "whole")
+    assert not list(tmp_path.iterdir())
 
 
 def test_model_without_adapters_is_refused(stories260k, tokenizer, texts, tmp_path):

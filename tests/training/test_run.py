@@ -91,8 +91,10 @@ def test_output_dir_holds_what_the_design_lists_and_nothing_of_the_base(run, sto
     found = {path.name for path in folder.iterdir()} - {f"checkpoint-{STEPS}"}
     assert found == {
         "adapter_config.json", "adapter_model.safetensors", "metrics.jsonl", "ranks.jsonl", "scores.jsonl", "run.json",
-        "report.html", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "report.html", "README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
     }  # fmt: skip
+    card = (folder / "README.md").read_text()
+    assert "library_name: peft" in card and f"triplets over {MATRICES} matrices" in card and "eval loss" in card
     tensors = load_file(folder / "adapter_model.safetensors")
     assert {name.rsplit(".", 1)[1] for name in tensors} == {"lora_A", "lora_E", "lora_B"}
     assert len(tensors) == 3 * MATRICES

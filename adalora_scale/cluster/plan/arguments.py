@@ -29,7 +29,7 @@ def add_parser(verbs: Any) -> None:
     add_config_arguments(parser)
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs of the job, one rank each")
     parser.add_argument("--nodes", type=int, default=1, metavar="M", help="hosts they are spread over (default 1)")
-    parser.add_argument("--gpu", default="h100", metavar="NAME", help="h100 h200 a100 a100-40gb l40s rtx4090")
+    parser.add_argument("--gpu", metavar="NAME", help="h100 (assumed) h200 a100 a100-40gb l40s rtx4090; tells times")
     parser.add_argument("--gpu-memory", metavar="80GB", help="memory of a GPU, instead of the named one's")
     parser.add_argument("--deepspeed", metavar="FILE", help="DeepSpeed's configuration, as launch/train.py takes it")
     parser.add_argument("--micro-batch", type=int, metavar="B", help="sequences a GPU handles at a time")

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from adalora_scale.cluster.plan.planner import Plan, Planner
-from adalora_scale.cluster.plan.request import Gpu, Hardware, Request, find_gpu, parse_bytes
+from adalora_scale.cluster.plan.request import ASSUMED_GPU, Gpu, Hardware, Request, find_gpu, parse_bytes
 from adalora_scale.cluster.plan.table import table
 from adalora_scale.config import load_config
 from adalora_scale.engines.registry import fixed_global_batch
@@ -39,7 +39,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         config = config.under_deepspeed(arguments.deepspeed)
     config = replace(config, training=check_training_section(config, max(arguments.gpus, 1)))
     _check_figures(arguments)
-    gpu = find_gpu(arguments.gpu)
+    gpu = find_gpu(arguments.gpu or ASSUMED_GPU)
     if arguments.gpu_memory:
         gpu = replace(gpu, memory=parse_bytes("--gpu-memory", arguments.gpu_memory))
         if gpu.memory < 10**6:
@@ -48,7 +48,12 @@ def _request(arguments: argparse.Namespace) -> Request:
     for option, name, unit in _GPU_FIGURES:
         if (value := getattr(arguments, option)) is not None:
             stated[name] = value * unit
-    hardware = Hardware(gpu=Gpu(**(asdict(gpu) | stated)), efficiency=arguments.efficiency)
+    hardware = Hardware(
+        gpu=Gpu(**(asdict(gpu) | stated)),
+        name=arguments.gpu and arguments.gpu.lower(),
+        timed=arguments.gpu is not None or arguments.peak_tflops is not None,
+        efficiency=arguments.efficiency,
+    )
     for option, name in (("node_bandwidth", "node_bandwidth"), ("disk_bandwidth", "disk_bandwidth")):
         if (value := getattr(arguments, option)) is not None:
             hardware = replace(hardware, **{name: value * 1e9})
@@ -61,6 +66,9 @@ def _request(arguments: argparse.Namespace) -> Request:
         global_batch=fixed_global_batch(config.engine) if arguments.global_batch is None else arguments.global_batch,
         whole_logits=arguments.whole_logits,
     )
+
+
+_NO_TIMES: dict[str, Any] = {"step_s": None, "tokens_per_s": None}
 
 
 def _check_figures(arguments: argparse.Namespace) -> None:
@@ -107,7 +115,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
                 "parts": [asdict(part) for part in row.memory.parts],
                 "host_bytes_per_rank": row.memory.host,
                 "largest_micro_batch": row.largest_micro_batch,
-                "speed": asdict(row.speed),
+                "speed": asdict(row.speed) | ({} if row.speed.means_something(request) else _NO_TIMES),
                 "load": asdict(row.load),
             }
             for row in plan.rows

@@ -38,11 +38,19 @@ GPUS = {
 }
 
 
+ASSUMED_GPU = "h100"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
     """Stated figures; every one is an option of the command."""
 
-    gpu: Gpu = field(default_factory=lambda: GPUS["h100"])
+    gpu: Gpu = field(default_factory=lambda: GPUS[ASSUMED_GPU])
+    name: str | None = None
+    """Of the GPU, as the user gave it; None: `ASSUMED_GPU` is assumed."""
+    timed: bool = False
+    """Whether the user said how fast the GPU is, by its name or by its throughput: without that, seconds and tokens/s
+    would be those of another card."""
     efficiency: float = 0.5
     """Share of the GPU's matrix throughput that a training step reaches; fsdp_qlora published 0.28, 0.55 is good."""
     node_bandwidth: float = 45e9

@@ -14,6 +14,9 @@ from adalora_scale.cluster.plan.request import Request
 from adalora_scale.cluster.plan.weights import engine_named
 from adalora_scale.quantization.linear import Linear4bit
 
+SHORTEST_S = 0.05
+"""Of a micro-batch whose time is planned. Forward and backward of a model start thousands of kernels, ~10 µs each."""
+
 
 @dataclass(frozen=True)
 class Flops:
@@ -48,6 +51,13 @@ class Speed:
     step_s: float
     tokens_per_s: float
     """Of all GPUs."""
+
+    def means_something(self, request: Request) -> bool:
+        """Whether seconds and tokens/s say something: the GPU's speed is known, and arithmetic is what takes the time.
+
+        A micro-batch of few milliseconds is bound by the start of its kernels, which is not planned.
+        """
+        return request.hardware.timed and self.step_s / request.accumulation >= SHORTEST_S
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adalora_scale.cluster.plan.planner import Plan
+from adalora_scale.cluster.plan.request import ASSUMED_GPU, Hardware
 from adalora_scale.messages import printable
 
 
@@ -18,10 +19,19 @@ def _header(plan: Plan) -> list[str]:
     return [
         f"{printable(config.model.model_name_or_path)}, {bits} base, {config.adalora.init_r} triplets a matrix at the "
         "start",
-        f"{request.gpus} GPU{'s' * (request.gpus > 1)}{nodes}, {request.sequences} sequences of "
+        f"{request.gpus} GPU{'s' * (request.gpus > 1)}{nodes}: {_gpu(request.hardware)}",
+        f"{request.sequences} sequences of "
         f"{config.data.max_length} tokens a micro-batch, {request.accumulation} micro-batches a step, activations "
         f"{'recomputed' if request.checkpointing else 'kept'}",
     ]
+
+
+def _gpu(hardware: Hardware) -> str:
+    """Name the GPU of the plan, and say so where the user did not."""
+    memory = f"{_gb(hardware.gpu.memory)} GB"
+    if hardware.name is not None:
+        return f"{hardware.name}, {memory}"
+    return f"{ASSUMED_GPU} assumed, {memory}; name yours with --gpu"
 
 
 def _parts(plan: Plan) -> list[str]:
@@ -46,6 +56,7 @@ def _engines(plan: Plan) -> list[str]:
     lines = [form.format(*heads, "load s", "host GB a node")]
     for row in plan.rows:
         speed, load = row.speed, row.load
+        timed = speed.means_something(plan.request)
         lines.append(
             form.format(
                 row.engine,
@@ -54,13 +65,23 @@ def _engines(plan: Plan) -> list[str]:
                 row.largest_micro_batch or "-",
                 _gb(speed.gathered),
                 _gb(speed.reduced),
-                f"{speed.step_s:.2f}",
-                f"{speed.tokens_per_s:,.0f}",
+                f"{speed.step_s:.2f}" if timed else "-",
+                f"{speed.tokens_per_s:,.0f}" if timed else "-",
                 f"{load.seconds:.0f}",
                 _gb(load.host_bytes),
             )
         )
     hardware = plan.request.hardware
+    if not hardware.timed:
+        lines.append(
+            f"gather and reduce: a rank, a step. No seconds and tokens/s: {ASSUMED_GPU}'s would not be your card's; "
+            f"give --gpu or --peak-tflops."
+        )
+        return lines
+    if not any(row.speed.means_something(plan.request) for row in plan.rows):
+        lines.append(
+            "No seconds and tokens/s: steps this short are bound by the start of kernels, which is not planned."
+        )
     lines.append(
         f"gather and reduce: a rank, a step. Times assume {hardware.gpu.tflops:g} TFLOP/s x {hardware.efficiency:g}, "
         f"{hardware.gpu.link_bandwidth / 1e9:g} GB/s between GPUs of a node, {hardware.node_bandwidth / 1e9:g} GB/s a "

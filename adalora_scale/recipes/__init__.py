@@ -1,0 +1,1 @@
+"""Complete configs that ship with the package, and the data and base model of the first run."""

@@ -1,0 +1,75 @@
+"""An unmodified Trainer with AdaLoraCallback under an engine that accelerate sets up: what its saving leaves.
+
+run_ranks(…, args=["zero3", MODEL, FOLDER])
+
+Modes: `ddp`, `fsdp2`, `zero2`, `zero3`; `whole` is zero3 with the checkpoints that transformers writes by default.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from adalora_scale import AdaLoraCallback, AdaLoraConfig, inject_adalora, save_adapter
+from tests.conftest import ROOT
+from tests.distributed.launcher import report
+
+mode, model_dir, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+torch.set_num_threads(1)
+zero = {"zero2": "zero2.json", "zero3": "zero3.json", "whole": "zero3.json"}.get(mode)
+options = {"save_only_model": mode != "whole", "bf16": zero is not None}
+if zero is not None:
+    options["deepspeed"] = json.loads((ROOT / "configs" / "deepspeed" / zero).read_text())
+    options["deepspeed"]["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+if mode == "fsdp2":
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
+    options["fsdp"] = True
+    options["fsdp_config"] = {
+        "version": 2, "reshard_after_forward": True, "state_dict_type": "FULL_STATE_DICT",
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+    }  # fmt: skip
+args = TrainingArguments(
+    str(folder), max_steps=10, per_device_train_batch_size=2, report_to="none", save_steps=5, learning_rate=1e-2,
+    use_cpu=True, remove_unused_columns=False, disable_tqdm=True, ddp_find_unused_parameters=False, **options,
+)  # fmt: skip
+torch.manual_seed(0)
+model = AutoModelForCausalLM.from_pretrained(model_dir)
+inject_adalora(model, AdaLoraConfig(init_r=6, target_r=4, tinit=2, tfinal=3, deltaT=2))
+rows = [{"input_ids": torch.randint(3, 500, (16,)).tolist()} for _ in range(40)]
+
+
+def collate(examples):
+    ids = torch.tensor([example["input_ids"] for example in examples])
+    return {"input_ids": ids, "labels": ids}
+
+
+def tensors(name):
+    return load_file(folder / name / "adapter_model.safetensors")
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+try:
+    trainer = Trainer(model, args, train_dataset=rows, data_collator=collate, callbacks=[AdaLoraCallback()])
+    trainer.train()
+except NotImplementedError as error:
+    report(refused=str(error))
+    raise SystemExit from None
+trainer.save_model(str(folder / "after"))
+save_adapter(trainer.model, folder / "ours")
+weights = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin", ".pt", ".distcp")]
+keys = {key for path in weights if path.suffix == ".safetensors" for key in load_file(path)}
+report(
+    refused="",
+    files=sorted(str(path.relative_to(folder)) for path in weights if path.name != "training_args.bin"),
+    base=[key for key in keys if "lora_" not in key],
+    last=same(tensors("checkpoint-10"), tensors("ours")),
+    after=same(tensors("after"), tensors("ours")),
+    early=all(tensor.dtype == torch.float32 for tensor in tensors("checkpoint-5").values()),
+)
