@@ -21,6 +21,7 @@ from adalora_scale.training.batch import batch_sizes
 
 OWN_KEYS = {
     "overwrite_output_dir": bool,
+    "async_save": bool,
     "resume_allow_changed": list[str] | None,
     "resume_compact": bool | None,
     "global_batch_size": int,
@@ -99,6 +100,11 @@ def convert_training_section(config: RunConfig) -> dict[str, Any]:
         checked[key] = check_value(f"training.{key}", value, hints[key])
     if checked.get("auto_find_batch_size"):
         refuse_batch_search()
+    if checked.get("async_save") and checked.get("save_only_model"):
+        raise UserError(
+            "training.async_save=true writes checkpoints to resume from while training goes on, and "
+            "training.save_only_model=true leaves adapters in their place; remove one of them."
+        )
     for key in _COUNTS:
         if checked.get(key, 1) < 1:
             raise UserError(f"training.{key} is {checked[key]}; it must be at least 1.")

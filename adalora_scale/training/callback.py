@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ class AdaLoraCallback(TrainerCallback):
         self.lease: Lease | None = None
         """Rank 0's hold on output_dir, where the trainer took it; else it is taken while training lasts."""
         self._own_lease: Lease | None = None
+        self.settle: Callable[[], None] = lambda: None
+        """Waits for a checkpoint that is being written, where the trainer does so while training goes on."""
         self.kept_lines: dict[str, int] | None = None
         """Of a continued run: how many lines of each of the files stay."""
         self._attached_early = False
@@ -95,6 +98,7 @@ class AdaLoraCallback(TrainerCallback):
             max_skipped_steps=self.max_skipped_steps,
             scales_loss=bool(args.fp16),
             output_dir=output_dir,
+            settle=self.settle,
         )
         if allocator.last_allocation is not None:
             self._last_written = allocator.last_allocation.step
