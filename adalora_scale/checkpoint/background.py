@@ -52,6 +52,11 @@ class BackgroundWriter:
         """Whether this rank's thread has failed, so that `settle` will raise."""
         return self._write is not None and self._write.problem is not None
 
+    @property
+    def done(self) -> bool:
+        """Whether this rank's thread has nothing to write (any more)."""
+        return self._write is None or not self._write.thread.is_alive()
+
     def start(
         self,
         draft: Draft,
