@@ -113,6 +113,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             size = sum(path.stat().st_size for path in written.iterdir())
             shutil.rmtree(written)
         found["ratio"] = found["stall s"] / found["synchronous write s"]
+        found["ratio of the step alone"] = found["step after, beyond undisturbed s"] / found["synchronous write s"]
         rounds.append(found)
         print(json.dumps({key: round(value, 3) for key, value in found.items()}), flush=True)
     first, rest = rounds[0], rounds[1:]  # the first checkpoint of a run makes its buffers
