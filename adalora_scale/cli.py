@@ -27,8 +27,8 @@ from adalora_scale.export.command import add_verbs as add_export_verbs
 from adalora_scale.installed import version_of
 from adalora_scale.messages import say, say_json, say_text
 from adalora_scale.placing.quantize import add_verb as add_quantize_verb
-from adalora_scale.report.command import add_verb as add_report_verb
 from adalora_scale.recipes.command import add_parser as add_recipes
+from adalora_scale.report.command import add_verb as add_report_verb
 from adalora_scale.sweep.arguments import add_parser as add_sweep
 from adalora_scale.training.first_look import look_at_files
 from adalora_scale.training.lease import Lease

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from adalora_scale.errors import Unsupported, UserError, full_disk, system_reason
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:/")
+"""pathlib makes one slash of two; a letter alone is a drive's."""
 
 
 @contextlib.contextmanager
@@ -106,6 +110,23 @@ def abandon(path: Path) -> None:
         number += 1
         target = path.with_name(f"abandoned-{path.name}-{number}")
     path.rename(target)
+
+
+def require_local(what: str, path: str | Path) -> None:
+    """Refuse a URL in place of a path: `s3://bucket/run` would become a folder `s3:` here, and go with the machine.
+
+    Args:
+        what: the key or argument, for the message.
+        path: what was given for it.
+
+    Raises:
+        UserError: it is a URL.
+    """
+    if _URL.match(str(path)):
+        raise UserError(
+            f"{what}={path} is a URL, and files are written to a file system alone; name a folder that all machines "
+            f"share, and copy it to the store from there."
+        )
 
 
 def write_probe(path: Path) -> None:

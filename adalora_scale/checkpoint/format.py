@@ -22,7 +22,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,23 +83,52 @@ def write_pieces(
 
     Args:
         path: the file.
-        groups: group → this rank's intervals and values.
-        names: group → the names of its tensors, the same list on every rank.
-        extras: further small tensors of this rank, such as the states of its random number generators.
+        groups, names, extras: as for `flat_tensors`.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
-    tensors: dict[str, Tensor] = {f"extra.{key}": value.contiguous() for key, value in extras.items()}
+    return write_tensors(path, flat_tensors(groups, names, extras))
+
+
+def joined(key: str, values: Sequence[Tensor]) -> Tensor:
+    """Return the values of one kind as one flat tensor on the CPU, a copy."""
+    flat = [value.detach().reshape(-1).cpu() for value in values]
+    return torch.cat(flat) if flat else torch.zeros(0, dtype=torch.float32)
+
+
+def flat_tensors(
+    groups: Mapping[str, Group],
+    names: Mapping[str, Sequence[str]],
+    extras: Mapping[str, Tensor],
+    join: Callable[[str, Sequence[Tensor]], Tensor] = joined,
+) -> dict[str, Tensor]:
+    """Return copies of what one rank's file holds: name in the file → tensor on the CPU.
+
+    Args:
+        groups: group → this rank's intervals and values.
+        names: group → the names of its tensors, the same list on every rank.
+        extras: further small tensors of this rank, such as the states of its random number generators.
+        join: what makes one flat copy, (elements,) on the CPU, of the values of a name in the file.
+    """
+    tensors = {f"extra.{key}": value.detach().cpu().contiguous().clone() for key, value in extras.items()}
     for name, group in groups.items():
         index = {tensor: number for number, tensor in enumerate(names[name])}
         rows = [(index[tensor], start, length) for tensor, start, length in group.intervals]
         tensors[f"{name}.{_TABLE}"] = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
         for kind, values in group.values.items():
-            flat = [value.detach().reshape(-1).cpu() for value in values]
-            tensors[f"{name}.{kind}"] = torch.cat(flat) if flat else torch.zeros(0, dtype=torch.float32)
+            tensors[f"{name}.{kind}"] = join(f"{name}.{kind}", values)
+    return tensors
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a safetensors file and return its entry in the manifest, once the bytes are on disk.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
     try:
-        save_file(tensors, path)
+        save_file(dict(tensors), path)
     except SafetensorError as error:  # what Rust's writer makes of a full disk
         raise OSError(str(error)) from None
     sync(path)

@@ -6,12 +6,12 @@ how it went, and only then rank 0 writes the manifest and gives the folder its n
 
 from __future__ import annotations
 
-import math
+import contextlib
 import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from adalora_scale.checkpoint import format as files
+from adalora_scale.checkpoint.draft import Draft
 from adalora_scale.checkpoint.format import CheckpointError
-from adalora_scale.checkpoint.state import Gathered, merged_scalars
+from adalora_scale.checkpoint.state import Gathered
 from adalora_scale.engines.ranks import everywhere, on_all_ranks, rank_and_size
 from adalora_scale.errors import UserError
-from adalora_scale.files import abandon, sync, write_probe
+from adalora_scale.files import write_probe
 
 _SETTLES_S = 20.0
 """How long a network file system may take to show one machine what another wrote."""
@@ -51,64 +52,41 @@ def write_checkpoint(
         CheckpointError: the disk is full, the folder cannot be written, or ranks do not see the same folder. Raised on
             all ranks; nothing is left behind, and checkpoints from before are untouched.
     """
-    rank, world_size = rank_and_size()
-    final, partial = output_dir / f"checkpoint-{step}", output_dir / f".checkpoint-{step}.partial"
-    names = {group: list(shapes) for group, shapes in gathered.shapes.items()}
-    own = partial / files.pieces_name(rank, world_size)
-
-    def make_folder() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-    def finish(everyone: list[Any]) -> None:
-        for group, shapes in gathered.shapes.items():
-            for name, shape in shapes.items():
-                written = sum(part["elements"][group].get(name, 0) for part in everyone)
-                if written != math.prod(shape):
-                    raise UserError(
-                        f"{final} would hold {written} of {math.prod(shape)} elements of '{name}': is it trained "
-                        f"by the optimizer? Freeze it, or give it to the optimizer."
-                    )
-        entries = {files.pieces_name(number, world_size): part["entry"] for number, part in enumerate(everyone)}
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
-            sync(partial / name)
-            entries[name] = files.file_entry(partial / name)
-        optimizer = content.get("optimizer", {}) | {"scalars": merged_scalars([part["scalars"] for part in everyone])}
-        whole = {"step": step, "world_size": world_size, **content, "optimizer": optimizer}
-        content_of_manifest = whole | {"tensors": gathered.shapes, "files": entries}
-        files.require_readable(final, content_of_manifest)
-        files.write_manifest(partial, content_of_manifest)
-        if final.exists() or final.is_symlink():  # what the run went on from, under this name
-            abandon(final)
-        files.publish(partial, final)
-
-    try:
-        agree(make_folder if rank == 0 else None, partial)
-        agree(lambda: _must_see(partial), partial)
+    draft = Draft.of(output_dir, step, gathered, content, texts)
+    with discarded_when_failed(draft):
+        open_folder(draft)
         everyone = agree(
-            lambda: {
-                "entry": files.write_pieces(own, gathered.groups, names, extras),
-                "scalars": gathered.scalars,
-                "elements": _elements(gathered),
-            },
-            own,
+            lambda: draft.write_own(files.flat_tensors(gathered.groups, draft.names, extras)),
+            draft.own,
         )
-        agree((lambda: finish(everyone)) if rank == 0 else None, final)
+        agree((lambda: draft.finish(everyone)) if draft.rank == 0 else None, draft.final)
+    return draft.final
+
+
+def open_folder(draft: Draft, then: Callable[[], None] = lambda: None) -> None:
+    """Make the hidden folder on rank 0 and see it on every rank, which calls `then`; a collective call.
+
+    Raises:
+        CheckpointError: it cannot be made, a rank does not see it, or as `then`.
+    """
+    agree(draft.make_folder if draft.rank == 0 else None, draft.partial)
+
+    def look() -> None:
+        _must_see(draft.partial)
+        then()
+
+    agree(look, draft.partial)
+
+
+@contextlib.contextmanager
+def discarded_when_failed(draft: Draft) -> Iterator[None]:
+    """Leave nothing of a checkpoint for which all ranks raise a CheckpointError inside."""
+    try:
+        yield
     except CheckpointError:
         # All ranks are here; none tells its user that nothing is left before it is so.
-        agree((lambda: shutil.rmtree(partial, ignore_errors=True)) if rank == 0 else None, partial)
+        agree(draft.discard if draft.rank == 0 else None, draft.partial)
         raise
-    return final
-
-
-def _elements(gathered: Gathered) -> dict[str, dict[str, int]]:
-    """Return group → name → how many elements this rank writes."""
-    counts: dict[str, dict[str, int]] = {name: {} for name in gathered.groups}
-    for name, group in gathered.groups.items():
-        for tensor, _, length in group.intervals:
-            counts[name][tensor] = counts[name].get(tensor, 0) + length
-    return counts
 
 
 def agree(action: Callable[[], Any] | None, path: Path) -> list[Any]:
@@ -118,16 +96,22 @@ def agree(action: Callable[[], Any] | None, path: Path) -> list[Any]:
         CheckpointError: it failed on some rank, with the operating system's reason; raised on all ranks alike.
     """
 
-    def tried() -> Any:
-        try:
-            return action() if action is not None else None
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
-
     try:
-        return everywhere(tried)
+        return everywhere(lambda: tried(action, path))
     except UserError as error:
         raise on_all_ranks(CheckpointError(str(error))) from None
+
+
+def tried(action: Callable[[], Any] | None, path: Path) -> Any:
+    """Run `action` on this rank alone and return what it returned.
+
+    Raises:
+        UserError: the operating system refused it, with its reason.
+    """
+    try:
+        return action() if action is not None else None
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
 
 
 def probe_shared(output_dir: Path) -> None:

@@ -20,6 +20,7 @@ from adalora_scale.errors import UserError
 
 OWN_KEYS: dict[str, Any] = {
     "overwrite_output_dir": bool,
+    "async_save": bool,
     "resume_allow_changed": list[str] | None,
     "resume_compact": bool | None,
     "global_batch_size": int,
@@ -29,6 +30,7 @@ OWN_KEYS: dict[str, Any] = {
 """Keys of the section that are not transformers', and their types."""
 OWN_MEANINGS = {
     "overwrite_output_dir": "train although output_dir holds another run.",
+    "async_save": "write checkpoints by a thread of each rank while training goes on.",
     "resume_allow_changed": "keys that may differ from those of the run that is continued.",
     "resume_compact": "continue without the pruned columns; None: only where that changes no bit.",
     "global_batch_size": "examples of one optimizer step over all ranks; accumulation follows from it.",

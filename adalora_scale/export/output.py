@@ -16,7 +16,7 @@ from pathlib import Path
 from adalora_scale.errors import Unsupported, UserError, system_reason
 from adalora_scale.export.publishing import discard, names_beside, publish, tidy
 from adalora_scale.export.record import REPORT_NAME, remove_written, why_kept
-from adalora_scale.files import sync_tree, writing
+from adalora_scale.files import require_local, sync_tree, writing
 from adalora_scale.messages import say
 from adalora_scale.reading.folders import own_file
 
@@ -69,6 +69,7 @@ def output_folder(target: Path, *, overwrite: bool, inputs: Sequence[Path], need
     Raises:
         UserError: the folder holds something, cannot be written, or the disk is too small.
     """
+    require_local("OUT", target)
     target = Path(os.path.abspath(target))
     partial, _ = names_beside(target)
     try:

@@ -15,7 +15,7 @@ import yaml
 
 from adalora_scale.config import apply_override, check_value, config_from_tree, read_tree
 from adalora_scale.errors import INTERRUPTED_EXIT_CODE, UserError
-from adalora_scale.files import replace_text
+from adalora_scale.files import replace_text, require_local
 from adalora_scale.messages import say, say_json, say_text
 from adalora_scale.sweep.local import Local
 from adalora_scale.sweep.report import Results, at_the_edge, best_of, duration, table, winning_config
@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     dimensions = _dimensions(arguments, rate)
     _check_values(tree, dimensions)
     folder: Path = arguments.output
+    require_local("--output", folder)
     where = _where(arguments, folder)
     _claim(folder, tree)
     goal = arguments.goal or ("min" if "loss" in arguments.metric else "max")

@@ -16,6 +16,7 @@ from adalora_scale.config.hints import hint
 from adalora_scale.config.training_keys import OWN_KEYS, refuse_managed
 from adalora_scale.engines.engine import Engine
 from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.files import require_local
 from adalora_scale.messages import cause
 from adalora_scale.tasks.registry import find_task
 from adalora_scale.training.batch import batch_sizes
@@ -71,8 +72,16 @@ def convert_training_section(config: RunConfig) -> dict[str, Any]:
         if value is False and key.endswith("_strategy"):
             value = "no"  # YAML reads the bare word as false
         checked[key] = check_value(f"training.{key}", value, hints[key])
+    for key in ("output_dir", "resume_from_checkpoint"):
+        if isinstance(checked.get(key), str):
+            require_local(f"training.{key}", checked[key])
     if checked.get("auto_find_batch_size"):
         refuse_batch_search()
+    if checked.get("async_save") and checked.get("save_only_model"):
+        raise UserError(
+            "training.async_save=true writes checkpoints to resume from while training goes on, and "
+            "training.save_only_model=true leaves adapters in their place; remove one of them."
+        )
     for key in _COUNTS:
         if checked.get(key, 1) < 1:
             raise UserError(f"training.{key} is {checked[key]}; it must be at least 1.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ class AdaLoraCallback(TrainerCallback):
     `args.output_dir`: `metrics.jsonl`, `ranks.jsonl`, `scores.jsonl`, and at the end `adapter_config.json`,
     `adapter_model.safetensors` and `report.html`. `trainer.save_model` and the trainer's checkpoints write the adapter
     too, in place of the model; what would write the frozen base as well is refused when training starts. Training that
-    would leave nothing right (no numbers, nothing trained, stopped before the final allocation) raises `WrongEnd`, and no
-    adapter is written.
+    would leave nothing right (no numbers, nothing trained, stopped before the final allocation) raises `WrongEnd`, and
+    no adapter is written.
     """
 
     def __init__(self, *, saves_checkpoints: bool = True, max_skipped_steps: int = MAX_SKIPPED_STEPS) -> None:
@@ -63,6 +64,8 @@ class AdaLoraCallback(TrainerCallback):
         self.lease: Lease | None = None
         """Rank 0's hold on output_dir, where the trainer took it; else it is taken while training lasts."""
         self._own_lease: Lease | None = None
+        self.settle: Callable[[], None] = lambda: None
+        """Waits for a checkpoint that is being written, where the trainer does so while training goes on."""
         self.kept_lines: dict[str, int] | None = None
         """Of a continued run: how many lines of each of the files stay."""
         self._attached_early = False
@@ -119,6 +122,7 @@ class AdaLoraCallback(TrainerCallback):
             max_skipped_steps=self.max_skipped_steps,
             scales_loss=bool(args.fp16),
             output_dir=output_dir,
+            settle=self.settle,
         )
         if allocator.last_allocation is not None:
             self._last_written = allocator.last_allocation.step

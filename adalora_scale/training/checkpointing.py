@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from adalora_scale.adalora.compaction import compact
 from adalora_scale.adalora.injection import adapter_layers, file_forms, injected_module, injection_of
 from adalora_scale.adalora.scores import score_named
+from adalora_scale.checkpoint.background import BackgroundWriter
+from adalora_scale.checkpoint.draft import Draft
 from adalora_scale.checkpoint.finding import NOTHING_TO_RESUME, find_checkpoint, set_aside
 from adalora_scale.checkpoint.format import Checkpoint, checkpoints, read_manifest
 from adalora_scale.checkpoint.identity import plain, require_same_run
@@ -32,7 +36,7 @@ from adalora_scale.training.base_weights import BaseWeights
 from adalora_scale.training.history import best_so_far, bring_lines
 from adalora_scale.training.loop_state import loop_state, restore_optimizer, restore_sums
 from adalora_scale.training.records import WRONG_END_NAME, versions
-from adalora_scale.training.signals import StopRequest
+from adalora_scale.training.signals import FAILED, StopRequest
 from adalora_scale.training.stopping import REQUEUE_NAME, exit_code
 
 TRAINER_STATE_NAME = "trainer_state.json"
@@ -109,6 +113,7 @@ class RunCheckpoints:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        trainer.adalora_callback.settle = self.settle
         self.stop = StopRequest()
         self.resumed: Checkpoint | None = None
         """What this run goes on from."""
@@ -118,6 +123,9 @@ class RunCheckpoints:
         """The files of the base, where `make_trainer` knows them."""
         self.allowed_changes: list[str] = []
         """`training.resume_allow_changed`."""
+        self.async_save = False
+        """`training.async_save`: whether checkpoints are written while training goes on."""
+        self._background: BackgroundWriter | None = None
         self._saved_step = -1
         self._fingerprint: str | None = None
 
@@ -125,6 +133,11 @@ class RunCheckpoints:
     def output_dir(self) -> Path:
         """The run's folder."""
         return Path(self.trainer.args.output_dir or ".")
+
+    @property
+    def kept_lines(self) -> dict[str, int] | None:
+        """Of a continued run: file → how many of its lines stay."""
+        return self.resumed.manifest["records"] if self.resumed is not None else None
 
     # ---- going on -----------------------------------------------------------------------------------------------
 
@@ -145,6 +158,7 @@ class RunCheckpoints:
 
         probe_shared(self.output_dir)  # a trainer made by hand has not chosen a checkpoint, which looks too
         self.stop.run = agree(clear if rank_and_size()[0] == 0 else None, self.output_dir)[0]
+        self._background = BackgroundWriter(self.stop.run)
 
     def load(self, allocator: RankAllocator) -> None:
         """Put the chosen checkpoint into the wrapped model, its optimizer and the attached allocator.
@@ -226,6 +240,8 @@ class RunCheckpoints:
     def save(self, allocator: RankAllocator) -> None:
         """Write `checkpoint-<step>`, once a step, and delete what `save_total_limit` allows; all ranks call it.
 
+        With `async_save` it is only begun, once the one before is complete; `settle` waits for it.
+
         Raises:
             RanksDisagree: ranks hold different values; nothing is written.
             CheckpointError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
@@ -233,6 +249,7 @@ class RunCheckpoints:
         trainer, step = self.trainer, self.trainer.state.global_step
         if step == self._saved_step:
             return
+        self.settle()
         trainer.adalora_callback.guard()
         together(trainer.adalora_callback.require_lease)
         base = base_optimizer(trainer.optimizer)
@@ -257,25 +274,67 @@ class RunCheckpoints:
         gathered = gather(trainer.model, allocator.sharding, allocator)
         state = json.dumps(dataclasses.asdict(trainer.state), sort_keys=True) + "\n"
         texts = {TRAINER_STATE_NAME: state}
-        write_checkpoint(self.output_dir, step, gathered, tensors | rng_state(), content, texts)
+        extras = tensors | rng_state()
+        clean_up = self._clean_up()
+        if self.async_save and self._background is not None:
+            allowed = trainer.adalora_callback.require_lease
+            draft = Draft.of(self.output_dir, step, gathered, content, texts, allowed)
+            self._background.start(draft, gathered.groups, extras, clean_up)
+        else:
+            write_checkpoint(self.output_dir, step, gathered, extras, content, texts)
+            if rank_and_size()[0] == 0:
+                clean_up()
         self._saved_step = step
-        if rank_and_size()[0] == 0:
-            for lines in records.values():
+
+    def _clean_up(self) -> Callable[[], None]:
+        """Return what rank 0 does once a checkpoint of this moment is complete."""
+        trainer = self.trainer
+        records = list(trainer.adalora_callback.records.values())
+        limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
+        sound = not trainer.adalora_callback.skipped_in_a_row  # else the last sound one may be the next to go
+
+        def clean_up() -> None:
+            for lines in records:
                 lines.sync()
-            if not trainer.adalora_callback.skipped_in_a_row:  # else the last sound one may be the next to go
-                rotate(self.output_dir, trainer.args.save_total_limit, trainer.state.best_model_checkpoint)
+            if sound:
+                rotate(self.output_dir, limit, best)
+
+        return clean_up
+
+    def settle(self) -> None:
+        """Wait until a checkpoint that is being written is complete; a collective call.
+
+        Raises:
+            CheckpointError: it could not be written; earlier checkpoints are untouched.
+        """
+        if self._background is not None:
+            self._background.settle()
+
+    @contextlib.contextmanager
+    def complete(self) -> Iterator[None]:
+        """Leave no checkpoint half written behind training, however it ends."""
+        try:
+            yield
+            self.settle()
+        finally:
+            if self._background is not None:
+                self._background.close()
 
     def stop_if_asked(self, allocator: RankAllocator) -> None:
         """After a completed step: when a signal asked for it, leave a checkpoint and end training on all ranks.
 
         Raises:
             Interrupted: a signal asked to stop.
+            CheckpointError: the checkpoint that was being written meanwhile could not be.
             UserError: the note that says so does not fit on the disk; the checkpoint is there.
         """
         step = self.trainer.state.global_step
-        if (said := self.stop.agreed(step)) is None:
+        failed = self._background is not None and self._background.failed
+        if (said := self.stop.agreed(step, FAILED if failed else None)) is None:
             return
+        self.settle()
         self.trainer.write_checkpoint(allocator)
+        self.settle()
         code = exit_code(said)
 
         def leave_note() -> None:

@@ -20,6 +20,7 @@ from transformers.utils import logging as hf_logging
 from adalora_scale.engines.ranks import together
 from adalora_scale.errors import UserError, nearest
 from adalora_scale.messages import cause, say
+from adalora_scale.training.optimizers import writes_checkpoints
 
 _AT_LEAST = {
     "dataloader_num_workers": 0,
@@ -132,6 +133,8 @@ def name_unused(training: dict[str, Any], arguments: TrainingArguments) -> None:
     ):
         if training.get(key) is not None and not there:
             say(f"note: training.{key} has no effect without {needed}")
+    if training.get("async_save") and not writes_checkpoints(arguments.save_strategy, arguments.save_only_model):
+        say("note: training.async_save has no effect with training.save_strategy=no: a signal waits for its checkpoint")
     if training.get("fp16") and arguments.device.type == "cpu" and not arguments.deepspeed:
         say("note: training.fp16 has no effect on a CPU, which computes in the weights' dtype: see model.torch_dtype")
 

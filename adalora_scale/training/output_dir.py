@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adalora_scale.errors import UserError
-from adalora_scale.files import write_probe
+from adalora_scale.files import require_local, write_probe
 from adalora_scale.training.lease import Lease, held
 from adalora_scale.training.stopping import stopping
 
@@ -39,6 +39,7 @@ def hold_output_dir(training: Mapping[str, Any]) -> Iterator[Lease | None]:
     if not isinstance(output_dir, str):
         yield None
         return
+    require_local("training.output_dir", output_dir)
     directory = Path(output_dir).expanduser()  # as TrainingArguments does
     stopping.directory = directory
     if os.environ.get("RANK", "0") != "0":

@@ -271,6 +271,7 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
     if inputs.data.stream is not None:
         trainer.train_dataset = inputs.data.stream  # SFTTrainer takes a table alone, and looks at its first row
     trainer.checkpoints.allowed_changes = training.get("resume_allow_changed") or []
+    trainer.checkpoints.async_save = training.get("async_save", False)
     trainer.adalora_callback.max_skipped_steps = training.get("max_skipped_steps", MAX_SKIPPED_STEPS)
     trainer.checkpoints.resumed = checkpoint
     trainer.checkpoints.base_weights = base_weights

@@ -6,6 +6,8 @@ the signal and when. No collective is added, and nothing is sent but one small r
 
 The store outlives a run: a second one in the same process group must not find the first one's note, so the key ends in
 a name that the ranks agreed on for the run.
+
+A rank whose checkpoint could not be written while training went on tells the others in the same way.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from adalora_scale.training.stopping import stopping
 
+FAILED = "failed"
+"""Noted in place of a signal's name by a rank that cannot write its checkpoint."""
 _KEY = "adalora_scale/stop_after_step/"
 
 
@@ -30,16 +34,22 @@ class StopRequest:
         """Forget what stopped an earlier run of this trainer."""
         self._noted = None
 
-    def agreed(self, step: int) -> str | None:
-        """Return the name of the signal for which all ranks stop now, after `step` completed optimizer steps."""
+    def agreed(self, step: int, reason: str | None = None) -> str | None:
+        """Return why all ranks stop now, after `step` completed optimizer steps: a signal's name, or a rank's reason.
+
+        Args:
+            step: completed optimizer steps.
+            reason: why this rank asks for it, without a signal.
+        """
+        asked = reason or stopping.received
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return stopping.received
+            return asked
         if self._noted is None:
             store, key = _get_default_store(), _KEY + self.run
             said = ""
-            if stopping.received is not None:
+            if asked is not None:
                 # compare_set answers, so the note is there before this rank goes on; set() would only be on its way.
-                said = store.compare_set(key, "", f"{step + 1} {stopping.received}").decode()
+                said = store.compare_set(key, "", f"{step + 1} {asked}").decode()
             elif store.check([key]):
                 said = store.get(key).decode()
             if said:

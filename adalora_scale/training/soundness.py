@@ -7,7 +7,9 @@ the same places and end together.
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from adalora_scale.checkpoint.format import checkpoints, step_of
 from adalora_scale.controller import RankAllocator
 from adalora_scale.engines.full import held_values
 from adalora_scale.engines.ranks import everywhere, on_all_ranks, rank_and_size
-from adalora_scale.errors import WrongEnd
+from adalora_scale.errors import UserError, WrongEnd
 from adalora_scale.export.whole_adapter import unwrapped
 from adalora_scale.finite import is_finite
 
@@ -40,16 +42,25 @@ class Soundness:
         max_skipped_steps: how many steps in a row may lack a finite gradient.
         scales_loss: whether a loss scaler (fp16) has to find its scale first.
         output_dir: where checkpoints are, for the message.
+        settle: waits for one that is being written; a collective call.
     """
 
     def __init__(
-        self, model: nn.Module, allocator: RankAllocator, *, max_skipped_steps: int, scales_loss: bool, output_dir: Path
+        self,
+        model: nn.Module,
+        allocator: RankAllocator,
+        *,
+        max_skipped_steps: int,
+        scales_loss: bool,
+        output_dir: Path,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         self._model, self._allocator, self._output_dir = unwrapped(model), allocator, output_dir
         self._limit = max_skipped_steps + _SCALER_STEPS * scales_loss
         self._limit_text = f"training.max_skipped_steps={max_skipped_steps}"
         if scales_loss:
             self._limit_text += f", and {_SCALER_STEPS} more while fp16's loss scale is found"
+        self._settle = settle
         self._skipped = allocator.skipped_steps
         self.in_a_row = 0
         """Steps without a finite gradient since the last one that had one."""
@@ -120,6 +131,8 @@ class Soundness:
 
     def _end(self, message: str) -> None:
         said = ""
+        with contextlib.suppress(UserError):  # of the two errors this is the lesser
+            self._settle()
         if rank_and_size()[0] == 0:
             before = self._allocator.step - self.in_a_row
             sound = [path for path in checkpoints(self._output_dir) if step_of(path) <= before]

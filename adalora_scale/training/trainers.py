@@ -142,8 +142,7 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         self.state.compute_steps(self.args, max_steps)  # trainer_state.json would bring back the old intervals
         self.checkpoints.start()
         self.checkpoints.load(allocator)
-        resumed = self.checkpoints.resumed
-        self.adalora_callback.kept_lines = resumed.manifest["records"] if resumed else None
+        self.adalora_callback.kept_lines = self.checkpoints.kept_lines
         return prepared
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -215,7 +214,7 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         """
         asked = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         self.checkpoints.stop.begin()
-        with self._holding(), stopping.listening(SCHEDULERS):
+        with self._holding(), self.checkpoints.complete(), stopping.listening(SCHEDULERS):
             if asked is not None and asked is not False and self.checkpoints.resumed is None:
                 self.checkpoints.resumed = choose_checkpoint(asked, self.checkpoints.output_dir)
             resumed = self.checkpoints.resumed
@@ -276,9 +275,15 @@ class AdaLoraTrainerMixin(_TrainerSeams):
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Compare adapters at their budget only: one from before the final allocation is larger than was asked for."""
+        self.checkpoints.settle()
         if self.allocator is None or not self.allocator.frozen:
             return False
         return super()._determine_best_metric(metrics, trial)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """See that the last checkpoint is there before one is loaded, others are deleted, and the adapter is saved."""
+        self.checkpoints.settle()
+        return super()._finalize_training(*args, **kwargs)
 
     def _load_best_model(self) -> None:
         """Write the best checkpoint's weights into the live parameters, wherever the engine keeps them."""

@@ -95,3 +95,16 @@ def test_published_memory_is_explained_within_a_tenth(tmp_path):
         assert figures["float32"] == pytest.approx(figures["reported"], rel=0.1)
         # PEFT's layers and ours keep the same for the backward pass.
         assert figures["PEFT: activations"] == pytest.approx(figures["plan: activations"], rel=0.02)
+
+
+def test_checkpoints_of_both_kinds_of_a_tiny_shape(tmp_path):
+    """Ten minutes of writing must not end in a traceback; at this size the ratio says nothing."""
+    output = tmp_path / "figures.json"
+    shape = ("--hidden", 64, "--layers", 1, "--r", 4, "--tokens", 8, "--rounds", 2, "--device", "cpu")
+    done = run("async_checkpoint.py", *shape, "--folder", tmp_path, "--output", output)
+    assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stdout + done.stderr
+    figures = json.loads(output.read_text())
+    assert len(figures["rounds"]) == 2 and figures["bytes"] > 12 * figures["trainable_parameters"]
+    for one in figures["rounds"]:
+        assert one["ratio"] == pytest.approx(one["stall s"] / one["synchronous write s"])
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]

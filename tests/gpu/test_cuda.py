@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from adalora_scale.adalora.injection import inject_adalora
+from adalora_scale.checkpoint.format import Group
+from adalora_scale.checkpoint.staging import Staging
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
 from tests.toy import Toy
@@ -68,3 +70,19 @@ def test_low_precision_training_prunes_to_the_budget(batches, dtype, scaler):
     allocator.skip_missed_steps(STEPS)
     assert sum(allocator.ranks().values()) == 4 * 6
     assert abs(loss - expected) < 0.02 * expected
+
+
+def test_staged_copies_are_page_locked_complete_and_used_again():
+    """A copy that is still under way when training goes on holds weights of two steps."""
+    staging, names = Staging(), {"adapter": ["w"]}
+    weight = torch.randn(1 << 24, device="cuda")
+    group = Group([("w", 0, weight.numel())], {"weight": [weight]})
+    addresses = set()
+    for _ in range(2):
+        expected = weight.cpu()
+        copies = staging.copy({"adapter": group}, names, {"extra": weight[:1]})
+        weight.add_(1.0)
+        assert copies["adapter.weight"].is_pinned() and copies["adapter.weight"].equal(expected)
+        assert copies["extra.extra"].equal(expected[:1])
+        addresses.add(copies["adapter.weight"].data_ptr())
+    assert len(addresses) == 1

@@ -1,7 +1,7 @@
 """Going over the whole fabric: collectives, every round of the tournament, and a second look at what seemed slow.
 
-Other work on a host disturbs single measurements, for seconds at times. A link that looks slow is measured again, alone,
-at growing distances, and counts as slow only if it stays so.
+Other work on a host disturbs single measurements, for seconds at times. A link that looks slow is measured again,
+alone, at growing distances, and counts as slow only if it stays so.
 """
 
 from __future__ import annotations
