@@ -172,7 +172,7 @@ SEEN_BEFORE_THE_MODEL = {
     "no output_dir": (["training.output_dir="], ["training.output_dir"]),
     "engine fsdp2": (["engine.name=fsdp2"], ["engine.name=fsdp2", "torchrun"]),
     "engine deepspeed": (["engine.name=deepspeed"], ["engine.name=deepspeed", "deepspeed --num_gpus"]),
-    "--deepspeed": (["--deepspeed", "zero2.json"], ["engine.name=deepspeed", "deepspeed --num_gpus"]),
+    "--deepspeed": (["--deepspeed", "zero2.json"], ["engine.config=zero2.json", "cannot be read"]),
     "unknown engine": (["engine.name=horovod"], ["engine.name=horovod", "auto, ddp, fsdp2, deepspeed"]),
     "block size": (["model.load_in_4bit=true", "model.bnb_4bit_blocksize=100"], ["model.bnb_4bit_blocksize is 100"]),
     "no model folder": (["model.model_name_or_path=./absent"], ["model.model_name_or_path=./absent"]),
@@ -190,7 +190,7 @@ SEEN_BEFORE_THE_MODEL = {
     "unknown optimizer": (["training.optim=adamm"], ["training", "adamm"]),
     "no evaluation": (["training.load_best_model_at_end=true"], ["training", "load_best_model_at_end"]),
     "nothing to resume": (["training.resume_from_checkpoint=true"], ["resume_from_checkpoint", "no complete"]),
-    "no such checkpoint": (["training.resume_from_checkpoint=out/checkpoint-9"], ["out/checkpoint-9", "not complete"]),
+    "no such checkpoint": (["training.resume_from_checkpoint=out/checkpoint-9"], ["out/checkpoint-9", "not a folder"]),
 }
 
 
