@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from adalora_scale.adalora.compaction import compact
 from adalora_scale.adalora.injection import adapter_layers, file_forms, injected_module, injection_of
@@ -37,7 +38,7 @@ from adalora_scale.training.history import best_so_far, bring_lines
 from adalora_scale.training.loop_state import loop_state, restore_optimizer, restore_sums
 from adalora_scale.training.records import WRONG_END_NAME, versions
 from adalora_scale.training.signals import FAILED, StopRequest
-from adalora_scale.training.stopping import REQUEUE_NAME, exit_code
+from adalora_scale.training.stopping import REQUEUE_NAME, exit_code, stopping
 
 TRAINER_STATE_NAME = "trainer_state.json"
 
@@ -368,3 +369,17 @@ class RunCheckpoints:
         if self._fingerprint:
             own["data_fingerprint"] = self._fingerprint
         return own
+
+
+class AfterReset(TrainerCallback):
+    """Training begins once the loop has set its sums to zero; a continued run then puts them back.
+
+    From here on a signal stops training after a step, with a checkpoint.
+    """
+
+    def __init__(self, checkpoints: RunCheckpoints) -> None:
+        self._checkpoints = checkpoints
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._checkpoints.load_sums()
+        stopping.defer()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, Trainer
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
@@ -35,7 +35,7 @@ from adalora_scale.files import replacing, writing
 from adalora_scale.tasks.registry import task_of_class
 from adalora_scale.training.arguments import refuse_batch_search, require_evaluation_at_budget
 from adalora_scale.training.callback import AdaLoraCallback
-from adalora_scale.training.checkpointing import RunCheckpoints, choose_checkpoint
+from adalora_scale.training.checkpointing import AfterReset, RunCheckpoints, choose_checkpoint
 from adalora_scale.training.for_trl import has_own_backward, name_backbone, settle_router_loss
 from adalora_scale.training.lease import take
 from adalora_scale.training.loop_state import deepspeed_scaler
@@ -97,7 +97,7 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         self.adalora_callback = AdaLoraCallback(saves_checkpoints=False)
         self.add_callback(self.adalora_callback)
         self.checkpoints = RunCheckpoints(self)
-        self.add_callback(_AfterReset(self.checkpoints))
+        self.add_callback(AfterReset(self.checkpoints))
 
     @property
     def allocator(self) -> RankAllocator | None:
@@ -315,20 +315,6 @@ class AdaLoraTrainerMixin(_TrainerSeams):
             if isinstance(callback, ExportableState):
                 states[type(callback).__name__] = callback.state()
         self.checkpoints.save(allocator)
-
-
-class _AfterReset(TrainerCallback):
-    """Training begins once the loop has set its sums to zero; a continued run then puts them back.
-
-    From here on a signal stops training after a step, with a checkpoint.
-    """
-
-    def __init__(self, checkpoints: RunCheckpoints) -> None:
-        self._checkpoints = checkpoints
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._checkpoints.load_sums()
-        stopping.defer()
 
 
 class AdaLoraTrainer(AdaLoraTrainerMixin, Trainer):
