@@ -7,7 +7,8 @@ import sys
 import time
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from adalora_scale.cli import main
 from adalora_scale.cluster.plan.advice import Traces, largest_micro_batch
@@ -257,9 +258,28 @@ def test_shipped_shapes_are_whole(name):
     expected = {
         "llama3_70b": (8192, 80, 128256), "llama3_8b": (4096, 32, 128256), "llama2_70b": (8192, 80, 32000),
         "llama3_2_3b": (3072, 28, 128256), "deberta_v3_base": (768, 12, 128100), "minilm_l6": (384, 6, 30522),
+        "llama3_1_8b": (4096, 32, 128256), "qwen2_5_7b": (3584, 28, 152064), "qwen3_8b": (4096, 36, 151936),
+        "mistral_7b": (4096, 32, 32768), "gemma3_1b": (1152, 26, 262144),
     }  # fmt: skip
     assert sizes == expected[SHAPES[name]]
-    assert getattr(config, "num_key_value_heads", 8) == 8
+    assert getattr(config, "num_key_value_heads", 8) == {"qwen2_5_7b": 4, "gemma3_1b": 1}.get(SHAPES[name], 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("meta-llama/Llama-3.1-8B", 8_030_261_248),
+        ("Qwen/Qwen2.5-7B", 7_615_616_512),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("mistralai/Mistral-7B-v0.3", 7_248_023_552),
+        ("google/gemma-3-1b-pt", 999_885_952),
+    ],
+)
+def test_shapes_of_the_recipes_have_the_published_number_of_parameters(name, parameters):
+    """Else a side that was written down wrongly plans another model: the numbers are those of the models' files."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config(ModelConfig(model_name_or_path=name)))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
 def test_a_classifier_and_a_model_in_16_bits_can_be_planned(capsys, stories260k):

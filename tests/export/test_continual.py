@@ -164,11 +164,15 @@ def test_mistakes_show_before_rows_are_tokenised(recipe, tmp_path, capsys):
     train_run(load_config(recipe, [f"training.output_dir={tmp_path}/one"]))
     capsys.readouterr()
     out = f"training.output_dir={tmp_path}/two"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "rows.jsonl").write_text("{")  # whoever prepares these says something else
     for path, more, message in (
-        (tmp_path / "none", [], "no adapter_config.json"),
+        (tmp_path / "none", [], f"model.adapter_path={tmp_path}/none is not a folder"),
+        (tmp_path / "empty", [], "no adapter_config.json"),
         (tmp_path / "one", ["adalora.init_r=1", "adalora.target_r=1"], "Set adalora.init_r to at least"),
     ):
-        arguments = ["train", "--config", str(recipe), out, f"model.adapter_path={path}", *more, "data.train=/nowhere"]
+        more.append(f"data.train={tmp_path}/rows.jsonl")
+        arguments = ["train", "--config", str(recipe), out, f"model.adapter_path={path}", *more]
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
     broken = copy(tmp_path / "one", tmp_path / "broken")

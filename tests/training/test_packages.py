@@ -26,7 +26,7 @@ def check(*overrides, engine=Ddp):
     ("override", "install"),
     [
         ("training.report_to=wandb", "wandb"),
-        ("training.report_to=[tensorboard]", "tensorboard"),
+        ("training.report_to=[trackio]", "trackio"),
         ("training.report_to=comet_ml", "comet-ml and set COMET_API_KEY"),
         ("training.optim=galore_adamw", "galore-torch"),
         ("training.optim=lomo", "lomo-optim"),

@@ -91,7 +91,7 @@ def config_of(engine, kind, model_dir, data_dir, folder, world_size, extra=()):
             "training.metric_for_best_model=eval_loss", "training.greater_is_better=true",
         ]  # fmt: skip
     if kind == "callback":
-        overrides += ["training.save_steps=8"]
+        overrides += ["training.save_steps=8", "training.save_only_model=true"]
     match engine:
         case "fsdp2":
             overrides += ["engine.name=fsdp2"]
