@@ -29,6 +29,7 @@ from adalora_scale.messages import say, say_json, say_text
 from adalora_scale.placing.quantize import add_verb as add_quantize_verb
 from adalora_scale.recipes.command import add_parser as add_recipes
 from adalora_scale.report.command import add_verb as add_report_verb
+from adalora_scale.report.names import REPORT_NAME
 from adalora_scale.sweep.arguments import add_parser as add_sweep
 from adalora_scale.training.first_look import look_at_files
 from adalora_scale.training.lease import Lease
@@ -220,14 +221,15 @@ def _train_as(config: RunConfig, lease: Lease | None, *, skip_preflight: bool) -
         return 1
     from adalora_scale.cluster.leaving import leave_process_group
     from adalora_scale.training.run import train
+    from adalora_scale.training.run_card import FIGURES
 
     try:
         summary = train(config, lease)
         if os.environ.get("RANK", "0") == "0":
             ranks = list(summary["ranks"].values())
-            final = "".join(f", {key} {value:.4f}" for key, value in summary["final"].items() if key in _SHOWN)
+            final = "".join(f", {key} {value:.4f}" for key, value in summary["final"].items() if key in FIGURES)
             folder = config.training["output_dir"]
-            report = " (and report.html)" if (Path(folder).expanduser() / "report.html").is_file() else ""
+            report = f" (and {REPORT_NAME})" if (Path(folder).expanduser() / REPORT_NAME).is_file() else ""
             say(
                 f"done: {sum(ranks)} triplets over {len(ranks)} matrices (ranks {min(ranks)} to {max(ranks)}){final}; "
                 f"adapter in {folder}{report}"
@@ -237,9 +239,6 @@ def _train_as(config: RunConfig, lease: Lease | None, *, skip_preflight: bool) -
             leave_process_group()
         del store
     return 0
-
-
-_SHOWN = ("eval_loss", "eval_accuracy")
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:

@@ -26,9 +26,10 @@ from adalora_scale.errors import Unsupported, run_reporting_errors
 from adalora_scale.files import write_json
 from adalora_scale.placing.model import load_model
 from adalora_scale.quantization.linear import dequantize_model
+from adalora_scale.report.names import RUN_NAME
 from adalora_scale.training.console import use_console
 from adalora_scale.training.metrics import exact_match
-from adalora_scale.training.run import RUN_NAME, prepare
+from adalora_scale.training.run import prepare
 
 
 def main() -> int:

@@ -76,21 +76,6 @@ def pieces_name(rank: int, world_size: int) -> str:
     return f"pieces-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def write_pieces(
-    path: Path, groups: Mapping[str, Group], names: Mapping[str, Sequence[str]], extras: Mapping[str, Tensor]
-) -> dict[str, Any]:
-    """Write one rank's file and return its entry in the manifest, once the bytes are on disk.
-
-    Args:
-        path: the file.
-        groups, names, extras: as for `flat_tensors`.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written.
-    """
-    return write_tensors(path, flat_tensors(groups, names, extras))
-
-
 def joined(key: str, values: Sequence[Tensor]) -> Tensor:
     """Return the values of one kind as one flat tensor on the CPU, a copy."""
     flat = [value.detach().reshape(-1).cpu() for value in values]

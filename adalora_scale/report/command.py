@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adalora_scale.messages import say
+from adalora_scale.report.names import REPORT_NAME
 
 _EXAMPLES = """
 examples:
@@ -41,7 +42,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from adalora_scale.report.writing import write_report
 
     runs: list[Path] = arguments.runs
-    output = arguments.output or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    output = arguments.output or ((runs[0] if len(runs) == 1 else Path()) / REPORT_NAME)
     write_report(runs, output, arguments.png)
     also = f", pictures in {arguments.png}" if arguments.png is not None else ""
     say(f"{output} is written{also}")

@@ -20,6 +20,7 @@ from adalora_scale.export.peft_adalora import gather_adapter, save_adapter
 from adalora_scale.export.stock_saving import is_readable, save_adapter_alone
 from adalora_scale.export.whole_adapter import WholeAdapter, unwrapped
 from adalora_scale.messages import say
+from adalora_scale.report.names import METRICS_NAME, RANKS_NAME
 from adalora_scale.report.score_lines import NAME as SCORES_NAME
 from adalora_scale.training.idle import FirstStep
 from adalora_scale.training.lease import Lease, take
@@ -28,9 +29,6 @@ from adalora_scale.training.reporting import leave_report
 from adalora_scale.training.score_records import write_scores
 from adalora_scale.training.soundness import MAX_SKIPPED_STEPS, Soundness
 from adalora_scale.training.stock_checkpoints import refuse_base_in_files
-
-METRICS_NAME = "metrics.jsonl"
-RANKS_NAME = "ranks.jsonl"
 
 
 class AdaLoraCallback(TrainerCallback):

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from adalora_scale.messages import cause, say
+from adalora_scale.report.names import REPORT_NAME
 
-REPORT_NAME = "report.html"
 SWITCH = "ADALORA_REPORT"
 """An environment variable; 0 leaves the report out."""
 

@@ -44,6 +44,7 @@ from adalora_scale.placing.model import place_model
 from adalora_scale.placing.positions import note_on_positions
 from adalora_scale.placing.tokens import embedding_rows, require_rows
 from adalora_scale.reading.base_config import check_base, foreign, hub_hint, said_of
+from adalora_scale.report.names import REPORT_NAME, RUN_NAME
 from adalora_scale.tasks.registry import find_task, wanted_rows
 from adalora_scale.training.arguments import (
     check_training_section,
@@ -71,14 +72,12 @@ from adalora_scale.training.records import (
     peak_memory_by_rank,
     versions,
 )
-from adalora_scale.training.reporting import REPORT_NAME, leave_report, tensorboard_folder
+from adalora_scale.training.reporting import leave_report, tensorboard_folder
 from adalora_scale.training.run_card import write_run_card
 from adalora_scale.training.same_rows import require_same_rows
 from adalora_scale.training.soundness import MAX_SKIPPED_STEPS
 from adalora_scale.training.stopping import stopping
 from adalora_scale.training.trainers import AdaLoraSFTTrainer, AdaLoraTrainer, with_adalora
-
-RUN_NAME = "run.json"
 
 
 @dataclass

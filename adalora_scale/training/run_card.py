@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from adalora_scale.config import RunConfig
+from adalora_scale.config.mixing import train_entries
 from adalora_scale.export.model_card import card_text, command_line, ranks_said, write_card
 from adalora_scale.messages import say
 from adalora_scale.tasks.registry import find_task
+
+FIGURES = ("eval_loss", "eval_accuracy")
+"""Of the final evaluation, those that are said of a run in a line."""
 
 
 def write_run_card(config: RunConfig, summary: dict[str, Any], losses: list[float]) -> None:
@@ -24,7 +28,7 @@ def write_run_card(config: RunConfig, summary: dict[str, Any], losses: list[floa
     """
     folder = Path(config.training["output_dir"]).expanduser()
     budget, final = summary["budget"], summary["final"]
-    sources = _sources(config.data.train)
+    sources = [entry.path for entry in train_entries(config.data.train)[0]]
     table = {
         "base model": config.model.model_name_or_path + (" (4-bit)" if config.model.load_in_4bit else ""),
         "training rows": ", ".join(sources),
@@ -35,7 +39,7 @@ def write_run_card(config: RunConfig, summary: dict[str, Any], losses: list[floa
         table["adapter parameters"] = f"{budget['spent']:,}, trained to at most {budget['allowed']:,}"
     if losses:
         table["last training loss"] = f"{losses[-1]:.4f}"
-    table |= {key.replace("_", " "): f"{value:.4f}" for key, value in final.items() if key in _SHOWN}
+    table |= {key.replace("_", " "): f"{value:.4f}" for key, value in final.items() if key in FIGURES}
     table["command"] = command_line()
     table["versions"] = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     text = card_text(
@@ -48,12 +52,3 @@ def write_run_card(config: RunConfig, summary: dict[str, Any], losses: list[floa
     )
     if not write_card(folder, text):
         say(f"note: {folder}/README.md was written or edited by a person and stays as it is; run.json has this run")
-
-
-_SHOWN = ("eval_loss", "eval_accuracy")
-
-
-def _sources(train: Any) -> list[str]:
-    """Name where training rows come from: one path or hub id, or several with weights."""
-    entries = train if isinstance(train, list | tuple) else [train]
-    return [str(entry.get("path", entry) if isinstance(entry, dict) else entry) for entry in entries]

@@ -43,7 +43,9 @@ def write(directory, cuts=(17, 40), step=5, **changes):
         name = files.pieces_name(rank, len(pieces))
         extras = {"rng": torch.tensor([rank], dtype=torch.uint8)}
         group = {"adapter": Group(intervals, values)}
-        entries[name] = files.write_pieces(directory / name, group, {"adapter": list(SHAPES)}, extras)
+        entries[name] = files.write_tensors(
+            directory / name, files.flat_tensors(group, {"adapter": list(SHAPES)}, extras)
+        )
     (directory / "trainer_state.json").write_text('{"global_step": 5}\n')
     entries["trainer_state.json"] = files.file_entry(directory / "trainer_state.json")
     content = {"step": step, "world_size": len(pieces), "files": entries, "tensors": {"adapter": SHAPES}}

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from adalora_scale.adalora.injection import adapter_layers, inject_adalora
-from adalora_scale.checkpoint.format import Checkpoint, Group, pieces_name, write_manifest, write_pieces
+from adalora_scale.checkpoint.format import Checkpoint, Group, flat_tensors, pieces_name, write_manifest, write_tensors
 from adalora_scale.checkpoint.identity import require_same_run
 from adalora_scale.cli import main
 from adalora_scale.errors import UserError
@@ -142,7 +142,7 @@ def write_checkpoint(model, allocator, folder, base, *, frozen, without=()):
             group.values["weight"].append(tensor.reshape(-1)[start:stop])
         names = {"adapter": list(tensors), "other": []}
         path = folder / pieces_name(rank, 2)
-        entries[path.name] = write_pieces(path, {"adapter": group, "other": Group()}, names, {})
+        entries[path.name] = write_tensors(path, flat_tensors({"adapter": group, "other": Group()}, names, {}))
     config = {
         f"adalora.{key}": value for key, value in dataclasses.asdict(allocator.config).items() if key not in without
     }
