@@ -133,7 +133,8 @@ def test_ctrl_c_at_any_moment_ends_in_the_same_run(draw, launcher, tmp_path, und
         terminal.kill()
     assert code in (0, 130), terminal.said
     assert "Traceback" not in terminal.said, terminal.said
-    if code == 130:
+    # torchrun ends by 130 also where its ranks had said that all is done and had nothing left but to exit.
+    if code == 130 and "done: " not in terminal.said:
         assert GOES_ON.search(terminal.said), terminal.said
         subprocess.run(command_of(launcher, tmp_path), cwd=ROOT, env=environment(), check=True, capture_output=True)
     assert_same(tmp_path / "out", straight)
