@@ -151,7 +151,7 @@ def test_the_pages_show_what_the_committed_results_say():
 
 
 def test_rates_show_every_trial_and_mark_the_lowest(tmp_path):
-    """Else the page that says how to tune shows a rate that was not the best, or a method whose trials are half done."""
+    """Else the page on tuning shows a rate that was not the best, or a method whose trials are half done."""
     results = Results(tmp_path)
     tuned(results, "lora", (0.3, 0.1, 1e9))
     for cell in list(missing([TASK], ["ours"], [2], 1, results))[:2]:
