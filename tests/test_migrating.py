@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from adalora_scale.config import Fsdp2Config
+from adalora_scale.config.foreign_keys import FOREIGN_KEYS
+from adalora_scale.config.hints import hint, known_keys
 from adalora_scale.config.json_schema import run_schema
 from tests.conftest import ROOT
 from tests.test_readme import blocks
@@ -71,3 +73,26 @@ def test_its_configs_are_configs():
     assert len(found) == 2
     for line, tree in found:
         assert [f"line {line}: {error.message}" for error in check.iter_errors(tree)] == []
+
+
+def test_hints_lead_where_the_page_leads():
+    """Else the two drift apart, and one of them leads a newcomer to another key."""
+    rows = re.findall(r"^\| (`[^|]*) \| ([^|]*) \|$", PAGE, flags=re.M)
+    for theirs, ours in FOREIGN_KEYS.items():
+        assert ours in known_keys(), ours
+        assert any(re.search(rf"`{theirs}[`:]", row) and f"`{ours}" in here for row, here in rows), theirs
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "said"),
+    [
+        (["target_r", "init_r"], "r", " Did you mean 'target_r'?"),
+        (["target_r", "init_r"], "lora_rank", " Did you mean 'target_r'?"),
+        (["model", "data", "training"], "base_model", " Did you mean 'model.model_name_or_path'?"),
+        (["model", "data", "training"], "lora_dropout", " Did you mean 'adalora.lora_dropout'?"),
+        (["warmup_steps"], "warmup_ratio", " Did you mean 'warmup_steps'?"),
+    ],
+)
+def test_keys_of_other_tools_get_ours_as_a_hint(section, name, said):
+    """`lora_rank` is like `local_rank` in its letters alone, and `r` is like nothing."""
+    assert hint(name, section) == said
