@@ -1,4 +1,4 @@
-"""Where a key that nobody knows here belongs: in another section, or under a name like it."""
+"""Where a key that nobody knows here belongs: in another section, under a name like it, or under our name for it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterable
 from typing import get_args
 
+from adalora_scale.config.foreign_keys import FOREIGN_KEYS
 from adalora_scale.config.options import (
     AdaLoraConfig,
     DataConfig,
@@ -41,6 +42,9 @@ def hint(name: str, section: Iterable[str]) -> str:
     elsewhere = [key for key in known_keys() if key.rpartition(".")[2] == name]
     if elsewhere and name not in section:  # a key of that very name is what was meant
         return f" Did you mean '{elsewhere[0]}'?"
+    if ours := FOREIGN_KEYS.get(name):
+        leaf = ours.rpartition(".")[2]
+        return f" Did you mean '{leaf if leaf in section else ours}'?"
     if close := nearest(name, section, cutoff=0.8):
         return close
     by_name: dict[str, str] = {}  # ours win over those of transformers that are set through them

@@ -16,6 +16,7 @@ from benchmarks.quality import curve
 from benchmarks.quality.cell import Cell, Results
 from benchmarks.quality.jobs import run_side_by_side
 from benchmarks.quality.methods import all_methods
+from benchmarks.quality.rates import rates_markdown
 from benchmarks.quality.search import missing
 from benchmarks.quality.table import markdown, rows_of, short_markdown
 from benchmarks.quality.tasks import TASKS, Sources
@@ -31,7 +32,11 @@ def main() -> int:
         description=quality.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("action", choices=("run", "table", "curve"), help="curve: one run's adapter cut to ten sizes")
+    parser.add_argument(
+        "action",
+        choices=("run", "table", "curve", "rates"),
+        help="curve: one run's adapter cut to ten sizes; rates: every trial of a learning rate",
+    )
     parser.add_argument(
         "--results",
         type=Path,
@@ -61,7 +66,7 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    actions = {"run": _run, "table": _table, "curve": _curve}
+    actions = {"run": _run, "table": _table, "curve": _curve, "rates": _rates}
     return run_reporting_errors(lambda: actions[arguments.action](arguments))
 
 
@@ -103,6 +108,13 @@ def _table(arguments: argparse.Namespace) -> int:
         print(short_markdown(rows, "default"))
         return 0
     print(markdown(rows, {name: method.label for name, method in methods.items()}))
+    return 0
+
+
+def _rates(arguments: argparse.Namespace) -> int:
+    tasks = [TASKS[name] for name in arguments.tasks]
+    labels = {name: method.label for name, method in all_methods().items()}
+    print(rates_markdown(tasks, arguments.methods, arguments.budgets, Results(arguments.results), labels))
     return 0
 
 

@@ -13,6 +13,7 @@ from benchmarks.quality.cell import Cell, Results, run_cell
 from benchmarks.quality.curve import SHARES, curve_markdown, curve_rows, run_curve
 from benchmarks.quality.jobs import run_side_by_side
 from benchmarks.quality.methods import all_methods
+from benchmarks.quality.rates import rates_markdown
 from benchmarks.quality.search import TUNING_SEED, best_trial, final_cells, missing
 from benchmarks.quality.statistics import paired
 from benchmarks.quality.table import markdown, rows_of, short_markdown
@@ -147,3 +148,20 @@ def test_the_pages_show_what_the_committed_results_say():
     tables = page[page.index("\n### ") :]
     assert tables.strip() == f"{table}\n{curve}".strip()
     assert short_markdown(rows, "default") in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_rates_show_every_trial_and_mark_the_lowest(tmp_path):
+    """Else the page on tuning shows a rate that was not the best, or a method whose trials are half done."""
+    results = Results(tmp_path)
+    tuned(results, "lora", (0.3, 0.1, 1e9))
+    for cell in list(missing([TASK], ["ours"], [2], 1, results))[:2]:
+        results.add(cell, figures(0.1))
+    table = rates_markdown([TASK], ["lora", "ours"], [2], results, {"lora": "LoRA", "ours": "ours"})
+    assert table.splitlines()[2:] == ["| toy, r = 2 | LoRA | 2 | 0.300 | **0.100** | diverged |"]
+
+
+def test_the_tuning_page_shows_the_trials():
+    """Else its table is of other runs than the JSON beside it."""
+    labels = {name: method.label for name, method in all_methods().items()}
+    shown = rates_markdown(list(TASKS.values()), ["lora", "default", "svd_start"], [1, 2, 8], Results(RESULTS), labels)
+    assert len(shown.splitlines()) > 20 and shown.strip() in (ROOT / "docs" / "tuning.md").read_text("utf-8")
