@@ -1,6 +1,6 @@
 """What a training step costs beside LoRA's: time, operations, memory, and what ranks send one another.
 
-    python benchmarks/price.py                                  # few large matrices and 560 tiny ones, minutes on 2 cores
+    python benchmarks/price.py                                  # few large matrices, 560 tiny ones; minutes on 2 cores
     python benchmarks/price.py --shapes tiny560 --bases 16bit   # one of the tables
     python benchmarks/price.py --shapes 8b --bases 4bit --device cuda --ranks 0
     python benchmarks/price.py --shapes seconds --rounds 4      # try the command out
@@ -48,7 +48,7 @@ from benchmarks.pricing.methods import (
     peft_adalora,
     plain_lora,
 )
-from benchmarks.pricing.ranks import ENGINES, start_ranks
+from benchmarks.pricing.ranks import start_ranks
 
 LORA, LAYERS, OURS, PAPER, THEIRS = "LoRA (PEFT)", "ours, no allocator", "ours", "ours, paper", "AdaLoRA (PEFT)"
 HALF, PRUNED, RESUMED, THEIRS_PRUNED = "LoRA (PEFT), half", "ours, pruned", "ours, resumed", "AdaLoRA (PEFT), pruned"
@@ -56,6 +56,7 @@ RATIOS = (
     (OURS, LAYERS), (PAPER, LAYERS), (OURS, LORA), (PAPER, LORA), (THEIRS, OURS), (THEIRS, PAPER), (THEIRS, LORA),
     (PRUNED, LORA), (RESUMED, LORA), (RESUMED, HALF), (THEIRS_PRUNED, LORA),
 )  # fmt: skip
+_ROW = "{:24}{:>9}{:>11}{:>12}{:>8}{:>7}{:>15}{:>9}{:>12}"
 DELTA_T = 10
 """Steps between allocations, everywhere."""
 
@@ -63,8 +64,12 @@ DELTA_T = 10
 def main() -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["wide", "tiny560"], help="default: wide tiny560")
-    parser.add_argument("--bases", nargs="+", choices=["16bit", "4bit"], default=["16bit", "4bit"], help="default: both")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=["wide", "tiny560"], help="default: wide tiny560"
+    )
+    parser.add_argument(
+        "--bases", nargs="+", choices=["16bit", "4bit"], default=["16bit", "4bit"], help="default: both"
+    )
     parser.add_argument("--rounds", type=int, default=30, help="timed steps of each method (default 30)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, float32 on CPU")
@@ -180,29 +185,36 @@ def _bytes(model: nn.Module) -> int:
 
 
 def _print(figures: dict[str, Any]) -> None:
-    print(f"\n{figures['shape']}, {figures['base']} base: {figures['matrices']} matrices, {figures['tokens']} tokens, "
-          f"initial rank {figures['initial_rank']}")  # fmt: skip
-    print(f"{'':24}{'step ms':>9}{'update ms':>11}{'operations':>12}{'views':>8}{'reads':>7}"
-          f"{'at allocation':>15}{'peak MB':>9}{'parameters':>12}")  # fmt: skip
+    size = f"{figures['matrices']} matrices, {figures['tokens']} tokens, initial rank {figures['initial_rank']}"
+    print(f"\n{figures['shape']}, {figures['base']} base: {size}")
+    heads = ("step ms", "update ms", "operations", "views", "reads", "at allocation", "peak MB", "parameters")
+    print(_ROW.format("", *heads))
     for name, one in figures["methods"].items():
-        times = [1e3 * float(np.median(one[key])) for key in ("step_seconds", "update_seconds")]
         step, allocation = one["step"], one["step_with_allocation"]
-        print(f"{name:24}{times[0]:9.1f}{times[1]:11.1f}{step['operations']:12,}{step['views']:8,}{step['reads']:7}"
-              f"{allocation['operations'] + allocation['views']:15,}{one['peak_bytes'] / 1e6:9.2f}"
-              f"{one['trained_parameters']:12,}")  # fmt: skip
+        cells = [f"{1e3 * float(np.median(one[key])):.1f}" for key in ("step_seconds", "update_seconds")]
+        cells += [f"{step[key]:,}" for key in ("operations", "views", "reads")]
+        cells += [f"{allocation['operations'] + allocation['views']:,}", f"{one['peak_bytes'] / 1e6:.2f}"]
+        print(_ROW.format(name, *cells, f"{one['trained_parameters']:,}"))
     for name, ratio in figures["ratios"].items():
         second = figures["update_ratios"][name]
-        print(f"{name:42}{ratio['median']:7.3f}  [{ratio['low']:.3f}, {ratio['high']:.3f}]"
-              f"    of the update alone {second['median']:7.3f}  [{second['low']:.3f}, {second['high']:.3f}]")  # fmt: skip
+        print(f"{name:42}{_interval(ratio)}    of the update alone {_interval(second)}")
     sys.stdout.flush()
+
+
+def _interval(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:7.3f}  [{ratio['low']:.3f}, {ratio['high']:.3f}]"
 
 
 def _print_sent(sent: dict[str, Any], ranks: int) -> None:
     if sent:
-        print(f"\nadded to a step by the allocator, {ranks} ranks, {', '.join(ENGINES)}")
+        print(f"\nwhat the allocator adds to a step on each of {ranks} ranks")
     for cell, one in sent.items():
-        print(f"{cell:24}{one['step']['collectives']:3} collectives, {one['step']['collective_bytes']:9,} bytes; "
-              f"at an allocation {one['allocation']['collectives']:3}, {one['allocation']['collective_bytes']:9,}")  # fmt: skip
+        said = [
+            f"{kind['collectives']} collectives, {kind['collective_bytes']:,} bytes, "
+            f"{kind['operations'] + kind['views']:,} operations"
+            for kind in (one["step"], one["allocation"])
+        ]
+        print(f"{cell:18} {said[0]}; at an allocation {said[1]}")
 
 
 if __name__ == "__main__":

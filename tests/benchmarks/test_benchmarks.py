@@ -123,6 +123,8 @@ def test_the_price_of_a_step_at_a_tiny_shape(tmp_path):
         work = {name: m["step"]["operations"] for name, m in methods.items()}
         assert work["ours, no allocator"] < work["ours"] < work["ours, paper"] < work["AdaLoRA (PEFT)"]
         assert methods["ours"]["step"]["reads"] == methods["ours, no allocator"]["step"]["reads"] + 1
-        assert methods["ours, resumed"]["trained_parameters"] <= methods["LoRA (PEFT), half"]["trained_parameters"] * 1.02
+        assert (
+            methods["ours, resumed"]["trained_parameters"] <= methods["LoRA (PEFT), half"]["trained_parameters"] * 1.02
+        )
         ratio = one["ratios"]["ours / ours, no allocator"]
         assert ratio["low"] <= ratio["median"] <= ratio["high"]
