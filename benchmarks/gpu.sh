@@ -45,7 +45,7 @@ from transformers import __version__
 if tuple(map(int, __version__.split(".")[:2])) < (5, 20):
     sys.exit(f"gpu.sh: transformers {__version__} is too old, 5.20 is needed; set WHEELS=folder with its wheel.")
 if importlib.util.find_spec("peft") is None:
-    print("gpu.sh: peft is not installed; step_overhead.py, which compares with it, will fail.")
+    print("gpu.sh: peft is not installed; price.py, which compares with it, will fail.")
 PYTHON
 
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv
@@ -84,11 +84,11 @@ deepspeed=("$python" -m deepspeed.launcher.runner --num_gpus 1 launch/train.py -
 part train:fsdp2 train fsdp2 "${torchrun[@]}" engine.name=fsdp2
 part train:zero2 train zero2 "${deepspeed[@]}" --deepspeed configs/deepspeed/zero2.json
 part train:zero3 train zero3 "${deepspeed[@]}" --deepspeed configs/deepspeed/zero3.json
-# An 8 B-like and a small shape: the first is about arithmetic, the second about kernel launches.
-part overhead:8b "$python" benchmarks/step_overhead.py --device cuda --dtype bfloat16 --hidden 4096 --layers 32 \
-    --tokens 4096 --r 12 --steps 20 --output "$out/step_overhead_8b_$card.json"
-part overhead:launches "$python" benchmarks/step_overhead.py --device cuda --dtype bfloat16 --hidden 512 --layers 48 \
-    --tokens 512 --r 12 --steps 30 --output "$out/step_overhead_launches_$card.json"
+# What a step costs beside LoRA's: an 8 B in 4 bits, then 560 tiny matrices, which are all kernel launches.
+part overhead:8b "$python" benchmarks/price.py --device cuda --shapes 8b --bases 4bit --rounds 10 --ranks 0 \
+    --output "$out/price_8b_$card.json"
+part overhead:launches "$python" benchmarks/price.py --device cuda --shapes tiny560 wide --rounds 30 --ranks 0 \
+    --output "$out/price_launches_$card.json"
 # QAdaLoRA on one card, without and with gradient checkpointing; what does not fit is recorded as that.
 part 8b "$python" benchmarks/qlora_step.py --device cuda --shape 8b --tokens 2048 --steps 10 \
     --output "$out/qlora_step_8b_2k_$card.json"

@@ -26,6 +26,7 @@ OWN_KEYS: dict[str, Any] = {
     "global_batch_size": int,
     "max_skipped_steps": int,
     "show_example": bool,
+    "tiled_mlp": int,
 }
 """Keys of the section that are not transformers', and their types."""
 OWN_MEANINGS = {
@@ -36,6 +37,7 @@ OWN_MEANINGS = {
     "global_batch_size": "examples of one optimizer step over all ranks; accumulation follows from it.",
     "max_skipped_steps": "steps in a row with values that are no numbers, after which the run ends.",
     "show_example": "print the first training row as the model sees it when a run begins.",
+    "tiled_mlp": "parts of a sequence that a block's MLP works on in turn, each computed again in the backward pass.",
 }
 MANAGED = {
     "max_length": "data.max_length",

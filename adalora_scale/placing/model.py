@@ -25,6 +25,7 @@ from adalora_scale.messages import say
 from adalora_scale.placing import streaming
 from adalora_scale.placing.absent import adalora_config_for, describe, require_openable, require_saved
 from adalora_scale.placing.stored import stored_weights
+from adalora_scale.placing.tiled_mlp import tile_mlps
 from adalora_scale.quantization.base_files import BaseFiles
 from adalora_scale.quantization.fill import draw_again
 from adalora_scale.reading.base_config import foreign, said_of
@@ -123,7 +124,9 @@ def place_model(
     """
     # Each rank by itself up to here, and then in collectives: a file that is damaged on one machine ends all ranks.
     loader = together(lambda: _prepared(config, engine, arguments, label_names, fit_ranks, rows))
-    return together(lambda: engine.load(loader, device=arguments.device, bf16=bf16))
+    model = together(lambda: engine.load(loader, device=arguments.device, bf16=bf16))
+    together(lambda: tile_mlps(model, config.training.get("tiled_mlp", 1)))
+    return model
 
 
 def _prepared(

@@ -26,6 +26,7 @@ _COUNTS = (
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
     "max_skipped_steps",
+    "tiled_mlp",
 )
 
 _FINITE = ("learning_rate", "weight_decay", "adam_", "warmup", "num_train_epochs", "label_smoothing")

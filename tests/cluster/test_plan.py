@@ -1,5 +1,6 @@
 """The plan as a user asks for it: what it says, how fast, and what it refuses."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from adalora_scale.adalora.injection import adapter_layers
 from adalora_scale.cli import main
 from adalora_scale.cluster.plan.advice import Traces, largest_micro_batch
 from adalora_scale.cluster.plan.memory import MOMENTS, Memory, Part, describe, memory_of
@@ -20,6 +22,7 @@ from adalora_scale.cluster.plan.shapes import SHAPES, model_config
 from adalora_scale.cluster.plan.speed import flops_per_token, speed_of
 from adalora_scale.cluster.plan.trace import trace_step
 from adalora_scale.config import ModelConfig, load_config
+from adalora_scale.quantization.linear import Linear4bit
 from tests.conftest import ROOT
 
 LLAMA3_70B = ROOT / "configs" / "recipes" / "llama3_70b_qadalora.yaml"
@@ -181,6 +184,45 @@ def test_flops_are_those_of_the_roofline():
     adapters = 6 * 32 * 80 * 161792
     assert flops.forward + flops.backward - adapters == pytest.approx(297e9, rel=0.01)
     assert flops.total - adapters * 8 / 6 == pytest.approx(439e9, rel=0.01)
+
+
+def test_tiled_mlps_take_less_memory_and_more_arithmetic(shape):
+    """Else long rows are refused that would fit, or promised the speed of whole ones."""
+    plans = {}
+    for tiles in (1, 4):
+        overrides = [f"model.model_name_or_path={shape}", "data.max_length=256", f"training.tiled_mlp={tiles}"]
+        asked = Request(config=load_config(LLAMA3_70B, overrides), gpus=1)
+        model = describe(build(asked))
+        traced = trace_step(asked, sequences=1, checkpointing=False, autocast=False)
+        memory = memory_of("ddp", asked, model, traced)
+        plans[tiles] = traced, flops_per_token(model.model, length=256, checkpointing=False), memory, model, asked
+    (whole, before, memory, model, asked), (tiled, after, less, other, _) = plans[1], plans[4]
+    assert tiled.per_block < whole.per_block and less.device < memory.device
+    mlps = [block.mlp for block in model.model.model.layers]
+    weights = sum(m.in_features * m.out_features for mlp in mlps for m in mlp.modules() if isinstance(m, Linear4bit))
+    adapters = sum(
+        layer.r * (layer.in_features + layer.out_features) for mlp in mlps for _, layer in adapter_layers(mlp)
+    )
+    assert before.again == 0 and after.again == 2 * (weights + adapters)
+    passes = [
+        speed_of("ddp", asked, one, memory, checkpointing=False).dequantise_s for one in (model, other)
+    ]  # fmt: skip
+    assert passes[1] > 2 * passes[0]  # the MLP's weights are read once a part
+
+
+def test_offloaded_activations_are_the_hosts(shape):
+    """Else the plan refuses what TRL makes room for."""
+    sums = {}
+    for offload in ("false", "true"):
+        overrides = [f"model.model_name_or_path={shape}", "data.max_length=256"]
+        asked = Request(
+            config=load_config(LLAMA3_70B, [*overrides, f"training.activation_offloading={offload}"]), gpus=1
+        )
+        model = dataclasses.replace(describe(build(asked)), blocks=8)
+        traced = trace_step(asked, sequences=1, checkpointing=False, autocast=False)
+        sums[offload] = memory_of("ddp", asked, model, traced)
+    moved = sums["true"].host - sums["false"].host
+    assert moved == 3 * traced.per_block == sums["false"].at("loss") - sums["true"].at("loss")
 
 
 @pytest.mark.parametrize("penalty", [0.0, 0.1])

@@ -169,20 +169,23 @@ ZERO3 = ZERO | {
 
 
 @pytest.mark.parametrize(
-    ("engine", "ranks", "checkpointing"),
+    ("engine", "ranks", "checkpointing", "tiles"),
     [
-        ("ddp", 1, "true"),
-        ("fsdp2", 2, "true"),
-        pytest.param("ddp", 1, "false", marks=pytest.mark.full),
-        pytest.param("fsdp2", 2, "false", marks=pytest.mark.full),
-        pytest.param("fsdp2", 3, "true", marks=pytest.mark.full),
-        pytest.param("zero2", 2, "true", marks=pytest.mark.full),
-        pytest.param("zero3", 2, "true", marks=pytest.mark.full),
+        ("ddp", 1, "true", 1),
+        ("fsdp2", 2, "true", 1),
+        ("ddp", 1, "false", 4),
+        pytest.param("ddp", 1, "true", 4, marks=pytest.mark.full),
+        pytest.param("ddp", 1, "false", 1, marks=pytest.mark.full),
+        pytest.param("fsdp2", 2, "false", 1, marks=pytest.mark.full),
+        pytest.param("fsdp2", 2, "true", 4, marks=pytest.mark.full),
+        pytest.param("fsdp2", 3, "true", 1, marks=pytest.mark.full),
+        pytest.param("zero2", 2, "true", 1, marks=pytest.mark.full),
+        pytest.param("zero3", 2, "true", 1, marks=pytest.mark.full),
     ],
 )
-def test_a_real_run_on_the_cpu_takes_the_planned_bytes(tmp_path, engine, ranks, checkpointing):
+def test_a_real_run_on_the_cpu_takes_the_planned_bytes(tmp_path, engine, ranks, checkpointing, tiles):
     """Else the plan is right about itself only."""
-    options = [f"training.gradient_checkpointing={checkpointing}"]
+    options = [f"training.gradient_checkpointing={checkpointing}", f"training.tiled_mlp={tiles}"]
     if engine.startswith("zero"):
         build_deepspeed_ops()
         options.append("engine.name=deepspeed")

@@ -16,6 +16,10 @@ from adalora_scale.engines.blocks import transformer_blocks
 from adalora_scale.engines.planned import Moment, Part, Piece, Weights, Work, trained_elements
 
 MOMENTS: tuple[Moment, ...] = ("forward", "loss", "backward", "step")
+OFFLOADED = "activations moved off the device"
+_STASHED = 5
+"""Blocks' activations on the device under training.activation_offloading: TRL waits for a copy with five tensors behind
+it, and of checkpointed blocks there is one tensor each; of others there are more, and fewer blocks wait."""
 PROCESS_BYTES = 2_000_000_000
 """Host memory of a Python process with torch, transformers and a CUDA context."""
 
@@ -87,7 +91,7 @@ def memory_of(
         sharded: what the engine made of the real model (`sharded_weights`); None takes its rule instead, for a search.
     """
     memory = Memory(engine, engine_named(engine, request).memory(work_of(request, model, sharded)))
-    _activations(memory, model, activations)
+    _activations(memory, model, activations, offload=bool(request.config.training.get("activation_offloading")))
     memory.parts.append(Part("CUDA, cuBLAS and NCCL", request.hardware.context, note="an allowance"))
     return memory
 
@@ -112,10 +116,14 @@ def work_of(request: Request, model: Model, sharded: Weights | None = None) -> W
     )
 
 
-def _activations(memory: Memory, model: Model, a: Activations) -> None:
+def _activations(memory: Memory, model: Model, a: Activations, *, offload: bool) -> None:
     note = f"{model.blocks} blocks"
+    stay = min(model.blocks, _STASHED) if offload else model.blocks
+    if offload:
+        note = f"{stay} of {note}"
+        memory.parts.append(Part(OFFLOADED, (model.blocks - stay) * a.per_block, "host"))
     memory.parts += [
-        Part("activations of blocks", model.blocks * a.per_block, "pass", note),
+        Part("activations of blocks", stay * a.per_block, "pass", note),
         Part("activations outside blocks", a.outside, "pass"),
         Part("work of a block, forward", a.forward_peak, "forward"),
         Part("dequantised matrix", model.workspace, "forward"),

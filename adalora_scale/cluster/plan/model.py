@@ -20,6 +20,7 @@ from adalora_scale.engines.planned import SECOND_LEVEL, Piece
 from adalora_scale.errors import Unsupported
 from adalora_scale.placing.absent import adalora_config_for
 from adalora_scale.placing.streaming import build_on_meta, quant_spec
+from adalora_scale.placing.tiled_mlp import tile_mlps
 from adalora_scale.quantization.linear import Linear4bit, quantization_targets, replace_linears
 from adalora_scale.tasks.registry import find_task
 
@@ -29,6 +30,7 @@ def build(request: Request, layers: int | None = None) -> nn.Module:
     model = build_base(request, layers)
     with torch.random.fork_rng(devices=[]):
         inject_adalora(model, adalora_config_for(request.config, model))
+    tile_mlps(model, request.config.training.get("tiled_mlp", 1))
     return model.train()
 
 

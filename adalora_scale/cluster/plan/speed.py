@@ -9,9 +9,10 @@ from torch import nn
 
 from adalora_scale.adalora.adaptables import is_linear, sides
 from adalora_scale.adalora.injection import adapter_layers
-from adalora_scale.cluster.plan.memory import PROCESS_BYTES, Memory, Model, work_of
+from adalora_scale.cluster.plan.memory import OFFLOADED, PROCESS_BYTES, Memory, Model, work_of
 from adalora_scale.cluster.plan.request import Request
 from adalora_scale.cluster.plan.weights import engine_named
+from adalora_scale.placing.tiled_mlp import tiled
 from adalora_scale.quantization.linear import Linear4bit
 
 SHORTEST_S = 0.05
@@ -25,7 +26,7 @@ class Flops:
     forward: float
     backward: float
     again: float
-    """What checkpointing computes a second time."""
+    """What checkpointing and tiled MLPs compute a second time."""
 
     @property
     def total(self) -> float:
@@ -75,6 +76,7 @@ def flops_per_token(model: nn.Module, *, length: int, checkpointing: bool) -> Fl
     """Count the operations a token: frozen weights need no gradient of their own.
 
     forward: 2 N + causal attention; backward: 2 N + 2.5 times that attention; adapters: 2 and 4 times their elements.
+    A tiled MLP is computed once more.
     """
     linear = head = 0
     output = getattr(model, "get_output_embeddings", lambda: None)()
@@ -89,11 +91,30 @@ def flops_per_token(model: nn.Module, *, length: int, checkpointing: bool) -> Fl
     heads = int(getattr(shape, "num_attention_heads", 0))
     width = int(getattr(shape, "head_dim", 0) or getattr(shape, "hidden_size", 0) // max(heads, 1)) * heads
     attention = 2 * length * width * int(getattr(shape, "num_hidden_layers", 0))
+    again = 2 * (linear - head) + attention + 2 * adapters if checkpointing else 0
+    for mlp in tiled(model):
+        again += 2 * sum(math.prod(sides(module)) for module in mlp.modules() if is_linear(module))
+        again += 2 * sum(layer.r * (layer.in_features + layer.out_features) for _, layer in adapter_layers(mlp))
     return Flops(
         forward=2 * linear + attention + 2 * adapters,
         backward=2 * linear + 2.5 * attention + 4 * adapters,
-        again=(2 * (linear - head) + attention + 2 * adapters) if checkpointing else 0,
+        again=again,
     )
+
+
+def _dequantised(model: nn.Module, *, checkpointing: bool) -> float:
+    """Return the bytes that dequantising moves a micro-batch: codes and scales read, the matrix written."""
+    passes = 3 if checkpointing else 2
+    moved = {m: float(_moved(m)) for m in model.modules() if isinstance(m, Linear4bit)}
+    total = passes * sum(moved.values())
+    for mlp, tiles in tiled(model).items():  # once a part, and in one pass more
+        total += ((passes + 1) * tiles - passes) * sum(moved[m] for m in mlp.modules() if isinstance(m, Linear4bit))
+    return total
+
+
+def _moved(module: Linear4bit) -> int:
+    written = module.in_features * module.out_features * module.spec.compute_dtype.itemsize
+    return module.weight.numel() + module.scales.numel() + written
 
 
 def speed_of(engine: str, request: Request, model: Model, memory: Memory, *, checkpointing: bool) -> Speed:
@@ -101,17 +122,15 @@ def speed_of(engine: str, request: Request, model: Model, memory: Memory, *, che
     hardware, gpu = request.hardware, request.hardware.gpu
     flops = flops_per_token(model.model, length=request.config.data.max_length, checkpointing=checkpointing)
     compute = request.tokens * flops.total / (gpu.tflops * 1e12 * hardware.efficiency)
-    quantised = [m for m in model.model.modules() if isinstance(m, Linear4bit)]
-    packed = sum(m.weight.numel() + m.scales.numel() for m in quantised)
-    written = sum(m.in_features * m.out_features * m.spec.compute_dtype.itemsize for m in quantised)
-    dequantise = (3 if checkpointing else 2) * (packed + written) / gpu.memory_bandwidth
+    dequantise = _dequantised(model.model, checkpointing=checkpointing) / gpu.memory_bandwidth
     asked = engine_named(engine, request)
     traffic = asked.traffic(work_of(request, model))
     across = asked.crosses_nodes(request.gpus, request.nodes)
     bandwidth = hardware.node_bandwidth if across else gpu.link_bandwidth
     last = hardware.node_bandwidth if request.nodes > 1 else gpu.link_bandwidth
     frozen = sum(part.bytes for part in memory.parts if part.moment == "host" and "4-bit" in part.name)
-    frozen += sum(part.bytes for part in memory.parts if part.moment == "host" and part.name == "linear weights")
+    names = ("linear weights", OFFLOADED)
+    frozen += sum(part.bytes for part in memory.parts if part.moment == "host" and part.name in names)
     offloaded = 2 * frozen
     micro = max(compute + dequantise, traffic.gathered / bandwidth, offloaded / hardware.host_link)
     accumulation = request.accumulation

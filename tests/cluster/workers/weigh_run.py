@@ -21,6 +21,7 @@ from adalora_scale.controller import RankAllocator
 from adalora_scale.engines.fsdp2_place import shard_fsdp2
 from adalora_scale.engines.zero_place import deepspeed_config
 from adalora_scale.placing.streaming import quant_spec
+from adalora_scale.placing.tiled_mlp import tile_mlps
 from adalora_scale.quantization.linear import quantize_model
 from tests.distributed.launcher import report
 
@@ -64,6 +65,7 @@ def main(name, *arguments):
     if config.model.load_in_4bit:
         quantize_model(model, quant_spec(config.model))
     inject_adalora(model, config.adalora)
+    tile_mlps(model, config.training.get("tiled_mlp", 1))
     model.train()
     if config.training["gradient_checkpointing"]:
         model.enable_input_require_grads()

@@ -1,0 +1,221 @@
+"""What a training step costs beside LoRA's: time, operations, memory, and what ranks send one another.
+
+    python benchmarks/price.py                                  # few large matrices, 560 tiny ones; minutes on 2 cores
+    python benchmarks/price.py --shapes tiny560 --bases 16bit   # one of the tables
+    python benchmarks/price.py --shapes 8b --bases 4bit --device cuda --ranks 0
+    python benchmarks/price.py --shapes seconds --rounds 4      # try the command out
+
+All methods adapt the same matrices of one random Llama. Before pruning all have the initial rank; after it
+ours and PEFT's AdaLoRA have half of the budget left, and LoRA is shown at both ranks. AdamW is torch's fused one, which
+transformers takes by default. Steps are interleaved, a round
+takes one of each in an order that turns, and a ratio is the median over rounds of the paired ratios with its 95 %
+bootstrap interval. Operations, reads of single values and bytes are counted, and are the same in every run.
+Peak memory is that of live tensors over the frozen base: adapters, gradients, optimizer, statistics and activations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a file, not as a module
+
+import numpy as np
+import peft
+import torch
+from scipy.stats import bootstrap
+from torch import nn
+
+from adalora_scale.errors import UserError, run_reporting_errors
+from adalora_scale.files import write_json
+from adalora_scale.training.records import hardware, versions
+from benchmarks.pricing.counting import count, kernels, peak_bytes
+from benchmarks.pricing.methods import (
+    EARLY,
+    SHAPES,
+    Method,
+    Shape,
+    base_model,
+    ours,
+    ours_resumed,
+    peft_adalora,
+    plain_lora,
+)
+from benchmarks.pricing.ranks import start_ranks
+
+LORA, LAYERS, OURS, PAPER, THEIRS = "LoRA (PEFT)", "ours, no allocator", "ours", "ours, paper", "AdaLoRA (PEFT)"
+HALF, PRUNED, RESUMED, THEIRS_PRUNED = "LoRA (PEFT), half", "ours, pruned", "ours, resumed", "AdaLoRA (PEFT), pruned"
+RATIOS = (
+    (OURS, LAYERS), (PAPER, LAYERS), (OURS, LORA), (PAPER, LORA), (THEIRS, OURS), (THEIRS, PAPER), (THEIRS, LORA),
+    (PRUNED, LORA), (RESUMED, LORA), (RESUMED, HALF), (THEIRS_PRUNED, LORA),
+)  # fmt: skip
+_ROW = "{:24}{:>9}{:>11}{:>12}{:>8}{:>7}{:>15}{:>9}{:>12}"
+DELTA_T = 10
+"""Steps between allocations, everywhere."""
+
+
+def main() -> int:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=["wide", "tiny560"], help="default: wide tiny560"
+    )
+    parser.add_argument(
+        "--bases", nargs="+", choices=["16bit", "4bit"], default=["16bit", "4bit"], help="default: both"
+    )
+    parser.add_argument("--rounds", type=int, default=30, help="timed steps of each method (default 30)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, float32 on CPU")
+    parser.add_argument("--ranks", type=int, default=2, help="CPU ranks that collectives are counted on (0: none)")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    arguments = parser.parse_args()
+    return run_reporting_errors(lambda: _price(arguments))
+
+
+def _price(arguments: argparse.Namespace) -> int:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends an optional CPU kernel when PEFT imports it
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    if arguments.rounds < 2:
+        raise UserError(f"--rounds is {arguments.rounds}; an interval needs at least 2.")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device=cuda, but torch sees no GPU.")
+    dtype = getattr(torch, arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32"))
+    tables = []
+    for name in arguments.shapes:
+        for base in arguments.bases:
+            tables.append(table(SHAPES[name], name, base, dtype, arguments))
+            _print(tables[-1])
+    sent = start_ranks(arguments.ranks) if arguments.ranks else {}
+    _print_sent(sent, arguments.ranks)
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        figures = {"tables": tables, "collectives": sent, "ranks": arguments.ranks, "dtype": str(dtype)}
+        figures |= {"torch_threads": torch.get_num_threads(), "hardware": hardware()}
+        write_json(arguments.output, figures | {"versions": versions() | {"peft": peft.__version__}})
+    return 0
+
+
+def table(shape: Shape, name: str, base: str, dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure every method at one shape over one kind of base."""
+    device = arguments.device
+    mine = base_model(shape, dtype, device, base)
+    theirs = mine if base == "16bit" else base_model(shape, dtype, device, "4bit-bnb")
+    builders: dict[str, Callable[[], Method]] = {
+        LORA: partial(plain_lora, theirs, shape, device, shape.r),
+        HALF: partial(plain_lora, theirs, shape, device, shape.r // 2),
+        LAYERS: partial(ours, mine, shape, device, allocator=False),
+        OURS: partial(ours, mine, shape, device),
+        PAPER: partial(ours, mine, shape, device, preset="paper"),
+        PRUNED: partial(ours, mine, shape, device, pruned=True),
+        RESUMED: partial(ours_resumed, mine, shape, device),
+        THEIRS: partial(peft_adalora, theirs, shape, device, pruned=False),
+        THEIRS_PRUNED: partial(peft_adalora, theirs, shape, device, pruned=True),
+    }
+    held = _bytes(mine) + (0 if theirs is mine else _bytes(theirs))
+    figures: dict[str, dict[str, Any]] = {method: _alone(build, held, device) for method, build in builders.items()}
+    methods = {method: _ready(build()) for method, build in builders.items()}
+    steps, updates = _interleaved(methods, arguments.rounds)
+    for method, values in figures.items():
+        values["step_seconds"], values["update_seconds"] = steps[method], updates[method]
+    return {
+        "shape": name,
+        "base": base,
+        "matrices": shape.matrices,
+        "tokens": shape.tokens,
+        "initial_rank": shape.r,
+        "methods": figures,
+        "ratios": {f"{a} / {b}": _ratio(steps[a], steps[b]) for a, b in RATIOS},
+        "update_ratios": {f"{a} / {b}": _ratio(updates[a], updates[b]) for a, b in RATIOS},
+    }
+
+
+def _ready(method: Method) -> Method:
+    """Make the optimizer's state, and pass the final allocation where it comes early."""
+    while method.done < EARLY:
+        method.step()
+    return method
+
+
+def _alone(build: Callable[[], Method], held: int, device: str) -> dict[str, Any]:
+    """Count in the steps up to the first allocation, with nothing else in memory but the bases' `held` bytes."""
+    gc.collect()
+    method = _ready(build())
+    figures: dict[str, Any] = {"trained_parameters": method.parameters}
+    figures["peak_bytes"] = peak_bytes(method.step, device) - held
+    figures["step"] = count(method.step).as_dict()
+    if device == "cuda":
+        figures["kernels"] = kernels(method.step)
+    while method.done + 1 < DELTA_T:
+        method.step()
+    figures["step_with_allocation"] = count(method.step).as_dict()
+    return figures
+
+
+def _interleaved(methods: dict[str, Method], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    steps: dict[str, list[float]] = {name: [] for name in methods}
+    updates: dict[str, list[float]] = {name: [] for name in methods}
+    names = list(methods)
+    for number in range(rounds):
+        turn = number % len(names)
+        for name in [*names[turn:], *names[:turn]]:
+            whole, second = methods[name].timed()
+            steps[name].append(whole)
+            updates[name].append(second)
+    return steps, updates
+
+
+def _ratio(one: list[float], other: list[float]) -> dict[str, float]:
+    pairs = np.array(one) / np.array(other)
+    interval = bootstrap((pairs,), np.median, n_resamples=2000, method="percentile", rng=0).confidence_interval
+    return {"median": float(np.median(pairs)), "low": float(interval.low), "high": float(interval.high)}
+
+
+def _bytes(model: nn.Module) -> int:
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        tensors += [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _print(figures: dict[str, Any]) -> None:
+    size = f"{figures['matrices']} matrices, {figures['tokens']} tokens, initial rank {figures['initial_rank']}"
+    print(f"\n{figures['shape']}, {figures['base']} base: {size}")
+    heads = ("step ms", "update ms", "operations", "views", "reads", "at allocation", "peak MB", "parameters")
+    print(_ROW.format("", *heads))
+    for name, one in figures["methods"].items():
+        step, allocation = one["step"], one["step_with_allocation"]
+        cells = [f"{1e3 * float(np.median(one[key])):.1f}" for key in ("step_seconds", "update_seconds")]
+        cells += [f"{step[key]:,}" for key in ("operations", "views", "reads")]
+        cells += [f"{allocation['operations'] + allocation['views']:,}", f"{one['peak_bytes'] / 1e6:.2f}"]
+        print(_ROW.format(name, *cells, f"{one['trained_parameters']:,}"))
+    for name, ratio in figures["ratios"].items():
+        second = figures["update_ratios"][name]
+        print(f"{name:42}{_interval(ratio)}    of the update alone {_interval(second)}")
+    sys.stdout.flush()
+
+
+def _interval(ratio: dict[str, float]) -> str:
+    return f"{ratio['median']:7.3f}  [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+
+
+def _print_sent(sent: dict[str, Any], ranks: int) -> None:
+    if sent:
+        print(f"\nwhat the allocator adds to a step on each of {ranks} ranks")
+    for cell, one in sent.items():
+        said = [
+            f"{kind['collectives']} collectives, {kind['collective_bytes']:,} bytes, "
+            f"{kind['operations'] + kind['views']:,} operations"
+            for kind in (one["step"], one["allocation"])
+        ]
+        print(f"{cell:18} {said[0]}; at an allocation {said[1]}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
