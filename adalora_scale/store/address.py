@@ -66,8 +66,8 @@ def _require_client(key: str, url: str, protocol: str) -> None:
     if protocol in registry:  # registered by a package that is here
         return
     if (known := known_implementations.get(protocol)) is None:
-        hint = nearest(protocol, (*S3, *LOCAL, *known_implementations), cutoff=0.6)
-        raise UserError(f"{key}={url}: no store of kind '{protocol}' is known.{hint} {_EXAMPLE.capitalize()}.")
+        hint = nearest(protocol, (*S3, *LOCAL, *known_implementations))
+        raise UserError(f"{key}={url}: no store of kind '{protocol}' is known.{hint}")
     package = known["class"].partition(".")[0]
     if package == "fsspec":
         return

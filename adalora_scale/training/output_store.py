@@ -100,7 +100,7 @@ def bring(asked: str | bool, output_dir: Path, url: str | None) -> str | bool:
     """
     from adalora_scale.checkpoint import stored
 
-    shutil.rmtree(output_dir / FETCHED_NAME, ignore_errors=True)
+    forget_fetched(output_dir)
     if isinstance(asked, str) and is_url(asked):
         folder, name = _parent(asked)
         own = url is not None and folder == url.rstrip("/")
@@ -110,6 +110,11 @@ def bring(asked: str | bool, output_dir: Path, url: str | None) -> str | bool:
     if url is not None and (asked is True or asked == "auto"):
         _bring_newest(Store(KEY, url), output_dir, damaged_too=asked is True)
     return asked
+
+
+def forget_fetched(output_dir: Path) -> None:
+    """Delete what a run went on from of another run's store."""
+    shutil.rmtree(output_dir / FETCHED_NAME, ignore_errors=True)
 
 
 def _bring_newest(store: Store, output_dir: Path, *, damaged_too: bool) -> None:

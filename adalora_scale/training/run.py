@@ -65,6 +65,7 @@ from adalora_scale.training.first_look import look_at_model
 from adalora_scale.training.lease import Lease
 from adalora_scale.training.optimizers import check_optimizer
 from adalora_scale.training.output_dir import hold_output_dir
+from adalora_scale.training.output_store import forget_fetched
 from adalora_scale.training.packages import check_packages
 from adalora_scale.training.records import (
     WRONG_END_NAME,
@@ -161,6 +162,7 @@ def _end(
     trainer.save_model()
     summary = _write_run(config, inputs, trainer, final, started)
     if trainer.is_world_process_zero():
+        forget_fetched(trainer.checkpoints.output_dir)
         leave_report(Path(config.training["output_dir"]), tensorboard=tensorboard_folder(trainer))
     trainer.checkpoints.finish_upload()
     return summary

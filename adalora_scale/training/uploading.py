@@ -75,6 +75,7 @@ class Uploader:
             say(f"{self.store}: not continued, renamed to abandoned-…: {', '.join(aside)}")
         self.store.remove(WRONG_END_NAME)
         self.store.write(OWNER_NAME, self._run)
+        self.wake(None, None, rotates=False)  # what an earlier start could not upload
 
     @contextlib.contextmanager
     def rotating(self) -> Iterator[Path | None]:
