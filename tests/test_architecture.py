@@ -50,7 +50,7 @@ LEAVES = {  # what else they may import
     "quantization": {"config", "errors", "files", "finite", "messages", "reading"},
     "reading": {"errors", "messages"},
     "store": {"errors", "files", "messages"},
-    "report": {"errors", "files", "messages", "reading"},
+    "report": {"errors", "files", "messages", "reading", "store"},
     "finite": {"errors"},
     "config": {"errors", "messages", "reading"},
     "files": {"errors"},

@@ -27,6 +27,11 @@ def look_at_files(config: RunConfig, *, resumes: bool = True) -> None:
         UserError: one is missing; names the key or the file.
     """
     look_at_model(config.model)
+    if config.model.adapter_path is not None and is_url(config.model.adapter_path):
+        raise UserError(
+            f"model.adapter_path={config.model.adapter_path} is a URL, and all ranks read the adapter; copy it to a "
+            f"folder that all machines see (of S3: aws s3 sync URL FOLDER), and name that."
+        )
     if (adapter := config.model.adapter_path) is not None and not Path(adapter).expanduser().is_dir():
         raise UserError(f"model.adapter_path={adapter} is not a folder.")
     held_out = [config.data.eval] if isinstance(config.data.eval, str) else config.data.eval or []

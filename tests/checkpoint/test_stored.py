@@ -1,5 +1,6 @@
 """Checkpoints on a store: complete or absent, rotated manifest first, and nobody else's files touched."""
 
+import json
 import shutil
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from adalora_scale.checkpoint import stored
 from adalora_scale.checkpoint.errors import CheckpointError
 from adalora_scale.checkpoint.format import Checkpoint
+from adalora_scale.cli import main
 from adalora_scale.store.client import Store, StoreError
 from adalora_scale.training.run import train
 from tests.training.short_run import config
@@ -126,3 +128,21 @@ def test_longer_lines_on_disk_stay(run, store, tmp_path):
     (tmp_path / "out" / "ranks.jsonl").write_text("{}\n" * 100)
     stored.fetch(store, "checkpoint-2", tmp_path / "out", LINES)
     assert (tmp_path / "out" / "ranks.jsonl").read_text() == "{}\n" * 100
+
+
+def test_verbs_that_read_take_a_url(run, store, tmp_path, monkeypatch, capsys):
+    """A run whose disk is gone is looked at where it is; what is written lies here, not in a copy that goes."""
+    for path in [path for path in run.iterdir() if path.is_file() and not path.name.startswith(".")]:
+        store.put(path, path.name)
+    stored.upload(store, run / "checkpoint-2", [])
+    monkeypatch.chdir(tmp_path)
+    for folder, url in ((run, store.url), (run / "checkpoint-2", f"{store.url}/checkpoint-2")):
+        said = []
+        for name in (str(folder), url):
+            assert main(["inspect", name, "--json"]) == 0
+            said.append(json.loads(capsys.readouterr().out))
+        assert said[0] | {"directory": ""} == said[1] | {"directory": ""}
+    assert main(["report", store.url]) == 0 and (tmp_path / "report.html").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        main(["inspect", f"{store.url}/nothing"])
+    assert "nothing holds no files" in capsys.readouterr().err.splitlines()[-1]
