@@ -37,7 +37,7 @@ def upload(store: Store, folder: Path, beside: list[Path]) -> bool:
 
     Args:
         store: where to.
-        folder: `checkpoint-<step>` on disk.
+        folder: the checkpoint on disk; on the store its name is `checkpoint-<step>`.
         beside: files of the run that a continuation needs too; they are written before the manifest.
 
     Returns:
@@ -48,16 +48,18 @@ def upload(store: Store, folder: Path, beside: list[Path]) -> bool:
         CheckpointError: the manifest on disk cannot be used.
         OSError: a file on disk cannot be read.
     """
-    manifest = folder / MANIFEST_NAME
-    there = store.read(f"{folder.name}/{MANIFEST_NAME}")
+    manifest, tree = folder / MANIFEST_NAME, files.read_manifest(folder)
+    name = _name(tree["step"])  # folders are renamed; there the name is what tells
+    there = store.read(f"{name}/{MANIFEST_NAME}")
     if there is not None and there == manifest.read_bytes():
         return False
     if there is not None:  # else it would say of half of each that it is whole
-        store.remove(f"{folder.name}/{MANIFEST_NAME}")
-    names = list(files.read_manifest(folder)["files"])
-    for path in [*beside, *(folder / name for name in names)]:
-        store.put(path, path.name if path in beside else f"{folder.name}/{path.name}")
-    store.put(manifest, f"{folder.name}/{MANIFEST_NAME}")
+        store.remove(f"{name}/{MANIFEST_NAME}")
+    for path in beside:
+        store.put(path, path.name)
+    for file in tree["files"]:
+        store.put(folder / file, f"{name}/{file}")
+    store.put(manifest, f"{name}/{MANIFEST_NAME}")
     return True
 
 

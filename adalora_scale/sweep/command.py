@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     seed = check_value("training.seed", training.get("seed", 42), int)
     if training.get("output_store") is not None:
         raise UserError(
-            "training.output_store is one run's folder, and a sweep's trials would replace one another there; remove it, "
-            "and set it when the best one is trained on (best.yaml)."
+            "training.output_store is one run's folder, and a sweep's trials would replace one another there; remove "
+            "it, and set it when the best one is trained on (best.yaml)."
         )
     dimensions = _dimensions(arguments, rate)
     _check_values(tree, dimensions)

@@ -106,7 +106,10 @@ def bring(asked: str | bool, output_dir: Path, url: str | None) -> str | bool:
         own = url is not None and folder == url.rstrip("/")
         say(f"downloading {asked}")
         target = output_dir if own else output_dir / FETCHED_NAME
-        return str(stored.fetch(Store(RESUME_KEY, folder), name, target, LINES))
+        store = Store(RESUME_KEY, folder)
+        fetched = stored.fetch(store, name, target, LINES)
+        _bring_best(store, fetched)
+        return str(fetched)
     if url is not None and (asked is True or asked == "auto"):
         _bring_newest(Store(KEY, url), output_dir, damaged_too=asked is True)
     return asked
@@ -137,13 +140,28 @@ def _bring_newest(store: Store, output_dir: Path, *, damaged_too: bool) -> None:
         name = f"checkpoint-{step}"
         say(f"downloading {store.url}/{name}")
         try:
-            stored.fetch(store, name, output_dir, LINES)
+            _bring_best(store, stored.fetch(store, name, output_dir, LINES))
         except CheckpointError as error:
             if damaged_too:
                 raise
             say(f"skipped: {store.url}/{name}: {error}")
             continue
         return
+
+
+def _bring_best(store: Store, fetched: Path) -> None:
+    """Download the best checkpoint so far beside one that was downloaded, where the store has it and the disk not."""
+    from adalora_scale.checkpoint import stored
+    from adalora_scale.checkpoint.format import MAX_TRAINER_STATE
+    from adalora_scale.reading.json_text import read_object
+
+    state = read_object(fetched / "trainer_state.json", limit=MAX_TRAINER_STATE, finite=False)
+    said = state.get("best_model_checkpoint")
+    name = Path(said).name if isinstance(said, str) else ""
+    if not name or (fetched.parent / name).exists() or name not in map("checkpoint-{}".format, stored.complete(store)):
+        return
+    say(f"downloading {store.url}/{name}, the best so far")
+    stored.fetch(store, name, fetched.parent, ())
 
 
 def require_same_run_there(url: str, identity: Mapping[str, Any], allowed: Collection[str]) -> None:

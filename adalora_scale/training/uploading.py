@@ -19,6 +19,7 @@ from typing import Any
 from adalora_scale.checkpoint import format as files
 from adalora_scale.checkpoint import stored
 from adalora_scale.checkpoint.background import step_back
+from adalora_scale.checkpoint.errors import CheckpointError
 from adalora_scale.errors import UserError, WrongEnd
 from adalora_scale.export.adapter_file import CONFIG_NAME, WEIGHTS_NAME
 from adalora_scale.export.output import TOKENIZER_FILES
@@ -31,6 +32,10 @@ from adalora_scale.training.records import WRONG_END_NAME
 _RESULTS = (WEIGHTS_NAME, CONFIG_NAME, REPORT_NAME, "README.md")
 _PAUSES_S = (1.0, 5.0, 15.0)
 """Between tries at the end of a run, when there is no next checkpoint to wait for."""
+
+
+class _TakenOver(StoreError):
+    """Another run writes there."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +182,9 @@ class Uploader:
                 beside = [path for name in LINES if (path := self._output_dir / name).is_file()]
                 stored.upload(self.store, folder, beside)
                 self._there.add(folder)
+            except CheckpointError as error:
+                say(f"note: not uploaded: {error}")
+                self._there.add(folder)  # it will not get better, and the others must not wait for it
             finally:
                 self._busy = None
         if request.rotates:
@@ -195,7 +203,7 @@ class Uploader:
             StoreError: one has, or the store cannot be asked.
         """
         if self.store.read(OWNER_NAME) != self._run:
-            raise StoreError(
+            raise _TakenOver(
                 f"{self.store} was taken over by another run: this one writes nothing more there. All of it is in "
                 f"{self._output_dir}; name another store and go on by training.resume_from_checkpoint=auto."
             )
@@ -205,6 +213,8 @@ class Uploader:
             try:
                 return action()
             except StoreError as error:
+                if isinstance(error, _TakenOver):
+                    raise
                 if pause is None:
                     raise StoreError(
                         f"{error} All of it is in {self._output_dir}: the same command with "

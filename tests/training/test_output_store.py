@@ -1,5 +1,6 @@
 """`training.output_store`: what is on the store is what is on the disk, and a run goes on from either."""
 
+import json
 import os
 import shutil
 import signal
@@ -185,6 +186,24 @@ def test_a_signal_waits_for_the_checkpoint_that_it_leaves(s3, at, tmp_path):  # 
         train(config(tmp_path / "out", STORE, *SHORT))
     assert s3.checkpoints("run") == ["checkpoint-2", "checkpoint-3"]
     assert (tmp_path / "out" / "requeue").exists() and "run.json" not in there(s3)
+
+
+def test_the_best_checkpoint_so_far_comes_along(at, tmp_path):
+    """An empty disk has only the newest: the best one is what the run is to end with."""
+    keys = [*SHORT[:-2], "adalora.deltaT=1", "training.max_steps=8", "training.eval_strategy=steps",
+            "training.eval_steps=2", "training.load_best_model_at_end=true", "training.metric_for_best_model=loss",
+            "training.greater_is_better=true", "training.save_strategy=steps"]  # fmt: skip
+    store = f"training.output_store=file://{tmp_path}/store"
+    train(config(tmp_path / "straight", *keys))
+    best = json.loads((tmp_path / "straight" / "checkpoint-8" / "trainer_state.json").read_text())
+    assert best["best_model_checkpoint"].endswith("checkpoint-6")  # the first of those at the budget has the worst loss
+    at({7: lambda _: os.kill(os.getpid(), signal.SIGTERM)})
+    with pytest.raises(Interrupted):
+        train(config(tmp_path / "gone", store, *keys))
+    at({})
+    train(config(tmp_path / "out", store, AUTO, *keys))
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {f"checkpoint-{n}" for n in (6, 7, 8)}
+    assert (tmp_path / "out" / ADAPTER).read_bytes() == (tmp_path / "straight" / ADAPTER).read_bytes()
 
 
 def test_what_is_not_on_the_store_at_the_end_is_an_error_and_the_same_command_mends_it(
