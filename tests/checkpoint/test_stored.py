@@ -59,12 +59,14 @@ def test_the_manifest_is_the_last_to_come_and_the_first_to_go(run, store, monkey
     assert order == [("remove", "checkpoint-1/manifest.json"), ("remove_folder", "checkpoint-1")]
     assert store.names() == {"metrics.jsonl": (run / "metrics.jsonl").stat().st_size}
     # Another checkpoint under the name of one that is there: at no time half of each.
-    stored.upload(store, run / "checkpoint-1", [])
-    other = run.parent / "other" / "checkpoint-1"
-    shutil.copytree(run / "checkpoint-3", other)
+    store.write("checkpoint-1/manifest.json", b"{}")
     order.clear()
-    stored.upload(store, other, [])
+    stored.upload(store, run / "checkpoint-1", [])
     assert order[0] == ("remove", "checkpoint-1/manifest.json") and order[-1] == ("put", "checkpoint-1/manifest.json")
+    # And a folder that was renamed has its step's name there.
+    shutil.copytree(run / "checkpoint-3", run.parent / "other" / "checkpoint-9")
+    stored.upload(store, run.parent / "other" / "checkpoint-9", [])
+    assert stored.complete(store) == [3, 1]
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,7 @@ def test_a_signal_waits_for_the_checkpoint_that_it_leaves(s3, at, tmp_path):  # 
     assert (tmp_path / "out" / "requeue").exists() and "run.json" not in there(s3)
 
 
+@pytest.mark.full
 def test_the_best_checkpoint_so_far_comes_along(at, tmp_path):
     """An empty disk has only the newest: the best one is what the run is to end with."""
     keys = [*SHORT[:-2], "adalora.deltaT=1", "training.max_steps=8", "training.eval_strategy=steps",
