@@ -30,6 +30,7 @@ from adalora_scale.placing.quantize import add_verb as add_quantize_verb
 from adalora_scale.recipes.command import add_parser as add_recipes
 from adalora_scale.report.command import add_verb as add_report_verb
 from adalora_scale.report.names import REPORT_NAME
+from adalora_scale.store.reading import readable_folder
 from adalora_scale.sweep.arguments import add_parser as add_sweep
 from adalora_scale.training.first_look import look_at_files
 from adalora_scale.training.lease import Lease
@@ -109,7 +110,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config_arguments(evaluate)
-    evaluate.add_argument("--adapter", type=Path, help="folder with an adapter; without it the untouched base model")
+    evaluate.add_argument(
+        "--adapter",
+        type=readable_folder,
+        help="folder with an adapter, or its URL; without it the base model alone",
+    )
     evaluate.add_argument("--batch-size", type=int, default=32, help="prompts generated together (default 32)")
     evaluate.add_argument("--max-new-tokens", type=int, default=64, help="longest completion (default 64)")
     evaluate.add_argument("--extract", metavar="REGEX", help="compare this match only, e.g. '#### (.+)' for GSM8K")

@@ -112,20 +112,26 @@ def abandon(path: Path) -> None:
     path.rename(target)
 
 
-def require_local(what: str, path: str | Path) -> None:
+def is_url(path: str | Path) -> bool:
+    """Whether something given for a path is a URL."""
+    return _URL.match(str(path)) is not None
+
+
+def require_local(what: str, path: str | Path, way_out: str = ", and copy it to the store from there") -> None:
     """Refuse a URL in place of a path: `s3://bucket/run` would become a folder `s3:` here, and go with the machine.
 
     Args:
         what: the key or argument, for the message.
         path: what was given for it.
+        way_out: what to do for a store, behind "name a folder that all machines share".
 
     Raises:
         UserError: it is a URL.
     """
-    if _URL.match(str(path)):
+    if is_url(path):
         raise UserError(
             f"{what}={path} is a URL, and files are written to a file system alone; name a folder that all machines "
-            f"share, and copy it to the store from there."
+            f"share{way_out}."
         )
 
 

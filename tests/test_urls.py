@@ -12,10 +12,9 @@ URLS = ("s3://bucket/run", "gs://bucket/run", "file:///tmp/run", "s3:/bucket/run
 
 
 @pytest.mark.parametrize("url", URLS)
-@pytest.mark.parametrize("key", ["output_dir", "resume_from_checkpoint"])
-def test_the_training_section_names_the_key(key, url, tmp_path):
-    with pytest.raises(UserError, match=rf"training\.{key}={url} is a URL.*name a folder"):
-        convert_training_section(config(tmp_path, f"training.{key}={url}"))
+def test_the_training_section_names_the_key_and_the_one_for_stores(url, tmp_path):
+    with pytest.raises(UserError, match=rf"training\.output_dir={url} is a URL.*name a folder.*training\.output_store"):
+        convert_training_section(config(tmp_path, f"training.output_dir={url}"))
 
 
 def test_paths_with_colons_are_paths(tmp_path):

@@ -137,7 +137,7 @@ class _Write:
         self._patience = _GIVES_UP_S
 
     def _run(self) -> None:
-        _step_back()
+        step_back()
         try:
             part = None
             try:
@@ -176,7 +176,7 @@ class _Write:
         return None if None in parts else parts
 
 
-def _step_back() -> None:
+def step_back() -> None:
     """Let training's threads go first on a busy machine: this thread hashes and copies as much as it gets to."""
     if sys.platform == "linux":  # where a thread has a priority of its own
         thread = threading.get_native_id()

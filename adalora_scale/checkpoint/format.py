@@ -50,7 +50,7 @@ VERSION = 1
 _FORMAT = "adalora_scale checkpoint"
 _TABLE = "intervals"
 _TRAINER_STATE = "trainer_state.json"
-_MAX_TRAINER_STATE = 256 * 2**20
+MAX_TRAINER_STATE = 256 * 2**20
 """It grows with every line that was logged."""
 _NO_CHECKSUM = "0" * 64
 _CHECKSUM = re.compile(rb'"checksum": "([0-9a-f]{64})"')
@@ -305,7 +305,7 @@ class Checkpoint:
             if not same:
                 raise CheckpointError(f"{path} is damaged (its checksum does not fit); resume from another checkpoint.")
             if name == _TRAINER_STATE:  # transformers reads it without a check
-                state = read_object(path, limit=_MAX_TRAINER_STATE, finite=False, error=CheckpointError)
+                state = read_object(path, limit=MAX_TRAINER_STATE, finite=False, error=CheckpointError)
                 checked(TrainerState, state, path, error=CheckpointError, way_out="resume from another checkpoint")
 
     def read(self, group: str, kind: str, name: str, start: int, length: int) -> Tensor | None:

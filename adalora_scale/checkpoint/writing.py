@@ -150,7 +150,7 @@ def probe_shared(output_dir: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
+def rotate(output_dir: Path, limit: int | None, best: str | None, busy: Path | None = None) -> None:
     """Delete the oldest complete checkpoints beyond `limit`; never the newest, nor the best one. Rank 0 calls it.
 
     Half checkpoints don't count, so one of those can never push out the last good one.
@@ -163,7 +163,8 @@ def rotate(output_dir: Path, limit: int | None, best: str | None) -> None:
         protected |= {path for path in found if path.resolve() == Path(best).resolve()}
     spare = [path for path in found if path not in protected]
     for path in spare[max(limit - len(protected), 0) :]:
-        files.remove(path)
+        if path != busy:  # it is being read; the next call takes it
+            files.remove(path)
 
 
 def _must_see(path: Path) -> None:

@@ -21,6 +21,7 @@ from adalora_scale.errors import UserError
 OWN_KEYS: dict[str, Any] = {
     "overwrite_output_dir": bool,
     "async_save": bool,
+    "output_store": str | None,
     "resume_allow_changed": list[str] | None,
     "resume_compact": bool | None,
     "global_batch_size": int,
@@ -32,6 +33,7 @@ OWN_KEYS: dict[str, Any] = {
 OWN_MEANINGS = {
     "overwrite_output_dir": "train although output_dir holds another run.",
     "async_save": "write checkpoints by a thread of each rank while training goes on.",
+    "output_store": "URL of a folder on object storage that gets checkpoints and results, as s3://bucket/run.",
     "resume_allow_changed": "keys that may differ from those of the run that is continued.",
     "resume_compact": "continue without the pruned columns; None: only where that changes no bit.",
     "global_batch_size": "examples of one optimizer step over all ranks; accumulation follows from it.",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adalora_scale.messages import say, say_json, say_text
+from adalora_scale.store.reading import readable_folder
 
 FORMATS = ("peft-adalora", "peft-lora", "merged", "rank-pattern")
 
@@ -44,7 +45,9 @@ def add_verbs(verbs: Any, prepare: Callable[[], None]) -> None:
         epilog=_EXPORT_FORMATS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    export.add_argument("adapter", type=Path, metavar="ADAPTER", help="adapter: output_dir or checkpoint-N")
+    export.add_argument(
+        "adapter", type=readable_folder, metavar="ADAPTER", help="adapter: output_dir or checkpoint-N, or its URL"
+    )
     export.add_argument("output", type=Path, metavar="OUT", help="folder to write")
     export.add_argument("--format", required=True, choices=FORMATS, help="what to write, see below")
     export.add_argument("--uniform", action="store_true", help="peft-lora: pad every matrix to one rank")
@@ -79,7 +82,7 @@ def add_verbs(verbs: Any, prepare: Callable[[], None]) -> None:
         "elsewhere and where NO_COLOR is set.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    inspect.add_argument("directory", type=Path, metavar="DIR", help="the folder")
+    inspect.add_argument("directory", type=readable_folder, metavar="DIR", help="the folder, or its URL")
     inspect.add_argument(
         "--why", metavar="MODULE", help="a matrix's scores against the cut, from the run's records; its name or a part"
     )

@@ -20,7 +20,7 @@ from adalora_scale.files import require_local, sync_tree, writing
 from adalora_scale.messages import say
 from adalora_scale.reading.folders import own_file
 
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -116,7 +116,7 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
     Raises:
         UserError: one leads out of the folder.
     """
-    found = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    found = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     for name in found:
         shutil.copyfile(own_file(source / name, source), target / name)
     return bool(found)

@@ -8,6 +8,7 @@ from typing import Any
 
 from adalora_scale.messages import say
 from adalora_scale.report.names import REPORT_NAME
+from adalora_scale.store.reading import is_copy, readable_folder
 
 _EXAMPLES = """
 examples:
@@ -30,9 +31,12 @@ def add_verb(verbs: Any) -> None:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's output_dir")
+    parser.add_argument("runs", nargs="+", type=readable_folder, metavar="RUN", help="a run's output_dir, or its URL")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="where to write (default: RUN/report.html; report.html for several)"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="where to write (default: RUN/report.html; report.html here for several or a URL)",
     )
     parser.add_argument("--png", type=Path, metavar="DIR", help="also write every picture as a PNG into this folder")
     parser.set_defaults(run=_report)
@@ -42,7 +46,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from adalora_scale.report.writing import write_report
 
     runs: list[Path] = arguments.runs
-    output = arguments.output or ((runs[0] if len(runs) == 1 else Path()) / REPORT_NAME)
+    output = arguments.output or ((runs[0] if len(runs) == 1 and not is_copy(runs[0]) else Path()) / REPORT_NAME)
     write_report(runs, output, arguments.png)
     also = f", pictures in {arguments.png}" if arguments.png is not None else ""
     say(f"{output} is written{also}")

@@ -44,6 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError("a sweep compares evaluations; set data.eval, or data.eval_fraction to hold rows out.")
     rate = check_value("training.learning_rate", training.get("learning_rate", DEFAULT_LEARNING_RATE), float)
     seed = check_value("training.seed", training.get("seed", 42), int)
+    if training.get("output_store") is not None:
+        raise UserError(
+            "training.output_store is one run's folder, and a sweep's trials would replace one another there; remove "
+            "it, and set it when the best one is trained on (best.yaml)."
+        )
     dimensions = _dimensions(arguments, rate)
     _check_values(tree, dimensions)
     folder: Path = arguments.output
@@ -128,7 +133,7 @@ def _dimensions(arguments: argparse.Namespace, learning_rate: float) -> list[Cho
     for key in keys:
         if keys.count(key) > 1:
             raise UserError(f"{key} is varied twice; give each key once, by --grid or by --range.")
-        if key in ("training.output_dir", "training.seed", "training.resume_from_checkpoint"):
+        if key in ("training.output_dir", "training.output_store", "training.seed", "training.resume_from_checkpoint"):
             raise UserError(f"{key} is the sweep's own to set; --seeds N runs the best one on other seeds.")
     return dimensions
 

@@ -20,6 +20,7 @@ from adalora_scale.files import require_local
 from adalora_scale.messages import cause
 from adalora_scale.tasks.registry import find_task
 from adalora_scale.training.batch import batch_sizes
+from adalora_scale.training.output_store import TO_A_STORE, check_keys
 
 _COUNTS = (
     "per_device_train_batch_size",
@@ -73,9 +74,9 @@ def convert_training_section(config: RunConfig) -> dict[str, Any]:
         if value is False and key.endswith("_strategy"):
             value = "no"  # YAML reads the bare word as false
         checked[key] = check_value(f"training.{key}", value, hints[key])
-    for key in ("output_dir", "resume_from_checkpoint"):
-        if isinstance(checked.get(key), str):
-            require_local(f"training.{key}", checked[key])
+    if isinstance(checked.get("output_dir"), str):
+        require_local("training.output_dir", checked["output_dir"], TO_A_STORE)
+    check_keys(checked)
     if checked.get("auto_find_batch_size"):
         refuse_batch_search()
     if checked.get("async_save") and checked.get("save_only_model"):

@@ -18,8 +18,8 @@ from adalora_scale.adalora.injection import adapter_layers, file_forms, injected
 from adalora_scale.adalora.scores import score_named
 from adalora_scale.checkpoint.background import BackgroundWriter
 from adalora_scale.checkpoint.draft import Draft
-from adalora_scale.checkpoint.finding import NOTHING_TO_RESUME, find_checkpoint, set_aside
-from adalora_scale.checkpoint.format import Checkpoint, checkpoints, read_manifest
+from adalora_scale.checkpoint.finding import find_checkpoint, set_aside
+from adalora_scale.checkpoint.format import Checkpoint
 from adalora_scale.checkpoint.identity import plain, require_same_run
 from adalora_scale.checkpoint.rng import rng_state, set_rng_state
 from adalora_scale.checkpoint.state import allocator_position, gather, masks_of, read_weights, scatter, score_of
@@ -39,6 +39,7 @@ from adalora_scale.training.loop_state import loop_state, restore_optimizer, res
 from adalora_scale.training.records import WRONG_END_NAME, versions
 from adalora_scale.training.signals import FAILED, StopRequest
 from adalora_scale.training.stopping import REQUEUE_NAME, exit_code, stopping
+from adalora_scale.training.uploading import Uploader
 
 TRAINER_STATE_NAME = "trainer_state.json"
 
@@ -48,30 +49,6 @@ _ARGUMENTS = (
     "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "seed", "data_seed", "label_smoothing_factor",
     "neftune_noise_alpha", "dataloader_drop_last", "train_sampling_strategy", "average_tokens_across_devices",
 )  # fmt: skip
-
-
-def check_asked_checkpoint(asked: str | bool | None, output_dir: Path) -> None:
-    """See before the model is loaded that there is something to resume from; no collective.
-
-    Raises:
-        UserError: there is no such checkpoint, or its manifest is damaged or of a newer version.
-    """
-    if asked is True and not (found := checkpoints(output_dir)):
-        raise UserError(NOTHING_TO_RESUME.format(output_dir))
-    if asked is True:
-        read_manifest(found[0])
-    elif asked and asked != "auto":
-        read_manifest(str(asked))
-
-
-def choose_checkpoint(asked: str | bool | None, output_dir: Path) -> Checkpoint | None:
-    """Decide what a run goes on from; a collective call.
-
-    Raises:
-        UserError: as `find_checkpoint`; or output_dir is not the same folder on all ranks.
-    """
-    probe_shared(output_dir)
-    return find_checkpoint(asked, output_dir)
 
 
 def compact_for(checkpoint: Checkpoint, model: nn.Module, *, asked: bool | None, exact: bool) -> bool:
@@ -124,6 +101,8 @@ class RunCheckpoints:
         """The files of the base, where `make_trainer` knows them."""
         self.allowed_changes: list[str] = []
         """`training.resume_allow_changed`."""
+        self.uploader: Uploader | None = None
+        """On rank 0, where there is a `training.output_store`."""
         self.async_save = False
         """`training.async_save`: whether checkpoints are written while training goes on."""
         self._background: BackgroundWriter | None = None
@@ -190,6 +169,16 @@ class RunCheckpoints:
                 f"resumed from {checkpoint.directory} (step {position['step']} of {position['total_step']}, written by "
                 f"{checkpoint.manifest['engine']} on {checkpoint.world_size} ranks){built}{note}"
             )
+
+    def begin_upload(self) -> None:
+        """Clear the way on the store, once this run is known to go on from what is there; a collective call."""
+        step = None if self.resumed is None else int(self.resumed.manifest["step"])
+
+        def begin() -> None:
+            if self.uploader is not None:
+                self.uploader.begin(self.stop.run, step)
+
+        together(begin)
 
     def load_weights(self, directory: str, allocator: RankAllocator) -> None:
         """Put the weights of another checkpoint of this run into the live parameters.
@@ -297,8 +286,12 @@ class RunCheckpoints:
         def clean_up() -> None:
             for lines in records:
                 lines.sync()
-            if sound:
-                rotate(self.output_dir, limit, best)
+            if self.uploader is None:
+                rotate(self.output_dir, limit if sound else None, best)
+                return
+            with self.uploader.rotating() as busy:
+                rotate(self.output_dir, limit if sound else None, best, busy)
+            self.uploader.wake(limit, best, rotates=sound)
 
         return clean_up
 
@@ -314,12 +307,31 @@ class RunCheckpoints:
     @contextlib.contextmanager
     def complete(self) -> Iterator[None]:
         """Leave no checkpoint half written behind training, however it ends."""
+        ended = False
         try:
             yield
             self.settle()
+            ended = True
         finally:
             if self._background is not None:
                 self._background.close()
+            if self.uploader is not None and not ended:
+                self.uploader.close()
+
+    def finish_upload(self) -> None:
+        """Wait for the store, and give it what the run leaves; a collective call.
+
+        Raises:
+            UserError: something is not on the store; all of it is in output_dir.
+        """
+
+        def finish() -> None:
+            uploader, self.uploader = self.uploader, None
+            if uploader is not None:
+                uploader.finish(self.trainer.processing_class)
+                self._clean_up()()  # what stayed on disk because it was being uploaded
+
+        together(finish)
 
     def stop_if_asked(self, allocator: RankAllocator) -> None:
         """After a completed step: when a signal asked for it, leave a checkpoint and end training on all ranks.
@@ -342,6 +354,8 @@ class RunCheckpoints:
             if rank_and_size()[0] == 0 and code == INTERRUPTED_EXIT_CODE:
                 self.trainer.adalora_callback.require_lease()
                 write_json(self.output_dir / REQUEUE_NAME, {"step": step, "signal": said})
+            if self.uploader is not None:
+                self.uploader.settle_or_note()
 
         together(leave_note)
         if rank_and_size()[0] == 0:

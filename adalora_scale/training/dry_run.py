@@ -135,6 +135,8 @@ def name_unused(training: dict[str, Any], arguments: TrainingArguments) -> None:
             say(f"note: training.{key} has no effect without {needed}")
     if training.get("async_save") and not writes_checkpoints(arguments.save_strategy, arguments.save_only_model):
         say("note: training.async_save has no effect with training.save_strategy=no: a signal waits for its checkpoint")
+    if training.get("output_store") and arguments.save_only_model:
+        say("note: training.output_store gets the results alone: training.save_only_model=true leaves no checkpoints")
     if training.get("fp16") and arguments.device.type == "cpu" and not arguments.deepspeed:
         say("note: training.fp16 has no effect on a CPU, which computes in the weights' dtype: see model.torch_dtype")
 

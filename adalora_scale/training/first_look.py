@@ -11,7 +11,9 @@ from adalora_scale.config import ModelConfig, RunConfig
 from adalora_scale.config.mixing import train_entries
 from adalora_scale.data.names import look, template_file
 from adalora_scale.errors import UserError
+from adalora_scale.files import is_url
 from adalora_scale.reading.text import read_text
+from adalora_scale.training.output_store import check_keys
 
 
 def look_at_files(config: RunConfig, *, resumes: bool = True) -> None:
@@ -25,6 +27,11 @@ def look_at_files(config: RunConfig, *, resumes: bool = True) -> None:
         UserError: one is missing; names the key or the file.
     """
     look_at_model(config.model)
+    if config.model.adapter_path is not None and is_url(config.model.adapter_path):
+        raise UserError(
+            f"model.adapter_path={config.model.adapter_path} is a URL, and all ranks read the adapter; copy it to a "
+            f"folder that all machines see (of S3: aws s3 sync URL FOLDER), and name that."
+        )
     if (adapter := config.model.adapter_path) is not None and not Path(adapter).expanduser().is_dir():
         raise UserError(f"model.adapter_path={adapter} is not a folder.")
     held_out = [config.data.eval] if isinstance(config.data.eval, str) else config.data.eval or []
@@ -34,8 +41,9 @@ def look_at_files(config: RunConfig, *, resumes: bool = True) -> None:
         template_file(config.data.chat_template)
     if isinstance(config.engine.config, str):
         read_text(config.engine.config, "engine.config=")
+    check_keys(config.training)
     asked = config.training.get("resume_from_checkpoint")
-    if not resumes or not isinstance(asked, str) or asked.lower() in ("auto", "true", "false", ""):
+    if not resumes or not isinstance(asked, str) or asked.lower() in ("auto", "true", "false", "") or is_url(asked):
         return
     if not Path(asked).is_dir():
         raise UserError(

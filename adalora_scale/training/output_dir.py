@@ -11,6 +11,7 @@ from typing import Any
 from adalora_scale.errors import UserError
 from adalora_scale.files import require_local, write_probe
 from adalora_scale.training.lease import Lease, held
+from adalora_scale.training.output_store import TO_A_STORE, check_keys, check_output_store
 from adalora_scale.training.stopping import stopping
 
 _RUN_FILES = (
@@ -39,7 +40,8 @@ def hold_output_dir(training: Mapping[str, Any]) -> Iterator[Lease | None]:
     if not isinstance(output_dir, str):
         yield None
         return
-    require_local("training.output_dir", output_dir)
+    require_local("training.output_dir", output_dir, TO_A_STORE)
+    check_keys(training)
     directory = Path(output_dir).expanduser()  # as TrainingArguments does
     stopping.directory = directory
     if os.environ.get("RANK", "0") != "0":
@@ -55,7 +57,8 @@ def hold_output_dir(training: Mapping[str, Any]) -> Iterator[Lease | None]:
         raise UserError(f"training.output_dir={directory} cannot be written: {error.strerror}.") from None
     try:
         with stopping.noting(), held(directory) as lease:
-            stopping.anew = _check(directory, training)
+            anew = _check(directory, training)
+            stopping.anew = check_output_store(training, _RUN_FILES) or anew
             stopping.held = True
             stopping.forget_asked()
             with stopping.noting():  # while the folder is held

@@ -56,7 +56,7 @@ from adalora_scale.training.arguments import (
 )
 from adalora_scale.training.base_weights import BaseWeights
 from adalora_scale.training.best import settle_best
-from adalora_scale.training.checkpointing import check_asked_checkpoint, choose_checkpoint
+from adalora_scale.training.choosing import check_asked_checkpoint, choose_checkpoint
 from adalora_scale.training.console import use_console
 from adalora_scale.training.continuing import rank_fitter, run_identity
 from adalora_scale.training.dry_run import check_hub, check_loop, check_tokens, check_values, name_unused
@@ -65,6 +65,7 @@ from adalora_scale.training.first_look import look_at_model
 from adalora_scale.training.lease import Lease
 from adalora_scale.training.optimizers import check_optimizer
 from adalora_scale.training.output_dir import hold_output_dir
+from adalora_scale.training.output_store import forget_fetched
 from adalora_scale.training.packages import check_packages
 from adalora_scale.training.records import (
     WRONG_END_NAME,
@@ -78,6 +79,10 @@ from adalora_scale.training.same_rows import require_same_rows
 from adalora_scale.training.soundness import MAX_SKIPPED_STEPS
 from adalora_scale.training.stopping import stopping
 from adalora_scale.training.trainers import AdaLoraSFTTrainer, AdaLoraTrainer, with_adalora
+from adalora_scale.training.uploading import leaving, make_uploader
+
+_RESULT = (RUN_NAME, CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME)
+"""What looks like a result."""
 
 
 @dataclass
@@ -122,7 +127,7 @@ def train(config: RunConfig, lease: Lease | None = None) -> dict[str, Any]:
 
 def _leave_no_result(directory: Path, reason: str) -> None:
     """Write down why there is none, and take away what would look like one: written just now, or by an earlier run."""
-    for name in (RUN_NAME, CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME):
+    for name in _RESULT:
         (directory / name).unlink(missing_ok=True)
     remove_card(directory)
     with contextlib.suppress(UserError):  # of the two errors this is the lesser
@@ -135,7 +140,16 @@ def _train(config: RunConfig, lease: Lease | None, started: float) -> dict[str, 
         trainer = make_trainer(config, inputs)
         trainer.adalora_callback.lease = lease
         trainer.adalora_callback.reports = False  # once run.json is there
-        trainer.train()
+    with leaving(trainer.checkpoints.uploader, _RESULT):
+        with bounded_build_waits():
+            trainer.train()
+        return _end(config, inputs, trainer, started)
+
+
+def _end(
+    config: RunConfig, inputs: Inputs, trainer: AdaLoraSFTTrainer | AdaLoraTrainer, started: float
+) -> dict[str, Any]:
+    """Evaluate, and write what the run leaves."""
     final: dict[str, float] = {}
     if inputs.data.eval is not None:
         with stopping.at_once("in the final evaluation"):
@@ -148,7 +162,9 @@ def _train(config: RunConfig, lease: Lease | None, started: float) -> dict[str, 
     trainer.save_model()
     summary = _write_run(config, inputs, trainer, final, started)
     if trainer.is_world_process_zero():
+        forget_fetched(trainer.checkpoints.output_dir)
         leave_report(Path(config.training["output_dir"]), tensorboard=tensorboard_folder(trainer))
+    trainer.checkpoints.finish_upload()
     return summary
 
 
@@ -163,7 +179,8 @@ def prepare(config: RunConfig) -> Inputs:
     check_values(training)
     check_optimizer(training)
     check_packages(config, training, engine)
-    check_asked_checkpoint(training.get("resume_from_checkpoint"), Path(training["output_dir"]))
+    asked, store = training.get("resume_from_checkpoint"), training.get("output_store")
+    check_asked_checkpoint(asked, Path(training["output_dir"]), store=store)
     shape = check_model_path(config)
     if config.model.adapter_path:
         check_start(config.model.adapter_path, config.adalora)
@@ -241,7 +258,9 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
     with inputs.engine.loading() as engine:
         training = check_training_section(config)
         asked = training.get("resume_from_checkpoint")
-        checkpoint = choose_checkpoint(asked, Path(training["output_dir"]))
+        output_dir, store = Path(arguments.output_dir or "."), training.get("output_store")
+        allowed = training.get("resume_allow_changed") or []
+        checkpoint = choose_checkpoint(asked, output_dir, store=store, allowed=allowed)
         model = place_model(
             config,
             engine,
@@ -269,7 +288,8 @@ def make_trainer(config: RunConfig, inputs: Inputs) -> AdaLoraSFTTrainer | AdaLo
     trainer.checkpoints.run_identity = run_identity(config) | _order_identity(inputs)
     if inputs.data.stream is not None:
         trainer.train_dataset = inputs.data.stream  # SFTTrainer takes a table alone, and looks at its first row
-    trainer.checkpoints.allowed_changes = training.get("resume_allow_changed") or []
+    trainer.checkpoints.allowed_changes = allowed
+    trainer.checkpoints.uploader = make_uploader(store, output_dir) if arguments.process_index == 0 else None
     trainer.checkpoints.async_save = training.get("async_save", False)
     trainer.adalora_callback.max_skipped_steps = training.get("max_skipped_steps", MAX_SKIPPED_STEPS)
     trainer.checkpoints.resumed = checkpoint

@@ -35,7 +35,8 @@ from adalora_scale.files import replacing, writing
 from adalora_scale.tasks.registry import task_of_class
 from adalora_scale.training.arguments import refuse_batch_search, require_evaluation_at_budget
 from adalora_scale.training.callback import AdaLoraCallback
-from adalora_scale.training.checkpointing import AfterReset, RunCheckpoints, choose_checkpoint
+from adalora_scale.training.checkpointing import AfterReset, RunCheckpoints
+from adalora_scale.training.choosing import choose_checkpoint
 from adalora_scale.training.for_trl import has_own_backward, name_backbone, settle_router_loss
 from adalora_scale.training.lease import take
 from adalora_scale.training.loop_state import deepspeed_scaler
@@ -142,6 +143,7 @@ class AdaLoraTrainerMixin(_TrainerSeams):
         self.state.compute_steps(self.args, max_steps)  # trainer_state.json would bring back the old intervals
         self.checkpoints.start()
         self.checkpoints.load(allocator)
+        self.checkpoints.begin_upload()
         self.adalora_callback.kept_lines = self.checkpoints.kept_lines
         return prepared
 

@@ -93,6 +93,7 @@ def test_a_diverged_trial_is_last_and_the_edge_is_named():
         (["--launcher", "torchrun '"], "No closing quotation"),
         (["--launcher", "deepspeed --num_gpus 4", "--jobs", "2"], "--jobs cannot go with deepspeed"),
         (["--resubmit"], "--sbatch"),
+        (["training.output_store=file:///mnt/store/run"], "training.output_store is one run's folder"),
     ],
 )
 def test_wrong_use_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, words, says):
