@@ -57,6 +57,7 @@ class AdaLoraCallback(TrainerCallback):
         self._whole: tuple[int, WholeAdapter | None] | None = None
         """The step at which ranks put the adapter together for the trainer to write, and on rank 0 the adapter."""
         self.allocator: RankAllocator | None = None
+        """From the moment that training begins."""
         self.records: dict[str, JsonLines] = {}
         """The files of lines that rank 0 writes."""
         self.lease: Lease | None = None

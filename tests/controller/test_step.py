@@ -65,6 +65,7 @@ def train_pair(toy, batches, *, accumulation=1, clip=None, fused=None, **options
     return allocator, model, reference, masks
 
 
+@pytest.mark.shows("features", feature="a loop of your own", engine="one process")
 @pytest.mark.parametrize(
     "options",
     [
