@@ -102,7 +102,7 @@ def against_the_cut(standings: list[Standing], ends: tuple[float, float]) -> Fig
         standings: of matrices of one type.
         ends: of the scale.
     """
-    figure, axes = canvas(4.9, 1.85, left=0.75, right=0.15, top=0.28, bottom=0.52)
+    figure, axes = canvas(4.9, 2.0, left=0.78, right=0.15, top=0.28, bottom=0.52)
     _panel(axes, standings, *ends)
     keys = [
         Line2D([], [], color=LINES[0], marker="_", linewidth=2.2, label="kept, best to worst"),

@@ -20,6 +20,17 @@ def test_saving_leaves_adapters_with_the_masters_values_and_no_base(stories260k,
     assert found["files"] == sorted(f"{folder}adapter_model.safetensors" for folder in folders)
     assert found["base"] == []
     assert found["last"] and found["after"] and found["early"]
+    # One gathering a checkpoint and one at the end: each is a collective for every matrix of the model.
+    assert all(rank["gathered"] == [5, 10, 10] for rank in ranks)
+
+
+def test_a_save_model_that_writes_nothing_is_named(stories260k, tmp_path):
+    """transformers writes nothing where FSDP's state dicts are shards, and says nothing."""
+    ranks = run_ranks(WORKER, 2, ["sharded", stories260k, tmp_path])
+    assert ranks[0]["files"] == ["adapter_model.safetensors", "ours/adapter_model.safetensors"]
+    assert ranks[0]["base"] == [] and ranks[0]["after"]
+    said = [line for rank in ranks for line in rank.output.splitlines() if "state_dict_type" in line]
+    assert len(said) == 1 and "=SHARDED_STATE_DICT: trainer.save_model writes nothing" in said[0]
 
 
 def test_checkpoints_that_would_hold_the_base_are_refused(stories260k, tmp_path, deepspeed_ops):

@@ -2,7 +2,8 @@
 
 run_ranks(…, args=["zero3", MODEL, FOLDER])
 
-Modes: `ddp`, `fsdp2`, `zero2`, `zero3`; `whole` is zero3 with the checkpoints that transformers writes by default.
+Modes: `ddp`, `fsdp2`, `zero2`, `zero3`; `whole` is zero3 with the checkpoints that transformers writes by default,
+`sharded` is fsdp2 whose state dicts are shards, without checkpoints.
 """
 
 import json
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from adalora_scale import AdaLoraCallback, AdaLoraConfig, inject_adalora, save_adapter
+from adalora_scale.training import callback
 from tests.conftest import ROOT
 from tests.distributed.launcher import report
 
@@ -25,11 +27,14 @@ options = {"save_only_model": mode != "whole", "bf16": zero is not None}
 if zero is not None:
     options["deepspeed"] = json.loads((ROOT / "configs" / "deepspeed" / zero).read_text())
     options["deepspeed"]["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
-if mode == "fsdp2":
-    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"
+if mode in ("fsdp2", "sharded"):
+    kind = "FULL_STATE_DICT" if mode == "fsdp2" else "SHARDED_STATE_DICT"
+    os.environ["FSDP_STATE_DICT_TYPE"] = kind
+    if mode == "sharded":
+        options |= {"save_only_model": False, "save_strategy": "no"}
     options["fsdp"] = True
     options["fsdp_config"] = {
-        "version": 2, "reshard_after_forward": True, "state_dict_type": "FULL_STATE_DICT",
+        "version": 2, "reshard_after_forward": True, "state_dict_type": kind,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
     }  # fmt: skip
 args = TrainingArguments(
@@ -55,6 +60,15 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+gathered, gather = [], callback.gather_adapter
+
+
+def counted(model):
+    gathered.append(trainer.state.global_step)
+    return gather(model)
+
+
+callback.gather_adapter = counted
 try:
     trainer = Trainer(model, args, train_dataset=rows, data_collator=collate, callbacks=[AdaLoraCallback()])
     trainer.train()
@@ -67,9 +81,10 @@ weights = [path for path in folder.rglob("*") if path.suffix in (".safetensors",
 keys = {key for path in weights if path.suffix == ".safetensors" for key in load_file(path)}
 report(
     refused="",
+    gathered=gathered,
     files=sorted(str(path.relative_to(folder)) for path in weights if path.name != "training_args.bin"),
     base=[key for key in keys if "lora_" not in key],
-    last=same(tensors("checkpoint-10"), tensors("ours")),
-    after=same(tensors("after"), tensors("ours")),
-    early=all(tensor.dtype == torch.float32 for tensor in tensors("checkpoint-5").values()),
+    last=mode == "sharded" or same(tensors("checkpoint-10"), tensors("ours")),
+    after=same(tensors("" if mode == "sharded" else "after"), tensors("ours")),
+    early=mode == "sharded" or all(tensor.dtype == torch.float32 for tensor in tensors("checkpoint-5").values()),
 )
