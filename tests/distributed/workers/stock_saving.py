@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from adalora_scale import AdaLoraCallback, AdaLoraConfig, inject_adalora, save_adapter
@@ -37,6 +39,17 @@ if mode in ("fsdp2", "sharded"):
         "version": 2, "reshard_after_forward": True, "state_dict_type": kind,
         "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
     }  # fmt: skip
+
+
+def shards_on_cpu(self, *given, fsdp_plugin=None, **more):
+    """accelerate 1.15 shards on GPUs alone: on CPUs it trains such a run with DDP, without a word."""
+    begin(self, *given, fsdp_plugin=fsdp_plugin, **more)
+    if fsdp_plugin is not None:
+        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        self.fsdp_plugin = fsdp_plugin
+
+
+begin, AcceleratorState.__init__ = AcceleratorState.__init__, shards_on_cpu
 args = TrainingArguments(
     str(folder), max_steps=10, per_device_train_batch_size=2, report_to="none", save_steps=5, learning_rate=1e-2,
     use_cpu=True, remove_unused_columns=False, disable_tqdm=True, ddp_find_unused_parameters=False, **options,
@@ -75,6 +88,7 @@ try:
 except NotImplementedError as error:
     report(refused=str(error))
     raise SystemExit from None
+sharded = sum(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
 trainer.save_model(str(folder / "after"))
 save_adapter(trainer.model, folder / "ours")
 weights = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin", ".pt", ".distcp")]
@@ -82,6 +96,7 @@ keys = {key for path in weights if path.suffix == ".safetensors" for key in load
 report(
     refused="",
     gathered=gathered,
+    sharded=sharded,
     files=sorted(str(path.relative_to(folder)) for path in weights if path.name != "training_args.bin"),
     base=[key for key in keys if "lora_" not in key],
     last=mode == "sharded" or same(tensors("checkpoint-10"), tensors("ours")),
