@@ -21,7 +21,9 @@ def outputs(deepspeed_ops):
 
 
 @pytest.mark.shows(
-    "features", feature="a NaN on one rank changes nothing", engine=lambda given: given["cell"].partition(":")[0]
+    "features",
+    feature="a step that is not finite changes nothing, on any rank",
+    engine=lambda given: given["cell"].partition(":")[0],
 )
 @pytest.mark.parametrize("cell", CELLS)
 def test_nan_on_one_rank_changes_nothing_anywhere(outputs, cell):

@@ -31,11 +31,11 @@ own. Model architectures are in [coverage.md](coverage.md), vendor's options tha
 those are not at hand. The last section says which test shows what.
 """
 WHERE = {
-    "plain": "float32",
+    "plain": "fp32 compute",
     "accumulation": "accumulation",
     "checkpointing": "gradient checkpointing",
     "clip": "clipping",
-    "bf16": "bf16",
+    "bf16": "bf16 compute",
 }
 """`verify-engines`' name of a variant → this page's."""
 

@@ -38,7 +38,7 @@ FEATURES = (
     "asynchronous checkpoints",
     "stopped by a signal",
     "killed and damaged at random, same end",
-    "a NaN on one rank changes nothing",
+    "a step that is not finite changes nothing, on any rank",
     "a wrong end is an error on every rank",
     "going on from an adapter",
     "adapters frozen after attach",
