@@ -101,8 +101,8 @@ def inject_adalora(
     Args:
         model: any module with layers of the types in `adaptables`, not yet sharded or wrapped.
         config: the method's options.
-        base_fingerprint, base_digests: of the base, from a loader that fills it in later; by default read off the
-            model.
+        base_fingerprint: of the base, from a loader that fills it in later; by default read off the model.
+        base_digests: of the base's weights, likewise.
 
     Raises:
         UserError: a pattern matches nothing, `all-linear` meets weights it cannot adapt, or adapters are already there.
@@ -237,7 +237,15 @@ def is_digested(name: str, dimensions: int, saved: Iterable[str]) -> bool:
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """Measure which share of the linear weights has an adapter."""
+    """Measure which share of the linear weights has an adapter.
+
+    Args:
+        model: with or without adapters, not sharded.
+
+    Returns:
+        Numbers of elements: `linear_weights`, `adapted_weights` of them, `other_adapted` of no linear layer,
+        `adapter_parameters`, `other_trainable`; and `matrices`, how many are adapted. As a string, one line.
+    """
     adapted = other_adapted = linear = adapter = matrices = 0
     owned: set[int] = set()
     for _, module in model.named_modules():

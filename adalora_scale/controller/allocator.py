@@ -49,10 +49,19 @@ class RankAllocator:
         config: the same options.
         total_step: optimizer steps of the whole run.
 
+    Attributes:
+        step: t, the last optimizer step.
+        skipped_steps: how many of them changed nothing.
+        modules: names of the adapted modules, in the order of `mask`.
+        mask: (modules · r,) bool, ordered by (module, k): the triplets of the current allocation.
+        last_allocation: its step, budget and ranks, and the gap at its cut; None before the first.
+        frozen: whether the final allocation is over.
+        compact: whether the adapters were built at the ranks of a final mask.
+
     Raises:
         UserError: the model has no adapters, or the schedule leaves no step for pruning.
 
-    Source: arXiv 2303.10512, algorithm 1.
+    Source: AdaLoRA, arXiv 2303.10512, algorithm 1.
     """
 
     def __init__(self, model: nn.Module, config: AdaLoraConfig, *, total_step: int) -> None:
@@ -62,33 +71,26 @@ class RankAllocator:
         self.config = config
         self.score = score_named(config.score)(config)
         self.model = model
-        self.modules = list(layers)
-        self.r = config.init_r
+        self.modules, self.r = list(layers), config.init_r
         self._layers = list(layers.values())
         self.compact = is_compact(layers, self.r)
-        """Whether the adapters were built at the ranks of a final mask."""
         self.spending = Spending(config, self._layers, self.r, total_step)
         self.schedule = self.spending.schedule
-        injection = injection_of(model)
-        if injection is not None:
+        if (injection := injection_of(model)) is not None:
             injection.total_step = total_step  # save_adapter writes it
         self._base_fingerprint = injection.base_fingerprint if injection else None
-        self.step = 0
-        self.skipped_steps = 0
+        self.step = self.skipped_steps = 0
         self.frozen = False
         self.last_allocation: Allocation | None = None
         self.mask = torch.ones(len(layers) * self.r, dtype=torch.bool, device=self._layers[0].lora_E.device)
-        """(modules · r,) bool, ordered by (module, k): the triplets of the current allocation."""
         if self.compact:
             rows = [layer.keep_mask or [] for layer in self._layers]
             self.mask, self.frozen = torch.tensor(rows, device=self.mask.device).view(-1), True
         self._sharding: Sharding | None = None
         self._reduction: StepReduction | None = None
         self._scoring: Scoring | None = None
-        self._allocation_due = False
+        self._allocation_due = self._skipping = self._columns_may_move = False
         self._calls = 0  # of the base optimizer in the step in progress
-        self._skipping = False
-        self._columns_may_move = False
         self._scale: Tensor | float = 1.0
         self._penalty = self._orth_norm = torch.zeros(())
         self._task_norm: Tensor | None = self._penalty

@@ -33,6 +33,9 @@ def disable_adapters(model: nn.Module) -> Iterator[nn.Module]:
     Allowed while training too, for the logits of a reference model; the optimizer step looks at the adapter's own
     parameters and is the same.
 
+    Args:
+        model: with adapters, as `inject_adalora` or `load_adapter` left it, held whole by this process.
+
     Raises:
         UserError: the model has no adapters, or they are merged.
         Unsupported: it is sharded, or has modules that were trained in full: their first weights are not kept.
@@ -56,6 +59,9 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
     The weights as they were are kept on the host for `unmerge_adapters`. Where an embedding's weight is the output
     head's too, the two part, and `tie_word_embeddings` becomes false, as in a merged export.
+
+    Args:
+        model: with adapters, as `inject_adalora` or `load_adapter` left it, held whole by this process.
 
     Raises:
         UserError: the model has no adapters, they are merged already, training is running, or a sum does not fit the
@@ -81,6 +87,9 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 def unmerge_adapters(model: nn.Module) -> nn.Module:
     """Give the base its own weights again, bit for bit, and let the adapters act beside them; return the model.
 
+    Args:
+        model: what `merge_adapters` returned.
+
     Raises:
         UserError: the adapters are not merged.
         Unsupported: the model is sharded.
@@ -97,6 +106,9 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     Modules that were trained in full stay as they were trained, in float32.
 
+    Args:
+        model: with adapters, as `inject_adalora` or `load_adapter` left it, held whole by this process.
+
     Raises:
         UserError, Unsupported: as `merge_adapters`; adapters that are merged already are taken out as they are.
     """
@@ -109,6 +121,9 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
 def unload(model: nn.Module) -> nn.Module:
     """Take the adapters out without merging, and return the model: the base, bit for bit.
+
+    Args:
+        model: with adapters, as `inject_adalora` or `load_adapter` left it, held whole by this process.
 
     Raises:
         UserError: the model has no adapters, they are merged, or training is running.

@@ -70,7 +70,15 @@ def save_adapter(model: nn.Module, directory: str | Path, *, named: bool = True)
         UserError: the model has no adapters, or, on all ranks, the disk is full or the folder cannot be written; an
             adapter that was there before stays then.
     """
-    whole = gather_adapter(model)
+    write_gathered(gather_adapter(model), directory, named=named)
+
+
+def write_gathered(whole: WholeAdapter | None, directory: str | Path, *, named: bool = True) -> None:
+    """Write what `gather_adapter` gave; as `save_adapter`, on every rank.
+
+    Raises:
+        UserError: on all ranks, the disk is full or the folder cannot be written.
+    """
     together(partial(whole.write, directory) if whole is not None else lambda: None)
     if whole is not None and named:
         whole.name_state(directory)

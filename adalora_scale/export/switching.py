@@ -36,13 +36,21 @@ class _Aside:
 
 
 def adapter_names(model: nn.Module) -> list[str]:
-    """Return the names of a model's adapters, the active one first; none where it has no adapter."""
+    """Return the names of a model's adapters, the active one first; none where it has no adapter.
+
+    Args:
+        model: with or without adapters, wrapped or not.
+    """
     injection = injection_of(model)
     return [] if injection is None else [injection.name, *_others(model)]
 
 
 def set_adapter(model: nn.Module, name: str) -> nn.Module:
     """Let another of the model's adapters act, in place, and return the model.
+
+    Args:
+        model: with adapters, as `inject_adalora` or `load_adapter` left it, held whole by this process.
+        name: as `load_adapter` was given it, one of `adapter_names(model)`.
 
     Raises:
         UserError: there is none of that name, the active one is merged, or training is running.
@@ -62,6 +70,10 @@ def set_adapter(model: nn.Module, name: str) -> nn.Module:
 
 def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     """Forget an adapter that does not act, in place, and return the model.
+
+    Args:
+        model: with adapters, as `inject_adalora` or `load_adapter` left it, held whole by this process.
+        name: one of `adapter_names(model)` but the first, which is active.
 
     Raises:
         UserError: there is none of that name, or it is the active one.

@@ -92,7 +92,9 @@ def cut_range(found: Decision) -> tuple[float, float]:
     """Return the ends of a scale that all of an allocation's margins fit into, as multiples of the cut."""
     margins = [margin for one in found.standings.values() for margin in (one.best, one.worst, one.next)]
     each = [1 + margin for margin in margins if margin is not None and margin > -1]
-    return min([0.8, *each]) * 0.6, max([1.25, *each]) * 1.25
+    low, high = min([0.8, *each]), max([1.25, *each])
+    room = (high / low) ** 0.07  # of the height that the scale has, for the rings at its ends
+    return low * min(0.6, 1 / room), high * max(1.25, room)
 
 
 def against_the_cut(standings: list[Standing], ends: tuple[float, float]) -> Figure:
@@ -102,7 +104,7 @@ def against_the_cut(standings: list[Standing], ends: tuple[float, float]) -> Fig
         standings: of matrices of one type.
         ends: of the scale.
     """
-    figure, axes = canvas(4.9, 1.85, left=0.75, right=0.15, top=0.28, bottom=0.52)
+    figure, axes = canvas(4.9, 2.0, left=0.78, right=0.15, top=0.28, bottom=0.52)
     _panel(axes, standings, *ends)
     keys = [
         Line2D([], [], color=LINES[0], marker="_", linewidth=2.2, label="kept, best to worst"),

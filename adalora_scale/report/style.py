@@ -18,6 +18,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import blended_transform_factory
 
 INK, PAPER, GRID = "#1b1e23", "#fdfdfc", "#d9dce1"
 LINES = ("#0b62a4", "#d45500", "#0a8060", "#b0488a", "#8a6d00", "#4a4f9a", "#7a3b10", "#3d7c99")
@@ -25,6 +26,7 @@ LINES = ("#0b62a4", "#d45500", "#0a8060", "#b0488a", "#8a6d00", "#4a4f9a", "#7a3
 DASHES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (3, 1, 1, 1)), (0, (2, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 SHADES = "cividis"
+_LABEL = 0.2  # inches from the left edge to the lower side of an axis' label
 _VARIABLES = {INK: "--ink", PAPER: "--paper", GRID: "--grid"} | {
     color: f"--line-{place}" for place, color in enumerate(LINES)
 }
@@ -63,10 +65,16 @@ def drawing() -> Iterator[None]:
 
 
 def canvas(width: float, height: float, *, left: float, right: float, top: float, bottom: float) -> tuple[Figure, Axes]:
-    """Return a figure of one pair of axes with fixed margins, all in inches (fitting them by drawing twice is slow)."""
+    """Return a figure of one pair of axes with fixed margins, all in inches (fitting them by drawing twice is slow).
+
+    The y axis' label stands at the left edge: beside its numbers it would leave the figure where they are long.
+    """
     figure = Figure(figsize=(width, height))
     box = (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
-    return figure, figure.add_axes(box)
+    axes = figure.add_axes(box)
+    across = blended_transform_factory(figure.transFigure, axes.transAxes)
+    axes.yaxis.set_label_coords(_LABEL / width, 0.5, transform=across)
+    return figure, axes
 
 
 def as_svg(figure: Figure, key: str, label: str) -> str:

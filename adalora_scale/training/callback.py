@@ -16,7 +16,7 @@ from adalora_scale.adalora.injection import injected_module, injection_of
 from adalora_scale.controller import RankAllocator
 from adalora_scale.engines.ranks import rank_and_size, together
 from adalora_scale.errors import Unsupported, UserError
-from adalora_scale.export.peft_adalora import gather_adapter, save_adapter
+from adalora_scale.export.peft_adalora import gather_adapter, write_gathered
 from adalora_scale.export.stock_saving import is_readable, save_adapter_alone
 from adalora_scale.export.whole_adapter import WholeAdapter, unwrapped
 from adalora_scale.messages import say
@@ -28,7 +28,7 @@ from adalora_scale.training.records import JsonLines
 from adalora_scale.training.reporting import leave_report
 from adalora_scale.training.score_records import write_scores
 from adalora_scale.training.soundness import MAX_SKIPPED_STEPS, Soundness
-from adalora_scale.training.stock_checkpoints import refuse_base_in_files
+from adalora_scale.training.stock_checkpoints import name_unwritten, refuse_base_in_files
 
 
 class AdaLoraCallback(TrainerCallback):
@@ -57,6 +57,7 @@ class AdaLoraCallback(TrainerCallback):
         self._whole: tuple[int, WholeAdapter | None] | None = None
         """The step at which ranks put the adapter together for the trainer to write, and on rank 0 the adapter."""
         self.allocator: RankAllocator | None = None
+        """From the moment that training begins."""
         self.records: dict[str, JsonLines] = {}
         """The files of lines that rank 0 writes."""
         self.lease: Lease | None = None
@@ -100,6 +101,8 @@ class AdaLoraCallback(TrainerCallback):
         if self._saves_checkpoints:
             refuse_base_in_files(args, model)
             save_adapter_alone(unwrapped(model), self._ready)  # a callback that was added later saw no on_init_end
+            if state.is_world_process_zero:
+                name_unwritten()
         output_dir = Path(args.output_dir or ".")
         together(lambda: self._hold(output_dir) if state.is_world_process_zero else None)
         allocator = self.allocator
@@ -247,14 +250,16 @@ class AdaLoraCallback(TrainerCallback):
             self._gather(kwargs["model"])
 
     def _gather(self, model: nn.Module) -> None:
-        """Put the adapter together on all ranks where the one that writes could not read it alone."""
-        if self.allocator is not None and not is_readable(model):
+        """Put the adapter together on all ranks, once a step, where the one that writes could not read it alone."""
+        if self.allocator is not None and not is_readable(model) and not self._is_gathered():
             self._whole = self.allocator.step, gather_adapter(model)
 
+    def _is_gathered(self) -> bool:
+        """Whether that was done at this very step; the same on all ranks."""
+        return self._whole is not None and self.allocator is not None and self._whole[0] == self.allocator.step
+
     def _ready(self) -> WholeAdapter | None:
-        if self._whole is None or self.allocator is None or self._whole[0] != self.allocator.step:
-            return None
-        return self._whole[1]
+        return self._whole[1] if self._whole is not None and self._is_gathered() else None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the adapter beside what the trainer just wrote."""
@@ -262,7 +267,8 @@ class AdaLoraCallback(TrainerCallback):
             self.guard()
             together(self.require_lease)
             folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-            save_adapter(kwargs["model"], folder, named=False)  # what the trainer wrote said so
+            whole = self._ready() if self._is_gathered() else gather_adapter(kwargs["model"])
+            write_gathered(whole, folder, named=False)  # what the trainer wrote said so
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -273,11 +279,12 @@ class AdaLoraCallback(TrainerCallback):
             if self._soundness is not None:
                 self._soundness.at_end()
             together(self.require_lease)
-            save_adapter(kwargs["model"], args.output_dir or ".")
+            whole = gather_adapter(kwargs["model"])
+            write_gathered(whole, args.output_dir or ".")
             if self.reports and self.records:
                 leave_report(Path(args.output_dir or "."))
-            if self._saves_checkpoints:
-                self._gather(kwargs["model"])  # for a save_model after training
+            if self._saves_checkpoints and not is_readable(kwargs["model"]):
+                self._whole = self.allocator.step, whole  # for a save_model after training
         if self._own_lease is not None:
             self._own_lease.release()
             self.lease = self._own_lease = None

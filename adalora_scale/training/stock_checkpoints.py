@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from torch import nn
@@ -10,7 +12,9 @@ from transformers.trainer_utils import SaveStrategy
 
 from adalora_scale.errors import Unsupported
 from adalora_scale.export.whole_adapter import unwrapped
+from adalora_scale.messages import say
 
+_WHOLE = "FULL_STATE_DICT"
 _WRITE_ALL = (DistributedType.DEEPSPEED, DistributedType.FSDP)
 _OURS = "train with AdaLoraTrainer or AdaLoraSFTTrainer"
 
@@ -52,3 +56,17 @@ def refuse_base_in_files(args: TrainingArguments, model: nn.Module) -> None:
                 f"{key} is not true: trainer.save_model would write a checkpoint with the frozen base; set it to true "
                 f"in the DeepSpeed file, or {_OURS}."
             )
+
+
+def name_unwritten() -> None:
+    """Say in one line where `trainer.save_model` writes nothing; transformers does not. One rank calls it."""
+    state = AcceleratorState()
+    if state.distributed_type is not DistributedType.FSDP:
+        return
+    kind = str(state.fsdp_plugin.state_dict_type).rpartition(".")[2]
+    if _WHOLE not in kind:
+        say(
+            f"note: fsdp_config.state_dict_type={kind}: trainer.save_model writes nothing; set it to {_WHOLE}, or call "
+            f"adalora_scale.save_adapter(trainer.model, folder) on every rank. The end of training writes the adapter.",
+            to=sys.stderr,
+        )

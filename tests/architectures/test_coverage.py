@@ -24,6 +24,14 @@ def wrong(found):
     return {name: entry["checks"] for name, entry in found.items() if "wrong" in str(entry["checks"])}
 
 
+@pytest.mark.shows(
+    "training",
+    task=("causal_lm", "sequence_classification"),
+    engine="one process",
+    base=("float32", "4-bit, made while loading"),
+)
+@pytest.mark.shows("training", task=("causal_lm", "sequence_classification"), engine="fsdp2", base="float32")
+@pytest.mark.shows("exports", form="peft-lora", of="over a 4-bit base")
 def test_one_architecture_of_each_kind_is_right_or_refused(tmp_path):
     result, found = cover(tmp_path, "--only", *OF_EACH_KIND)
     assert not wrong(found), result.stdout

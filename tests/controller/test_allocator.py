@@ -314,6 +314,7 @@ POISONS = {
 }
 
 
+@pytest.mark.shows("features", feature="a step that is not finite changes nothing, on any rank", engine="one process")
 @pytest.mark.parametrize("optimizer", [adamw, SCALED[1], sgd], ids=["adamw", "fused", "sgd momentum"])
 @pytest.mark.parametrize("poison", POISONS.values(), ids=POISONS)
 def test_overflow_step_changes_nothing_and_its_allocation_is_made_up(optimizer, poison):

@@ -65,6 +65,12 @@ def train_pair(toy, batches, *, accumulation=1, clip=None, fused=None, **options
     return allocator, model, reference, masks
 
 
+@pytest.mark.shows("features", feature="a loop of your own", engine="one process")
+@pytest.mark.shows(
+    "features",
+    feature="gradient clipping",
+    engine=lambda given: "one process" if "clip" in given["options"] else None,
+)
 @pytest.mark.parametrize(
     "options",
     [

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.distributed.launcher import run_ranks
@@ -11,6 +12,7 @@ WORKER = Path(__file__).parent / "workers" / "adaptables.py"
 ENGINES = ["fsdp2", "zero2", "zero3"]
 
 
+@pytest.mark.shows("features", feature="embeddings and convolutions adapted", engine=("one process", *ENGINES))
 def test_two_ranks_equal_one_process(deepspeed_ops):
     """Else embeddings and convolutions learn something else as soon as their factors are sharded."""
     weights, mask = adaptables.train("single")

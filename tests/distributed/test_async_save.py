@@ -17,6 +17,7 @@ def content(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@pytest.mark.shows("features", feature="asynchronous checkpoints", engine=lambda given: given["engines"])
 @pytest.mark.parametrize(
     ("ranks", "engines"),
     [

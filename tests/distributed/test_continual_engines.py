@@ -51,6 +51,7 @@ training: {{max_steps: 8, per_device_train_batch_size: 4, learning_rate: 0.01, l
     return run
 
 
+@pytest.mark.shows("features", feature="going on from an adapter", engine="{engine}")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_second_run_on_two_ranks_begins_where_the_first_ended(engine, kind, first, tmp_path, request):

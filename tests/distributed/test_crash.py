@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import ROOT
 
 
+@pytest.mark.shows("features", feature="killed and damaged at random, same end", engine="{engine}")
 @pytest.mark.full
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
 @pytest.mark.timeout(2400)

@@ -49,12 +49,19 @@ def assert_all_pass(cells):
     assert failed == {}
 
 
+def shown_as(engine):
+    """The column of docs/support.md."""
+    return engine.removesuffix("-offload")
+
+
 @pytest.fixture(scope="module")
 def two_ranks(cells_of):
     plain = [f"{engine}:plain" for engine in ENGINES if engine != "hsdp"]
     return cells_of(2, [*plain, "fsdp2:clip", "zero2:clip"])
 
 
+@pytest.mark.shows("features", feature="a loop of your own", engine=("ddp", "fsdp2", "zero1", "zero2", "zero3"))
+@pytest.mark.shows("features", feature="gradient clipping", engine=("fsdp2", "zero2"))
 def test_every_engine_equals_one_process_on_two_ranks(two_ranks):
     """Else a user who moves to another engine gets other ranks."""
     assert_all_pass(two_ranks)
@@ -85,6 +92,7 @@ def test_rows_split_between_three_ranks(cells_of):
     assert cells["zero2:plain"]["empty_spans"] > 0
 
 
+@pytest.mark.shows("features", feature="a loop of your own", engine="hsdp")
 @pytest.mark.full
 def test_hybrid_sharding_on_four_ranks(cells_of):
     """Else HSDP counts every replica's scores, or a rank without rows of λ is lost (6 rows, 4 ranks: 2, 2, 2, 0)."""
@@ -142,6 +150,18 @@ def test_the_distance_sees_one_tensor_and_what_is_not_a_number():
         assert distances(near | {"b": {"E": torch.tensor([0.0, wrong])}}, reference)[1] == float("inf")
 
 
+@pytest.mark.shows(
+    "features",
+    feature="equals the float64 reference on 2, 3 and 4 ranks (HSDP: on 4)",
+    engine=lambda given: shown_as(given["engine"]),
+)
+@pytest.mark.shows(
+    "features",
+    feature="CPU offload",
+    engine=lambda given: shown_as(given["engine"]) if "-offload" in given["engine"] else None,
+)
+@pytest.mark.shows("features", feature="gradient checkpointing", engine=lambda given: shown_as(given["engine"]))
+@pytest.mark.shows("features", feature="gradient clipping", engine=lambda given: shown_as(given["engine"]))
 @pytest.mark.full
 @pytest.mark.parametrize("preset", ["default", "paper"])
 @pytest.mark.parametrize("bits", ["16", "4"])

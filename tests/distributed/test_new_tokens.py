@@ -61,6 +61,13 @@ def trained(bases, data_dir, tmp_path_factory, request):
     return train
 
 
+@pytest.mark.shows(
+    "training",
+    task="causal_lm",
+    engine="{engine}",
+    base=lambda given: "4-bit, made while loading" if given["in_4_bit"] else "float32",
+)
+@pytest.mark.shows("features", feature="trained output head or embedding, new tokens", engine="{engine}")
 @pytest.mark.parametrize(
     ("engine", "tied", "in_4_bit"),
     [
@@ -88,6 +95,17 @@ def test_two_ranks_are_one_process(engine, tied, in_4_bit, trained):
     assert bool(moved[OLD + 1]) and (tied or not bool(moved[OLD + 2 :].any()))
 
 
+@pytest.mark.shows(
+    "features",
+    feature="resumed bit for bit on as many ranks",
+    engine=lambda given: given["engine"] if given["ranks"] > 1 else "one process",
+)
+@pytest.mark.shows(
+    "training",
+    task="causal_lm",
+    engine=lambda given: "one process" if given["in_4_bit"] else None,
+    base="4-bit, made while loading",
+)
 @pytest.mark.parametrize(
     ("engine", "ranks", "in_4_bit"),
     [("ddp", 1, True), *(pytest.param(e, 2, False, marks=full) for e in ("fsdp2", "zero2", "zero3"))],

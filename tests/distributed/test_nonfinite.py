@@ -20,6 +20,11 @@ def outputs(deepspeed_ops):
     return {cell: [rank[cell] for rank in (four if cell == "hsdp:plain" else two)] for cell in [*CELLS, *LAST]}
 
 
+@pytest.mark.shows(
+    "features",
+    feature="a step that is not finite changes nothing, on any rank",
+    engine=lambda given: given["cell"].partition(":")[0],
+)
 @pytest.mark.parametrize("cell", CELLS)
 def test_nan_on_one_rank_changes_nothing_anywhere(outputs, cell):
     """Else momentum moves the weights of the other ranks, or Ī and Ū stay NaN for the rest of the run."""

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from adalora_scale.checkpoint.format import Checkpoint
 from tests.distributed.launcher import run_ranks
-from tests.distributed.test_trainer_engines import DEEPSPEED, PER_TENSOR, TOGETHER, distances
+from tests.distributed.test_trainer_engines import DEEPSPEED, PER_TENSOR, TOGETHER, distances, real
 from tests.distributed.workers import fault_worker, trainer_worker
 
 TRAIN, FAULT = Path(trainer_worker.__file__), Path(fault_worker.__file__)
@@ -38,10 +38,18 @@ def trained(stories260k, data_dir, tmp_path_factory, request):
     return train
 
 
+def shown_as(engine, ranks):
+    """The column of docs/support.md."""
+    return "one process" if ranks == 1 else real(engine)
+
+
 def last_masks(outcome):
     return outcome["masks"].get(str(trainer_worker.FINAL_STEP))
 
 
+@pytest.mark.shows(
+    "features", feature="resumed bit for bit on as many ranks", engine=lambda given: real(given["engine"])
+)
 @pytest.mark.parametrize(
     ("engine", "step"),
     [
@@ -73,6 +81,14 @@ PAIRS = {
 }
 
 
+@pytest.mark.shows(
+    "features",
+    feature="goes on from a checkpoint of another engine or number of ranks",
+    engine=lambda given: shown_as(*PAIRS[given["name"]][2]),
+)
+@pytest.mark.shows(
+    "features", feature="a checkpoint of it goes on elsewhere", engine=lambda given: shown_as(*PAIRS[given["name"]][0])
+)
 @full
 @pytest.mark.parametrize("name", PAIRS)
 def test_another_engine_continues_to_the_same_adapter(name, trained):
@@ -120,6 +136,7 @@ def fault(stories260k, data_dir, tmp_path, request):
     return run
 
 
+@pytest.mark.shows("features", feature="stopped by a signal", engine="{engine}")
 @pytest.mark.parametrize("engine", ["fsdp2", *(pytest.param(name, marks=full) for name in ("ddp", "zero2", "zero3"))])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(engine, fault):
     """Else one rank leaves and the others wait for it until a timeout, without a checkpoint."""

@@ -50,6 +50,7 @@ def cells():
         yield pytest.param(engine, ranks, bits, marks=marks, id=f"{engine} x {ranks}, {bits} bits")
 
 
+@pytest.mark.shows("features", feature="a base streamed from its files", engine="{engine}")
 @pytest.mark.parametrize(("engine", "ranks", "bits"), cells())
 def test_the_bytes_are_those_of_one_process(llama, expected, request, engine, ranks, bits):
     """Slice-local means would change a quarter of the scales, and every number of ranks would train another model."""

@@ -15,6 +15,12 @@ FEW = (
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
+@pytest.mark.shows(
+    "training",
+    task="sequence_classification",
+    engine=lambda given: given["engine"] if given["ranks"] > 1 else "one process",
+    base="bfloat16",
+)
 @pytest.mark.parametrize(
     ("engine", "ranks"),
     [

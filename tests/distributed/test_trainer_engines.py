@@ -116,6 +116,10 @@ def real(name):
     return {"ddp": "ddp", "fsdp2": "fsdp2", "zero3_offload": "zero3", "zero3_hpz": "zero3"}.get(name, name)
 
 
+@pytest.mark.shows("training", task="causal_lm", engine=lambda given: real(given["engine"]), base="float32")
+@pytest.mark.shows(
+    "features", feature="CPU offload", engine=lambda given: "zero3" if given["engine"] == "zero3_offload" else None
+)
 @pytest.mark.parametrize(
     "engine",
     [
@@ -136,6 +140,10 @@ def test_sft_trainer_on_two_ranks_is_one_process(engine, on_ranks, one_process, 
 FOUR_BIT = ("model.load_in_4bit=true", "model.bnb_4bit_compute_dtype=float32")
 
 
+@pytest.mark.shows(
+    "training", task="causal_lm", engine=lambda given: real(given["engine"]), base="4-bit, made while loading"
+)
+@pytest.mark.shows("training", task="causal_lm", engine="one process", base="4-bit, made while loading")
 @pytest.mark.parametrize(
     "engine", [pytest.param(name, marks=full) for name in ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3_hpz")]
 )
@@ -147,6 +155,8 @@ def test_a_4_bit_base_on_two_ranks_is_one_process(engine, on_ranks, one_process,
     assert_saved_is_live(ranks, folder, stories260k, "sft", four_bit=True)
 
 
+@pytest.mark.shows("training", task="sequence_classification", engine="{engine}", base="float32")
+@pytest.mark.shows("features", feature="best checkpoint at the end", engine="{engine}")
 @pytest.mark.parametrize(
     "engine", ["fsdp2", *(pytest.param(name, marks=full) for name in ("ddp", "zero1", "zero2", "zero3"))]
 )
@@ -168,6 +178,7 @@ def test_classifier_ends_at_its_best_checkpoint(engine, on_ranks, one_process, s
     assert not {name for name in names if not name.endswith((".json", ".safetensors"))}
 
 
+@pytest.mark.shows("features", feature="AdaLoraCallback in a stock trainer", engine="{engine}")
 @pytest.mark.parametrize("engine", ["zero2", pytest.param("ddp", marks=full)])
 def test_callback_in_an_unmodified_trainer(engine, on_ranks, one_process, stories260k):
     """PEFT's AdaLoRA under ZeRO-2 trains an unpruned model and saves a broken one, without a word."""
@@ -177,6 +188,7 @@ def test_callback_in_an_unmodified_trainer(engine, on_ranks, one_process, storie
     assert (folder / "out" / "checkpoint-8" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.shows("features", feature="gradient accumulation", engine="{engine}")
 @full
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_accumulation_through_the_trainer(engine, on_ranks, one_process, stories260k):
@@ -187,6 +199,8 @@ def test_accumulation_through_the_trainer(engine, on_ranks, one_process, stories
     assert_saved_is_live(ranks, folder, stories260k, "sft")
 
 
+@pytest.mark.shows("training", task="causal_lm", engine="hsdp", base="float32")
+@pytest.mark.shows("features", feature="gradient accumulation", engine="hsdp")
 @full
 def test_hsdp_with_accumulation(on_ranks, one_process, stories260k):
     """Replicas of a shard wait for the last micro-batch, shards do not."""
@@ -197,6 +211,7 @@ def test_hsdp_with_accumulation(on_ranks, one_process, stories260k):
     assert_saved_is_live(ranks, folder, stories260k, "sft")
 
 
+@pytest.mark.shows("features", feature="bf16 training", engine="{engine}")
 @full
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2", "zero3"])
 def test_bf16_keeps_masters_and_masks_together(engine, on_ranks, one_process, stories260k):
@@ -221,6 +236,7 @@ def launched(tmp_path, launcher, *arguments):
     return json.loads((tmp_path / "run.json").read_text()), records
 
 
+@pytest.mark.shows("training", task="causal_lm", engine=("fsdp2", "zero2"), base="4-bit, made while loading")
 def test_commands_of_the_readme(tmp_path, deepspeed_ops):
     """launch/train.py under deepspeed and torchrun: one run, twice."""
     zero2 = launched(tmp_path / "zero2", "deepspeed", "--deepspeed", "configs/deepspeed/zero2.json")

@@ -33,6 +33,7 @@ def spoiled_base(folder):
     return base
 
 
+@pytest.mark.shows("features", feature="a wrong end is an error on every rank", engine="{engine}")
 @pytest.mark.parametrize(
     "engine", ["fsdp2", *(pytest.param(e, marks=pytest.mark.full) for e in ENGINES if e != "fsdp2")]
 )

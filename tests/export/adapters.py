@@ -40,6 +40,11 @@ def classifies(kind: str) -> bool:
     return kind in ("bert", "minilm")
 
 
+def taken(kind: str) -> str:
+    """The column of docs/support.md."""
+    return "AdaLoRA of a classifier" if classifies(kind) else "AdaLoRA of a language model"
+
+
 def load(folder: Path, kind: str, **options):
     """The base (a classifier's head is new and random), or a merged model."""
     if classifies(kind):

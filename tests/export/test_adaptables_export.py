@@ -73,6 +73,9 @@ def test_our_own_file_comes_back_exactly(tmp_path, masks):
         assert torch.equal(values[id(layer.lora_A)], layer.lora_A * kept)
 
 
+@pytest.mark.refuses(
+    "exports", form="peft-adalora", of="embeddings, convolutions", because="PEFT's AdaLoRA has linear layers only"
+)
 def test_peft_loads_the_plain_lora_form(tmp_path):
     """Else what a server or PEFT loads is not what was trained."""
     model = saved(tiny.mixed(), tmp_path / "run", TARGETS)
@@ -121,6 +124,7 @@ def gemma():
     return Gemma3ForCausalLM(options)
 
 
+@pytest.mark.shows("exports", form=("peft-lora", "merged"), of="embeddings, convolutions")
 @pytest.mark.parametrize(
     ("make", "targets", "embedding"),
     [
@@ -165,6 +169,7 @@ def test_a_tie_that_is_not_the_heads_is_refused(tmp_path):
         plan_merge(AdapterFile(tmp_path / "run"), base)
 
 
+@pytest.mark.shows("exports", form=("peft-lora", "merged"), of="embeddings, convolutions")
 def test_a_vision_models_convolution_is_exported(tmp_path, capsys):
     """Else only text models can adapt a convolution."""
     torch.manual_seed(0)

@@ -40,6 +40,7 @@ def test_logits_at_step_0_are_the_earlier_adapters_whatever_its_form(request, tm
         assert {layer.r for _, layer in adapter_layers(model)} == {r}
 
 
+@pytest.mark.shows("features", feature="going on from an adapter", engine="one process")
 def test_ranks_reopen_and_the_new_budget_is_met(request, tmp_path):
     """New triplets must be able to grow: a factor's gradient needs another one that is not zero."""
     base = base_folder("stories260k", tmp_path, request)

@@ -34,6 +34,7 @@ def adapter_on_4bit(base, kind, folder, **spec):
     return model.eval()
 
 
+@pytest.mark.shows("exports", form="merged", of="over a 4-bit base")
 @pytest.mark.parametrize("kind", ["stories260k", "gpt2"])
 @pytest.mark.parametrize("spec", SPECS)
 def test_merging_into_the_dequantised_values_gives_the_4bit_models_logits(request, tmp_path, capsys, kind, spec):

@@ -34,12 +34,14 @@ from tests.export.adapters import (
     load,
     logits,
     options,
+    taken,
     trained,
 )
 
 MERGED = ["--format", "merged", "--base"]
 
 
+@pytest.mark.shows("exports", form="merged", of=lambda given: taken(given["kind"]))
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shard", ["5GB", "30KB"])
 def test_plain_transformers_loads_the_merged_model_with_the_live_adapters_logits(
@@ -255,6 +257,7 @@ def test_sum_that_does_not_fit_the_dtype_is_refused(request, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == []
 
 
+@pytest.mark.shows("exports", form="merged", of="plain LoRA of PEFT")
 def test_merging_plain_lora_works_too(request, tmp_path, capsys):
     """What was exported as LoRA can still be merged; PEFT's own merge is the comparison."""
     import peft

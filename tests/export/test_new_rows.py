@@ -48,6 +48,7 @@ def trained(base):
     return shaken(model)
 
 
+@pytest.mark.shows("exports", form=("peft-adalora", "peft-lora", "merged"), of="new tokens")
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_every_form_carries_the_rows(tmp_path, tied):
     """Else the adapter of a run with new tokens opens nowhere, or with rows that nobody trained."""

@@ -11,7 +11,17 @@ from adalora_scale.adalora.injection import adapter_layers
 from adalora_scale.cli import main
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.peft_adalora import load_adapter, save_adapter
-from tests.export.adapters import KINDS, assert_same_function, base_folder, edit_json, export, load, logits, trained
+from tests.export.adapters import (
+    KINDS,
+    assert_same_function,
+    base_folder,
+    edit_json,
+    export,
+    load,
+    logits,
+    taken,
+    trained,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Adapter 'default'.*invalid shape"),
@@ -20,6 +30,11 @@ pytestmark = [
 FORMS = {"adalora": ["peft-adalora"], "lora": ["peft-lora"], "uniform": ["peft-lora", "--uniform"]}
 
 
+@pytest.mark.shows(
+    "exports",
+    form=("peft-adalora", "peft-lora", "peft-lora --uniform"),
+    of=lambda given: taken(given["kind"]),
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_computes_the_live_adapters_logits_from_every_form(request, tmp_path, capsys, kind):
     """The forms' whole purpose: a scale by the wrong rank, a lost head or a shuffled pattern shows only here."""

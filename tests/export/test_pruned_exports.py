@@ -129,6 +129,9 @@ def check_forms(run, base, kind, out, forms, share, more, capsys):
     return ranks
 
 
+@pytest.mark.shows(
+    "exports", form=("peft-adalora", "peft-lora", "peft-lora --uniform", "merged"), of="cut by --prune-to"
+)
 @pytest.mark.parametrize("share", [0.2, 0.6])
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_every_form_of_our_adapters_computes_the_truncated_update(request, tmp_path, capsys, kind, share):
@@ -144,6 +147,9 @@ def test_every_form_of_our_adapters_computes_the_truncated_update(request, tmp_p
     assert_same_function(again, expected, load(base, kind))
 
 
+@pytest.mark.shows(
+    "exports", form=("peft-lora", "merged", "rank-pattern"), of=("plain LoRA of PEFT", "cut by --prune-to")
+)
 @pytest.mark.parametrize("name", LORA)
 def test_plain_lora_of_others_is_cut_with_peft_s_scaling(request, tmp_path, capsys, name):
     """Singular values of B A alone, without alpha / r or alpha / √r, would keep the wrong triplets."""
@@ -329,6 +335,7 @@ def test_scores_are_those_of_the_run(tmp_path, capsys, score):
     assert report["pruning"]["relative_error"] == pytest.approx((lost / size) ** 0.5, rel=1e-4)
 
 
+@pytest.mark.shows("exports", form="peft-adalora", of="checkpoint-N")
 def test_a_checkpoint_is_cut_by_singular_values_before_its_end(request, tmp_path, capsys):
     """A run that was killed leaves init_r triplets of every matrix; cut, its ranks are settled."""
     base, config = base_folder("gpt2", tmp_path, request), options("gpt2")

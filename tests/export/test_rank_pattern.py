@@ -54,6 +54,7 @@ def trains(config, model, ranks, scaling):
     return expected
 
 
+@pytest.mark.shows("exports", form="rank-pattern", of="AdaLoRA of a language model")
 @pytest.mark.parametrize("alpha", [8, 10])
 def test_peft_trains_the_learnt_ranks_at_the_runs_scale(tmp_path, capsys, alpha):
     """Else the pattern that is trained is not the one that was learnt: PEFT matches names by their endings."""
@@ -119,6 +120,7 @@ def test_a_namesake_that_pruning_emptied_is_not_trained(tmp_path, capsys):
     trains(peft.LoraConfig.from_pretrained(tmp_path / "out"), Twice(), ranks, 8 / 2)
 
 
+@pytest.mark.shows("exports", form="rank-pattern", of="AdaLoRA of a classifier")
 def test_heads_and_peft_s_own_scale_go_along(request, tmp_path, capsys):
     """A head is trained in full by plain LoRA too; a file made for PEFT, with λ raised, still has the run's scale."""
     base = base_folder("bert", tmp_path, request)
@@ -134,6 +136,7 @@ def test_heads_and_peft_s_own_scale_go_along(request, tmp_path, capsys):
         assert heads and all("classifier.modules_to_save" in name for name in heads)
 
 
+@pytest.mark.shows("exports", form="rank-pattern", of="checkpoint-N")
 @pytest.mark.parametrize("steps", [6, 12])
 def test_a_checkpoint_gives_its_pattern_once_it_is_settled(request, tmp_path, capsys, steps):
     """Before the final allocation a checkpoint stores init_r triplets of every matrix: no pattern was learnt yet."""

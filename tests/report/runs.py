@@ -27,16 +27,20 @@ def matrices(layers=4, *, experts=0, also=()):
     return found | {name: (64, 3) for name in also}
 
 
-def write_run(folder, sides, *, r=8, steps=100, deltas=5, seed=0, finished=True, **config):
-    """Write metrics.jsonl, ranks.jsonl, scores.jsonl and, of a finished run, run.json; config is that of run.json."""
+def write_run(folder, sides, *, r=8, steps=100, deltas=5, seed=0, finished=True, spread=1.0, cost=1, **config):
+    """Write metrics.jsonl, ranks.jsonl, scores.jsonl and, of a finished run, run.json; config is that of run.json.
+
+    `spread` is how far scores lie apart, `cost` what parameters are multiplied by.
+    """
     folder.mkdir(parents=True)
     draw = np.random.default_rng(seed)
+    sides = {name: (a * cost, b * cost) for name, (a, b) in sides.items()}
     cost = np.array([a + b + 1 for a, b in sides.values()])
     costs = torch.tensor(cost).repeat_interleave(r)
     allocations = [round(steps * (place + 1) / (deltas + 1)) for place in range(deltas)]
     head = {"step": 0, "format": 1, "score": "taylor", "unit": "params", "r": r, "every": 1}
     score_lines, rank_lines = [head | {"modules": list(sides), "sides": list(sides.values())}], []
-    strength = draw.lognormal(0, 1, len(sides))
+    strength = draw.lognormal(0, spread, len(sides))
     for place, step in enumerate(allocations):
         budget = int(cost.sum() * (r - (r / 2) * (place + 1) / deltas))
         scores = (strength[:, None] * draw.lognormal(0, 0.5, (len(sides), r)) * cost[:, None]).astype(np.float32)

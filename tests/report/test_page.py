@@ -91,10 +91,13 @@ def test_the_page_is_complete_silent_and_alone(tab, runs, tmp_path, names, secti
     assert tab.value("[...document.querySelectorAll('table')].every(one => one.caption && one.tHead)")
 
 
-def test_text_in_pictures_stays_inside_and_apart(tab, runs, tmp_path):
-    """Clipped or overlapping labels cannot be read."""
+@pytest.mark.parametrize("name", ["moe", "wide"])
+def test_text_in_pictures_stays_inside_and_apart(tab, runs, tmp_path, name):
+    """Clipped or overlapping labels cannot be read; the longer an axis' numbers, the less room its label has."""
     page = tmp_path / "page.html"
-    assert main(["report", str(runs / "moe"), "--output", str(page)]) == 0
+    if name == "wide":
+        write_run(runs / "wide", matrices(2), spread=7.0, cost=10**5)
+    assert main(["report", str(runs / name), "--output", str(page)]) == 0
     tab.open(page, width=1100, dark=False)
     clipped = tab.value(
         "[...document.querySelectorAll('figure svg')].flatMap(svg => { const out = svg.getBoundingClientRect(); return "
@@ -103,6 +106,14 @@ def test_text_in_pictures_stays_inside_and_apart(tab, runs, tmp_path):
         ".map(one => svg.getAttribute('aria-label') + ': ' + one.textContent); })"
     )
     assert clipped == []
+    crossed = tab.value(
+        "[...document.querySelectorAll('figure svg')].flatMap(svg => { const all = [...svg.querySelectorAll('text')], "
+        "turned = one => /rotate[(]-90/.test(one.getAttribute('transform') || ''), box = one => "
+        "one.getBoundingClientRect(); return all.filter(turned).flatMap(one => all.filter(other => !turned(other))"
+        ".map(other => [box(one), box(other), one.textContent + ' / ' + other.textContent]).filter(([a, b]) => a.right "
+        "> b.left + 1 && a.left < b.right - 1 && a.bottom > b.top + 2 && a.top < b.bottom - 2).map(all => all[2])); })"
+    )
+    assert crossed == []
     # Upright labels only: the boxes of slanted ones overlap where the letters do not.
     overlapping = tab.value(
         "[...document.querySelectorAll('figure svg')].flatMap(svg => { const boxes = [...svg.querySelectorAll('text')]"
@@ -112,6 +123,20 @@ def test_text_in_pictures_stays_inside_and_apart(tab, runs, tmp_path):
         " - 3).map(([b, t]) => svg.getAttribute('aria-label') + ': ' + s + ' / ' + t)); })"
     )
     assert overlapping == []
+
+
+@pytest.mark.parametrize(("name", "width"), [("one", 1100), ("one", 390), ("moe", 390)])
+def test_open_tables_of_one_run_fit(tab, runs, tmp_path, name, width):
+    """What has to be pushed aside to be read is not seen."""
+    page = tmp_path / "page.html"
+    assert main(["report", str(runs / name), "--output", str(page)]) == 0
+    tab.open(page, width=width, dark=False)
+    open_ones = (
+        "[...document.querySelectorAll('.scroll')].filter(one => one.querySelector('table') && !one.closest('details'))"
+    )
+    assert tab.value(f"{open_ones}.length") >= 2
+    wider = tab.value(f"{open_ones}.filter(one => one.scrollWidth > one.clientWidth).map(one => one.ariaLabel)")
+    assert wider == []
 
 
 def test_the_checks_see_what_they_look_for(tab, tmp_path):

@@ -18,6 +18,7 @@ from tests.controller.test_allocator import ALLOCATIONS, Run, options
 from tests.distributed.launcher import run_ranks
 
 
+@pytest.mark.shows("features", feature="scores recorded are those ranked", engine="one process")
 @pytest.mark.parametrize("unit", ["triplets", "params"])
 def test_a_run_records_the_scores_that_were_ranked(tmp_path, monkeypatch, unit):
     """Else people read reasons for ranks that were never the reasons."""
@@ -54,16 +55,26 @@ def test_a_run_records_the_scores_that_were_ranked(tmp_path, monkeypatch, unit):
         assert line["gap"] == pytest.approx((paid - decided.cut) / paid, rel=1e-5)
 
 
-def test_every_rank_ranked_what_rank_0_recorded(tmp_path):
+@pytest.mark.shows("features", feature="scores recorded are those ranked", engine=lambda given: given["engines"])
+@pytest.mark.parametrize("engines", [("ddp", "fsdp2"), ("zero2", "zero3")], ids=", ".join)
+def test_every_rank_ranked_what_rank_0_recorded(tmp_path, engines, request):
     """Else the file would hold one rank's part of the sums."""
-    ranks = run_ranks(Path(__file__).parent / "workers" / "scores_of_ranks.py", 2, [tmp_path])
+    zero = engines[0].startswith("zero")
+    if zero:
+        request.getfixturevalue("deepspeed_ops")
+    env = {"DS_ACCELERATOR": "cpu"} if zero else {}
+    ranks = run_ranks(
+        Path(__file__).parent / "workers" / "scores_of_ranks.py", 2, [tmp_path, *engines], timeout=300, env=env
+    )
     alone = Run().train()
-    for engine in ("ddp", "fsdp2"):
+    for engine in engines:
         scored = read_scored(tmp_path / engine)
         assert [line["step"] for line in scored.lines] == ALLOCATIONS
-        recorded, kept = decode(scored.lines[-1], len(scored.modules) * scored.r, "the last line")
-        for rank in ranks:
-            assert np.array_equal(np.array(rank[engine], dtype=np.float32), recorded)
+        for place, line in enumerate(scored.lines):
+            recorded, kept = decode(line, len(scored.modules) * scored.r, "a line")
+            for rank in ranks:
+                assert len(rank[engine]) == len(ALLOCATIONS)
+                assert np.array_equal(np.array(rank[engine][place], dtype=np.float32), recorded)
         np.testing.assert_allclose(alone.allocator.last_allocation.scores.numpy(), recorded, rtol=1e-3)
         assert alone.allocator.mask.tolist() == kept.tolist()
 

@@ -94,6 +94,7 @@ def content(folder):
     return found
 
 
+@pytest.mark.shows("features", feature="asynchronous checkpoints", engine="one process")
 def test_what_is_written_while_training_goes_on_is_what_stops_it(tmp_path, monkeypatch, straight):
     """Weights of the step after in a checkpoint would be seen nowhere but in the final model."""
     steps = Steps()

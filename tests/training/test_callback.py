@@ -69,6 +69,7 @@ def loss_on(model, tokenizer, texts):
     return sum(model(input_ids=row, labels=row).loss.item() for row in ids) / 8
 
 
+@pytest.mark.shows("features", feature="AdaLoraCallback in a stock trainer", engine="one process")
 @pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
 def test_unmodified_trainer_prunes_and_saves_what_it_trained(stories260k, tokenizer, texts, tmp_path, kind):
     """PEFT's AdaLoRA in a Trainer never prunes and says nothing; here the files and the live model must agree."""
@@ -109,6 +110,7 @@ def test_checkpoints_of_a_stock_trainer_hold_the_adapter(stories260k, tokenizer,
     assert abs(loss_on(last, tokenizer, texts) - loss_on(model, tokenizer, texts)) < 1e-5
 
 
+@pytest.mark.shows("features", feature="save_model and checkpoints of a stock trainer", engine="one process")
 @pytest.mark.parametrize("kind", ["Trainer", "SFTTrainer"])
 def test_saving_by_a_stock_trainer_writes_the_adapter_alone(stories260k, tokenizer, texts, tmp_path, capsys, kind):
     """Else save_model and every checkpoint hold the base as `…base_layer.weight`, which nothing loads."""
@@ -181,6 +183,7 @@ def test_ranks_that_would_train_alone_are_refused(stories260k, tmp_path):
     assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.shows("features", feature="AdaLoraCallback in a stock trainer", engine="ddp")
 @pytest.mark.full
 def test_unmodified_trainer_prunes_alike_on_two_ranks(stories260k, tmp_path):
     """Ranks that disagree about the mask train two models."""

@@ -27,6 +27,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.shows("features", feature="resumed bit for bit on as many ranks", engine="one process")
 @pytest.mark.parametrize("step", [2, 6, 8, 10, 12, STEPS])
 def test_continued_run_is_the_uninterrupted_one_bit_for_bit(step, crashed, straight):
     """PEFT's AdaLoRA loses Ī and Ū at a resume; stock trainers restart the sums of a log line."""
@@ -260,6 +261,7 @@ class SendSignal:
         trainer.training_step = training_step
 
 
+@pytest.mark.shows("features", feature="stopped by a signal", engine="one process")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_leaves_a_checkpoint_and_the_code_to_requeue_on(number, tmp_path, straight):
     """Preemption would cost the time since the last checkpoint, and a scheduler could not tell it from a failure."""

@@ -67,6 +67,12 @@ def run(request, stories260k, data_dir, tmp_path_factory):
     return 1, folder, result.stdout
 
 
+@pytest.mark.shows(
+    "training",
+    task="causal_lm",
+    engine=lambda given: {"one process": "one process", "two ranks": "ddp"}[given["run"]],
+    base="float32",
+)
 def test_training_loss_falls_and_evaluation_beats_the_untouched_base(run):
     """A trainer that trains nothing, or trains on the wrong tokens, would still write all its files."""
     _, folder, _ = run
@@ -242,11 +248,13 @@ def assert_follows_the_reference(seen):
     assert len(ranks) >= 3
 
 
+@pytest.mark.shows("training", task="causal_lm", engine="one process", base="float32")
 def test_every_mask_of_the_trainer_is_the_references(one_process):
     """The Trainer's clipping, accumulation or order of calls could part from the method without any visible sign."""
     assert_follows_the_reference(one_process[1])
 
 
+@pytest.mark.shows("training", task="causal_lm", engine="ddp", base="float32")
 def test_masks_are_equal_on_both_ranks_and_the_references(one_process, stories260k, data_dir, tmp_path):
     """Ranks that keep different triplets train different models; ranks whose gradients are not reduced do too."""
     ranks = run_ranks(
@@ -265,6 +273,7 @@ def test_masks_are_equal_on_both_ranks_and_the_references(one_process, stories26
     assert math.isclose(ranks[0]["gradient_norms"][0], expected, rel_tol=1e-4)
 
 
+@pytest.mark.shows("features", feature="gradient accumulation", engine="one process")
 def test_accumulation_gives_the_masks_of_the_bigger_batch(one_process, short_run):
     """A loss averaged over micro-batches in place of tokens, or an allocator counting micro-batches, would differ."""
     trainer, seen = short_run("training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=4")

@@ -7,6 +7,8 @@ from adalora_scale.training.run import make_trainer, prepare
 from tests.distributed.workers.trainer_worker import config_of
 
 
+@pytest.mark.shows("training", task="causal_lm", engine="one process", base="bfloat16")
+@pytest.mark.shows("features", feature="trained output head or embedding, new tokens", engine="one process")
 @pytest.mark.parametrize("saved", ["lm_head", pytest.param("embed_tokens", marks=pytest.mark.full)])
 def test_a_tied_head_of_a_16_bit_model_trains_in_float32(saved, stories260k, data_dir, tmp_path):
     """Else it stays in bfloat16 and does not move, or a product of bfloat16 with float32 ends the first step."""

