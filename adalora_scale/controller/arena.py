@@ -118,6 +118,7 @@ class Arena:
         self._plans: dict[Collection[int], tuple[list[int], list[Tensor], int]] = {}
         self._held: list[Tensor] = []
         self._spans: list[Span] | None = None
+        self.held()
         self.close()
 
     @property
@@ -158,7 +159,7 @@ class Arena:
 
 
 def _blocks(spans: Sequence[Span]) -> list[Block]:
-    groups: dict[tuple[int, ...], list[int]] = {}
+    groups: dict[tuple[bool, int, int, int, int, int, int], list[int]] = {}
     for index, span in enumerate(spans):
         tensor, length = span.tensor, span.weight.numel()
         if length:
@@ -168,7 +169,7 @@ def _blocks(spans: Sequence[Span]) -> list[Block]:
             groups.setdefault(key, []).append(index)
     blocks, offset = [], 0
     for key in sorted(groups):
-        _, _, kind, rows, r, head, length = key
+        *_, kind, rows, r, head, length = key
         members = tuple(groups[key])
         layers = tuple(spans[i].tensor.layer for i in members)
         block = Block(FACTORS[kind], rows, r, members, layers, offset, length, head, (length - head) // r)

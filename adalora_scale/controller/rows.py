@@ -33,7 +33,10 @@ class SplitRows:
         counts = [len(found) for found in rows]
         firsts = [0, *torch.tensor(counts, dtype=torch.long, device="cpu").cumsum(0).tolist()]
         self.slots: int = firsts[-1]
-        elements, places, own_slots, own_factors = [], [], [], []
+        elements: list[int] = []
+        places: list[tuple[int, int, int]] = []
+        own_slots: list[int] = []
+        own_factors: list[int] = []
         for factor, piece in own:
             place = int(torch.searchsorted(rows[factor], piece.row))
             if place == counts[factor] or int(rows[factor][place]) != piece.row:
@@ -75,22 +78,26 @@ class SplitRows:
             tiles = padded.index_select(0, self._tiles).view(-1, self._r, self._r)
             grams.index_add_(0, self._factor_of_tile, torch.bmm(tiles.mT, tiles))
 
-    def put_products(self, out: Tensor, split: Tensor, multiplier: Tensor) -> None:
-        """Write this rank's elements of (split row · its factor's matrix) to their places in the arena.
+    def products(self, split: Tensor, multiplier: Tensor) -> Tensor:
+        """Return this rank's elements of (split row · its factor's matrix), in the order of `elements`.
 
         Args:
-            out: flat, the arena's `work`.
             split: (slots, r), summed over ranks.
             multiplier: (factors, r, r).
         """
-        if self.elements.numel():
-            rows = split.index_select(0, self._own_slots).unsqueeze(1)
-            products = torch.bmm(rows, multiplier.index_select(0, self._own_factors)).view(-1)
-            out.index_copy_(0, self.elements, products.index_select(0, self._in_own))
+        if not self.elements.numel():
+            return split.view(-1)[:0]
+        rows = split.index_select(0, self._own_slots).unsqueeze(1)
+        products = torch.bmm(rows, multiplier.index_select(0, self._own_factors))
+        return products.view(-1).index_select(0, self._in_own)
+
+    def put(self, out: Tensor, products: Tensor) -> None:
+        """Write what `products` returned to its places in the arena's flat `work`."""
+        out.index_copy_(0, self.elements, products)
 
 
 def _tiles(counts: Sequence[int], r: int) -> tuple[Tensor, Tensor]:
-    """Return (tiles · r,) slots, r of one factor a tile, and each tile's factor; a tile is filled up with slot Σ counts."""
+    """Return (tiles · r,) slots, r of one factor a tile, filled up with slot Σ counts, and each tile's factor."""
     total = sum(counts)
     slots, factors, first = [], [], 0
     for factor, count in enumerate(counts):

@@ -37,18 +37,16 @@ class StepSums:
 
 @dataclass(frozen=True)
 class _Moved:
-    """What one call of the optimizer updates of the factors: views and indices that are made once for the same spans."""
+    """What one call of the optimizer updates of the factors, found once for the same spans."""
 
     positions: list[int]
     """Of the spans, in the lists of the call."""
     places: list[Tensor]
     """Of the spans, in the arena's `work`."""
-    products: list[tuple[Tensor, Tensor]]
-    """The whole rows in the arena's `weights` and `work`, (members, rows, r) of every block."""
-    factors: Tensor
-    """Which factors the members of those blocks are."""
-    counts: list[int]
-    """Members of each of those blocks."""
+    blocks: list[int]
+    """Those of the spans that have whole rows, numbered as in `_Factors`."""
+    split: bool
+    """Whether a span has elements of a split row."""
 
 
 class _Factors:
@@ -66,32 +64,44 @@ class _Factors:
         self._number = {index: number for number, index in enumerate(indices)}
         layers = [sharding.spans[i].tensor.layer for i in indices]
         self._layer_of_factor = torch.tensor(layers, dtype=torch.long, device=arena.device)
-        self._blocks = [n for n, b in enumerate(arena.blocks) if b.whole and b.members[0] in self._number]
-        self._factors = self._factors_of(self._blocks)
+        blocks = [n for n, b in enumerate(arena.blocks) if b.whole and b.members[0] in self._number]
+        self._members = [arena.blocks[n].members for n in blocks]
+        self._counts = [len(members) for members in self._members]
+        self._rows_of = [(arena.weight_columns[n], arena.weight_rows[n], arena.work_rows[n]) for n in blocks]
+        numbers = [self._number[member] for members in self._members for member in members]
+        self._factors = torch.tensor(numbers, dtype=torch.long, device=arena.device)
         own = [(self._number[piece.span], piece) for piece in arena.row_pieces if piece.span in self._number]
+        self._split_spans = {piece.span for _, piece in own}
         self._rows = SplitRows([sharding.cuts[i] for i in indices], own, r, arena.device)
         self.split_rows = self._rows.slots
         self.size = len(indices) * r * r + self.split_rows * r
-        self._multiplier = torch.zeros(0)
-        self._split = torch.zeros(0)
+        self._grams = self._split = self._split_products = torch.zeros(0)
+        self._matrices: list[Tensor] = []
         self._moved: dict[tuple[int, ...], _Moved] = {}
 
     def fill(self, buffer: Tensor) -> None:
         """Write Grams of whole rows and the elements of split rows into (size,) zeros, from the arena's `weights`."""
-        grams, split = self._parts(buffer)
-        arena = self._arena
-        if products := [torch.bmm(arena.weight_columns[n], arena.weight_rows[n]) for n in self._blocks]:
-            grams.index_copy_(0, self._factors, torch.cat(products))
-        self._rows.write(split, self._arena.weights.flat)
+        n, r = len(self.indices), self._r
+        self._grams, self._split = buffer[: n * r * r].view(n, r, r), buffer[n * r * r :].view(-1, r)
+        if products := [torch.bmm(columns, rows) for columns, rows, _ in self._rows_of]:
+            self._grams.index_copy_(0, self._factors, torch.cat(products))
+        self._rows.write(self._split, self._arena.weights.flat)
 
-    def complete(self, buffer: Tensor, weight: float, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return this rank's part of the penalty and of its gradient's norm, from the summed buffer."""
-        grams, split = self._parts(buffer)
-        self._rows.add_gram(grams, split)
+    def complete(self, weight: float, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the penalty of these factors and its gradient's norm, once what `fill` wrote is summed over ranks."""
+        self._rows.add_gram(self._grams, self._split)
         kept = None if keep is None else keep.view(-1, self._r)[self._layer_of_factor]
-        value, self._multiplier = penalty(grams, weight, kept)
-        self._split = split
-        return value, gradient_norm(grams, self._multiplier)
+        value, multiplier = penalty(self._grams, weight, kept)
+        norm = gradient_norm(self._grams, multiplier)
+        self.multiply_by(multiplier)
+        return value, norm
+
+    def multiply_by(self, multiplier: Tensor) -> None:
+        """Take the matrices (factors, r, r) that turn each factor into its gradient."""
+        if self._counts:
+            self._matrices = list(multiplier.index_select(0, self._factors).split(self._counts))
+        self._split_products = self._rows.products(self._split, multiplier)
+        self._grams = self._split = torch.zeros(0)  # views of the buffer, whose memory can go
 
     def add_gradient(self, indices: tuple[int, ...], gradients: list[Tensor], scale: Tensor | float) -> None:
         """Add the penalty's gradient to those of the gradients, one a span in `indices`, that are these factors'."""
@@ -100,11 +110,13 @@ class _Factors:
             return
         arena = self._arena
         arena.work.open(arena.size)
-        multiplier = self._multiplier * scale
-        matrices = multiplier.index_select(0, moved.factors).split(moved.counts)
-        for (rows, place), matrix in zip(moved.products, matrices, strict=True):
-            torch.bmm(rows, matrix, out=place)
-        self._rows.put_products(arena.work.flat, self._split, multiplier)
+        for block in moved.blocks:
+            _, rows, place = self._rows_of[block]
+            torch.bmm(rows, self._matrices[block], out=place)
+        if moved.split:
+            self._rows.put(arena.work.flat, self._split_products)
+        if not (isinstance(scale, float) and scale == 1.0):
+            torch._foreach_mul_(moved.places, scale)
         torch._foreach_add_([gradients[i] for i in moved.positions], moved.places)
 
     def _moved_by(self, indices: tuple[int, ...]) -> _Moved:
@@ -113,23 +125,13 @@ class _Factors:
                 self._moved.clear()
             arena = self._arena
             position = {i: number for number, i in enumerate(indices) if i in self._number and i in arena.work_views}
-            blocks = [n for n in self._blocks if any(member in position for member in arena.blocks[n].members)]
             self._moved[indices] = _Moved(
                 positions=list(position.values()),
                 places=[arena.work_views[i] for i in position],
-                products=[(arena.weight_rows[n], arena.work_rows[n]) for n in blocks],
-                factors=self._factors_of(blocks),
-                counts=[len(arena.blocks[n].members) for n in blocks],
+                blocks=[n for n, members in enumerate(self._members) if not position.keys().isdisjoint(members)],
+                split=not position.keys().isdisjoint(self._split_spans),
             )
         return self._moved[indices]
-
-    def _factors_of(self, blocks: list[int]) -> Tensor:
-        numbers = [self._number[member] for n in blocks for member in self._arena.blocks[n].members]
-        return torch.tensor(numbers, dtype=torch.long, device=self._arena.device)
-
-    def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
-        n, r = len(self.indices), self._r
-        return buffer[: n * r * r].view(n, r, r), buffer[n * r * r :].view(-1, r)
 
 
 class StepReduction:
@@ -189,8 +191,8 @@ class StepReduction:
         finite = self._finite(buffer[-1])
         values, norms = [], []
         with full_float32():
-            for group, part, share in zip(self._groups, parts, self._shares, strict=True):
-                value, norm = group.complete(part, share, keep)
+            for group, share in zip(self._groups, self._shares, strict=True):
+                value, norm = group.complete(share, keep)
                 values.append(value)
                 norms.append(norm)
         if len(values) == 1:

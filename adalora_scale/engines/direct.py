@@ -70,7 +70,7 @@ class DirectSharding:
 
     def gradients(self, indices: list[int]) -> list[Tensor]:
         """Return this rank's pieces of the gradients, creating zeros where a parameter received none."""
-        parameters = [self._parameters[index] for index in indices]
+        parameters: list[Tensor] = [self._parameters[index] for index in indices]
         if missing := [parameter for parameter in parameters if parameter.grad is None]:
             zeros = torch._foreach_mul(missing, 0.0)  # of their layouts, in one operation
             torch._foreach_zero_(zeros)

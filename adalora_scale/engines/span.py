@@ -16,6 +16,7 @@ from adalora_scale.adalora.injection import adapter_layers
 from adalora_scale.engines.pieces import Piece, PieceState
 from adalora_scale.errors import UserError
 
+
 @dataclass(frozen=True)
 class AdapterTensor:
     """One adapter tensor of the whole model, of shape (rows, r) row-major; `lora_E` is one row."""

@@ -169,13 +169,13 @@ class ZeroSharding:
         """Return span → its (length,) view of a flat tensor of its group; one operation a flat tensor."""
         found = {}
         for group, flat in flats.items():
-            # Views of what lies between the adapters too: cutting at every place is one operation, one view each is not.
+            # Of what lies between the adapters too: cutting everywhere is one operation, a view each is as many.
             sizes, spans = self._cutting[group]
             found.update({index: view for index, view in zip(spans, flat.split(sizes), strict=True) if index >= 0})
         return found
 
     def _cut_flats(self) -> dict[int, tuple[list[int], list[int]]]:
-        """Return, of every group, the sizes of consecutive pieces of its flat tensor and whose they are; −1: nobody's."""
+        """Return group → sizes of consecutive pieces of its flat tensor, and whose they are (−1: no adapter's)."""
         result = {}
         for number, flat in enumerate(self._flats):
             sizes, spans, end = [], [], 0

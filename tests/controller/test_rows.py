@@ -30,8 +30,10 @@ class Rank:
             Span(AdapterTensor(n, f"m{n}", "lora_A", len(f), R), start, f.flatten()[start : start + size], (size,))
             for n, (f, (start, size)) in enumerate(zip(factors, own, strict=True))
         ]
-        edges = [{edge for start, size in each for edge in (start, start + size) if size} for each in zip(*ranks)]
-        self.cuts = [torch.tensor(sorted(e - {0, f.numel()}), dtype=torch.long) for e, f in zip(edges, factors)]
+        self.cuts = []
+        for factor, each in zip(factors, zip(*ranks, strict=True), strict=True):
+            edges = {edge for start, size in each for edge in (start, start + size) if size}
+            self.cuts.append(torch.tensor(sorted(edges - {0, factor.numel()}), dtype=torch.long))
         self.arena = Arena(self)
         self.indices = tuple(range(len(factors)))
         self.factors = _Factors(self, self.arena, list(self.indices), R)
@@ -48,10 +50,10 @@ def gram_and_gradient(factors, ranks, multiplier):
     gradients = [torch.zeros(f.numel()) for f in factors]
     grams = []
     for rank, own in zip(found, ranks, strict=True):
-        summed = total.clone()
-        rank.factors.complete(summed, 1.0, None)
+        summed = rank.buffer.copy_(total)
+        rank.factors._rows.add_gram(rank.factors._grams, rank.factors._split)
         grams.append(summed[: len(factors) * R * R].view(-1, R, R))
-        rank.factors._multiplier = multiplier
+        rank.factors.multiply_by(multiplier)
         targets = [g[start : start + length] for g, (start, length) in zip(gradients, own, strict=True)]
         rank.factors.add_gradient(rank.indices, targets, 1.0)
     assert all(torch.equal(grams[0], other) for other in grams)

@@ -1,16 +1,19 @@
 """Counts what the hooks dispatch in every optimizer step: collectives, operations, and numbers that are read.
 
-run_ranks(…, args=[CELL…])    CELL is engine:layers:preset
+run_ranks(…, args=[CELL…])    CELL is engine:layers:preset; engine zero3+whole has sub-groups of DeepSpeed's own size
 """
 
 import os
 import sys
+from contextlib import nullcontext
+from unittest import mock
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 import torch.distributed as dist
 
+from adalora_scale.engines.zero_place import Zero, Zero3
 from adalora_scale.verify.engines import running
 from adalora_scale.verify.problem import Problem, token_loss
 from tests.dispatched import Counter, hooks_counted
@@ -43,12 +46,14 @@ def main(*cells):
     report(probe=[probe.collectives, probe.bytes])
     for cell in cells:
         engine, layers, preset = cell.split(":")
+        engine, _, whole = engine.partition("+")
         LayeredProblem.layers = int(layers)
         problem = LayeredProblem(model=None, device=torch.device("cpu"), ranks=ranks, preset=preset)
         model = problem.adapted_model()
         batches = problem.batches(model.config.vocab_size)
         allocations, frozen = [], []
         with (
+            mock.patch.object(Zero3, "by_hand_config", Zero.by_hand_config) if whole else nullcontext(),
             hooks_counted() as counters,
             running(engine, "plain", problem, model) as runner,
         ):
