@@ -19,7 +19,7 @@ from adalora_scale.controller.step_sums import StepReduction
 from adalora_scale.controller.triplets import Triplets
 from adalora_scale.engines.fsdp2 import DTensorSharding
 from adalora_scale.engines.zero import ZeroSharding
-from adalora_scale.errors import Unsupported
+from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.verify.engines import train
 from adalora_scale.verify.matrix import expected_outcomes, judge, why_not
 from adalora_scale.verify.problem import Problem
@@ -168,7 +168,7 @@ def main(model, bits, preset, expected_file, *cells):
         try:
             with MUTANTS[mutant](), shapes_seen(shapes):
                 outcome = train(engine, variant, problem)
-        except Unsupported as refusal:  # masters that are not what the forward computes with are not even read
+        except (Unsupported, UserError) as refusal:  # masters that are not what the forward computes with are not even read
             report(**{name: {"verdict": "fail", "reason": str(refusal)} | shapes})
             continue
         cell = judge(engine, variant, outcome, expected[variant])
