@@ -116,13 +116,15 @@ class RankAllocator:
         sharding.connect()
         require_same_start(*sharding.replicas())
         require_in_forward(sharding, write=True, step=0)
-        parts = Attached.to(
-            sharding,
-            self.score,
-            matrices=len(self.modules),
-            r=self.r,
-            weight=self.config.orth_reg_weight,
-            final_step=self.schedule.final_step,
+        parts = together(
+            lambda: Attached.to(
+                sharding,
+                self.score,
+                matrices=len(self.modules),
+                r=self.r,
+                weight=self.config.orth_reg_weight,
+                final_step=self.schedule.final_step,
+            )
         )
         require_equal({"rows of the adapters that ranks share": parts.reduction.split_rows})
         self._parts, self.mask = parts, self.mask.to(parts.arena.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adalora_scale.controller.arena import RowPiece
+from adalora_scale.errors import Unsupported
 
 
 class SplitRows:
@@ -23,6 +24,9 @@ class SplitRows:
         own: this rank's pieces of rows that it does not hold whole, with the factor of each.
         r: columns of every factor.
         device: where the arena is.
+
+    Raises:
+        Unsupported: a piece of this rank ends where there is no cut.
     """
 
     def __init__(
@@ -40,7 +44,10 @@ class SplitRows:
         for factor, piece in own:
             place = int(torch.searchsorted(rows[factor], piece.row))
             if place == counts[factor] or int(rows[factor][place]) != piece.row:
-                raise RuntimeError(f"a piece ends inside row {piece.row}, where the engine says that no rank's does.")
+                raise Unsupported(
+                    f"a rank's piece of an adapter ends inside row {piece.row}, where by its shape and the number of "
+                    f"ranks none does: an option of the engine moves pieces where adalora_scale does not look."
+                )
             slot = firsts[factor] + place
             columns = range(piece.column, piece.column + piece.length)
             elements += range(piece.position, piece.position + piece.length)

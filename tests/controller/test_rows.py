@@ -12,6 +12,7 @@ from adalora_scale.controller.rows import SplitRows
 from adalora_scale.controller.step_sums import _Factors
 from adalora_scale.engines.span import AdapterTensor, Span
 from adalora_scale.engines.zero_layouts import multiples_within
+from adalora_scale.errors import Unsupported
 
 R = 5
 CPU = torch.device("cpu")
@@ -123,7 +124,7 @@ def test_whole_rows_use_no_slot():
 def test_a_piece_that_ends_where_no_cut_is_known_is_an_error():
     """Else its elements go to another row's slot, and the penalty is wrong in silence."""
     spans = [Span(AdapterTensor(0, "m", "lora_A", 4, R), 0, torch.ones(7), (7,))]
-    with pytest.raises(RuntimeError, match="inside row 1"):
+    with pytest.raises(Unsupported, match="inside row 1"):
         _Factors(fake := SimpleNamespace(spans=spans, cuts=[torch.tensor([15])]), Arena(fake), [0], R)
 
 

@@ -168,7 +168,7 @@ def main(model, bits, preset, expected_file, *cells):
         try:
             with MUTANTS[mutant](), shapes_seen(shapes):
                 outcome = train(engine, variant, problem)
-        except (Unsupported, UserError) as refusal:  # masters that are not what the forward computes with are not even read
+        except (Unsupported, UserError) as refusal:  # masters that the forward does not compute with are not read
             report(**{name: {"verdict": "fail", "reason": str(refusal)} | shapes})
             continue
         cell = judge(engine, variant, outcome, expected[variant])
