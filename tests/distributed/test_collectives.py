@@ -58,11 +58,11 @@ def bytes_of_plain_steps(seen):
     return {size for size, allocation in zip(seen["bytes"], seen["allocations"], strict=True) if not allocation}
 
 
-def require_flat(few, many, preset, slack=30):
+def require_flat(few, many, preset, slack=15):
     """Operations and reads of steps of a small and of a larger model, on one rank.
 
-    Where the small model's pieces are of fewer shapes, or ranks' pieces end inside a row, the larger one has `slack`
-    operations more; one operation for every third of the 126 tensors added is above it.
+    Where the small model's pieces are of fewer shapes, or ranks' pieces end inside a row, the larger one has up to
+    `slack` operations more a call of the optimizer; one for each of the 126 tensors added is above it.
     """
     for seen in (few, many):
         further = A_CALL * max(0, seen["calls"] - 2)
@@ -72,7 +72,7 @@ def require_flat(few, many, preset, slack=30):
             assert reads <= 1, seen
     if few["calls"] == many["calls"]:
         for small, large in [*zip(few["operations"], many["operations"], strict=True)][1:]:
-            assert large <= small * 1.05 + slack, (few["operations"], many["operations"])
+            assert large <= small * 1.05 + slack * few["calls"], (few["operations"], many["operations"])
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -100,4 +100,4 @@ def test_operations_at_28_280_and_560_matrices(deepspeed_ops, engine, preset):
     cells = [f"{engine}:{layers}:{preset}" for layers in (4, 40, 80)]
     for rank in run_ranks(WORKER, 2, cells, timeout=560):
         for cell in cells:
-            require_flat(rank[cells[0]], rank[cell], preset, slack=6)
+            require_flat(rank[cells[0]], rank[cell], preset, slack=3)
