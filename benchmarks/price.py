@@ -149,12 +149,12 @@ def _alone(build: Callable[[], Method], held: int, device: str) -> dict[str, Any
     method = _ready(build())
     figures: dict[str, Any] = {"trained_parameters": method.parameters}
     figures["peak_bytes"] = peak_bytes(method.step, device) - held
-    figures["step"] = count(method.step).as_dict()
+    figures["step"] = count(method.step)
     if device == "cuda":
         figures["kernels"] = kernels(method.step)
     while method.done + 1 < DELTA_T:
         method.step()
-    figures["step_with_allocation"] = count(method.step).as_dict()
+    figures["step_with_allocation"] = count(method.step)
     return figures
 
 
@@ -192,8 +192,8 @@ def _print(figures: dict[str, Any]) -> None:
     for name, one in figures["methods"].items():
         step, allocation = one["step"], one["step_with_allocation"]
         cells = [f"{1e3 * float(np.median(one[key])):.1f}" for key in ("step_seconds", "update_seconds")]
-        cells += [f"{step[key]:,}" for key in ("operations", "views", "reads")]
-        cells += [f"{allocation['operations'] + allocation['views']:,}", f"{one['peak_bytes'] / 1e6:.2f}"]
+        cells += [f"{value:,}" for value in (step["operations"] - step["views"], step["views"], step["reads"])]
+        cells += [f"{allocation['operations']:,}", f"{one['peak_bytes'] / 1e6:.2f}"]
         print(_ROW.format(name, *cells, f"{one['trained_parameters']:,}"))
     for name, ratio in figures["ratios"].items():
         second = figures["update_ratios"][name]
@@ -210,8 +210,7 @@ def _print_sent(sent: dict[str, Any], ranks: int) -> None:
         print(f"\nwhat the allocator adds to a step on each of {ranks} ranks")
     for cell, one in sent.items():
         said = [
-            f"{kind['collectives']} collectives, {kind['collective_bytes']:,} bytes, "
-            f"{kind['operations'] + kind['views']:,} operations"
+            f"{kind['collectives']} collectives, {kind['bytes']:,} bytes, {kind['operations']:,} operations"
             for kind in (one["step"], one["allocation"])
         ]
         print(f"{cell:18} {said[0]}; at an allocation {said[1]}")

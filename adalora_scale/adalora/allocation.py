@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,19 +62,21 @@ def spend(order: Tensor, budget: int, costs: Tensor) -> Tensor:
     Returns:
         (n,) bool. All on the CPU.
     """
-    mask = torch.zeros(order.numel(), dtype=torch.bool)
-    in_order = costs[order]
+    # In NumPy: each turn of the loop reads numbers, which torch dispatches one by one.
+    places = order.numpy()
+    in_order = costs.numpy()[places]
+    mask = np.zeros(len(places), dtype=bool)
     first_out, left = _prefix(in_order, budget)
-    mask[order[:first_out]] = True
-    while first_out < in_order.numel():
-        fits = (in_order[first_out:] <= left).nonzero()
-        if not len(fits):
+    mask[places[:first_out]] = True
+    while first_out < len(places):
+        fits = in_order[first_out:] <= left
+        if not fits.any():
             break
-        place = first_out + int(fits[0])
-        mask[order[place]] = True
+        place = first_out + int(fits.argmax())
+        mask[places[place]] = True
         left -= int(in_order[place])
         first_out = place + 1
-    return mask
+    return torch.from_numpy(mask)
 
 
 def relative_gap(scores: Tensor, budget: int, costs: Tensor | None = None) -> float:
@@ -83,10 +86,10 @@ def relative_gap(scores: Tensor, budget: int, costs: Tensor | None = None) -> fl
     """
     costs = _or_ones(costs, scores)
     worth, order = _by_worth(scores, costs)
-    first_out, _ = _prefix(costs[order], budget)
+    first_out, _ = _prefix(costs.numpy()[order.numpy()], budget)
     if not 0 < first_out < scores.numel():
         return 1.0
-    kept, dropped = worth[first_out - 1 : first_out + 1].tolist()
+    kept, dropped = worth.numpy()[first_out - 1 : first_out + 1].tolist()
     return float((kept - dropped) / kept) if kept > 0 else 0.0
 
 
@@ -100,9 +103,9 @@ def _by_worth(scores: Tensor, costs: Tensor) -> tuple[Tensor, Tensor]:
     return values, order
 
 
-def _prefix(in_order: Tensor, budget: int) -> tuple[int, int]:
+def _prefix(in_order: np.ndarray, budget: int) -> tuple[int, int]:
     """Return how many are taken before the first that does not fit, and what is left then."""
-    sums = in_order.cumsum(0)
+    sums = in_order.cumsum()
     taken = int((sums <= budget).sum())
     return taken, budget - (int(sums[taken - 1]) if taken else 0)
 

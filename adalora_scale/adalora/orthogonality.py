@@ -4,7 +4,7 @@
     ∂R/∂F = F M_F,   M_F = weight / n · (FᵀF − I) / ‖FᵀF − I‖_F
 
 Only the r × r Gram matrices are needed beside F itself, so ranks that hold rows of F add up their Grams and then
-multiply their own rows. Work is batched over factors of one shape.
+multiply their own rows (`controller/step_sums.py`).
 
 Source: arXiv 2303.10512 eq. 4 (sum of squared norms); peft AdaLoraModel.forward (mean of unsquared norms, kept here so
 that `orth_reg_weight` means what PEFT's key means).
@@ -12,27 +12,8 @@ that `orth_reg_weight` means what PEFT's key means).
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import torch
 from torch import Tensor
-
-
-@torch.no_grad()
-def gram(factors: list[Tensor], r: int) -> Tensor:
-    """Return FᵀF of each factor.
-
-    Args:
-        factors: float32 matrices (rows, r); rows may differ and may be 0.
-
-    Returns:
-        (len(factors), r, r) float32.
-    """
-    out = torch.zeros(len(factors), r, r, dtype=torch.float32, device=factors[0].device)
-    for indices in _by_shape(factors):
-        stacked = torch.stack([factors[i] for i in indices])  # (n, rows, r)
-        out[indices] = stacked.mT @ stacked
-    return out
 
 
 @torch.no_grad()
@@ -59,30 +40,6 @@ def penalty(grams: Tensor, weight: float, keep: Tensor | None = None) -> tuple[T
     return value, multiplier
 
 
-@torch.no_grad()
-def add_penalty_gradient(
-    gradients: list[Tensor], factors: list[Tensor], multiplier: Tensor, grad_scale: Tensor | float = 1.0
-) -> None:
-    """Add F M to each factor's gradient in place.
-
-    Args:
-        gradients, factors: equally long lists of (rows, r) float32 matrices.
-        multiplier: (len(factors), r, r) from `penalty`.
-        grad_scale: factor that the gradients carry (a GradScaler's).
-    """
-    multiplier = multiplier * grad_scale
-    for indices in _by_shape(factors):
-        update = torch.stack([factors[i] for i in indices]) @ multiplier[indices]
-        torch._foreach_add_([gradients[i] for i in indices], list(update.unbind(0)))
-
-
 def gradient_norm(grams: Tensor, multiplier: Tensor) -> Tensor:
     """Return ‖∂R/∂F‖ over all factors as a scalar, from the Grams alone: ‖F M‖² = tr(M G M)."""
-    return (multiplier * (grams @ multiplier)).sum().clamp_min(0).sqrt()
-
-
-def _by_shape(factors: list[Tensor]) -> list[list[int]]:
-    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for index, factor in enumerate(factors):
-        groups[tuple(factor.shape)].append(index)
-    return list(groups.values())
+    return (multiplier * torch.bmm(grams, multiplier)).sum().clamp_min(0).sqrt()

@@ -1,6 +1,7 @@
 """What a score is: what it remembers of every adapter weight, when it looks, and what a triplet is worth.
 
-A score works on flat pieces of adapter tensors in multi-tensor operations, so it does not know who holds the rest. The
+A score works on flat pieces of adapter tensors in multi-tensor operations, so it does not know who holds the rest, nor
+how many tensors of one shape are in a piece (`controller/arena.py` puts them next to each other). The
 score of triplet k is the sum of the contributions of column k's elements, over all factors and ranks:
 
     S_k = Σ over factors Σ over rows of contribution(row, k)
@@ -24,12 +25,12 @@ from adalora_scale.config import AdaLoraConfig
 
 @dataclass(frozen=True)
 class ScoredPiece:
-    """A contiguous row-major piece of an adapter tensor (rows, r), with what the score remembers of it."""
+    """Contiguous row-major pieces of adapter tensors (rows, r) of one shape, with what the score remembers of them."""
 
     factor: str
     """`lora_A`, `lora_E` or `lora_B`."""
     rows: int
-    """Rows of the whole tensor; 1 for `lora_E`."""
+    """Rows of each whole tensor; 1 for `lora_E`."""
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """The score's statistics by name, each (length,) float32; checkpoints hold them under these names."""
 
@@ -68,7 +69,8 @@ class Score(ABC):
 
         Args:
             pieces: pieces of the score's factors; at least one.
-            weights, gradients: (length,) float32, one a piece.
+            weights: (length,) float32, one a piece; only to be read.
+            gradients: the same of ∂L/∂w, a copy that may be overwritten.
             grad_scale: factor the gradients still carry (a GradScaler's), to be divided out.
         """
 
@@ -83,30 +85,10 @@ class Score(ABC):
 
 
 def unscaled_products(weights: list[Tensor], gradients: list[Tensor], grad_scale: Tensor | float) -> list[Tensor]:
-    """Return w · ∂L/∂w of every piece, without the factor that the gradients carry."""
-    products = list(torch._foreach_mul(weights, gradients))
+    """Return w · ∂L/∂w of every piece, in place of the gradients, without the factor that they carry."""
+    products = gradients
+    torch._foreach_mul_(products, weights)
     if not (isinstance(grad_scale, float) and grad_scale == 1.0):
         # After the product: |w · g| of a scaled gradient is farther from float32's smallest number.
         torch._foreach_div_(products, grad_scale)
     return products
-
-
-@torch.no_grad()
-def add_column_sums(out: Tensor, values: Tensor, *, start: int) -> None:
-    """Add to `out` (r,) the column sums of a contiguous row-major piece of an (n, r) tensor.
-
-    Args:
-        out: (r,), one sum a triplet.
-        values: (length,), the piece; may be empty and may begin or end inside a row.
-        start: index of the piece's first element in the whole tensor.
-    """
-    r = out.numel()
-    head = min(-start % r, values.numel())
-    if head:
-        first = start % r
-        out[first : first + head] += values[:head]
-    rows = (values.numel() - head) // r
-    if rows:
-        out += values[head : head + rows * r].view(rows, r).sum(0)
-    tail = values[head + rows * r :]
-    out[: tail.numel()] += tail

@@ -23,12 +23,10 @@ from adalora_scale.adalora.injection import adapter_layers, injection_of
 from adalora_scale.adalora.scores import score_named
 from adalora_scale.adalora.spending import Spending
 from adalora_scale.config import AdaLoraConfig
+from adalora_scale.controller.attached import Attached
 from adalora_scale.controller.figures import penalty_figures, rank_figures
 from adalora_scale.controller.guard import require_equal, require_in_forward, require_same_start, require_same_tensors
 from adalora_scale.controller.saved import places, require_own_state
-from adalora_scale.controller.scoring import Scoring
-from adalora_scale.controller.step_sums import StepReduction, sum_of_squares
-from adalora_scale.controller.triplets import zero_lambda, zero_triplets
 from adalora_scale.engines import Sharding
 from adalora_scale.engines.ranks import together
 from adalora_scale.engines.registry import hold
@@ -86,9 +84,7 @@ class RankAllocator:
         if self.compact:
             rows = [layer.keep_mask or [] for layer in self._layers]
             self.mask, self.frozen = torch.tensor(rows, device=self.mask.device).view(-1), True
-        self._sharding: Sharding | None = None
-        self._reduction: StepReduction | None = None
-        self._scoring: Scoring | None = None
+        self._parts: Attached | None = None
         self._allocation_due = self._skipping = self._columns_may_move = False
         self._calls = 0  # of the base optimizer in the step in progress
         self._scale: Tensor | float = 1.0
@@ -108,7 +104,7 @@ class RankAllocator:
             UserError: the optimizer does not hold the adapters, or the allocator is attached already.
             Unsupported: the engine or the optimizer's precision is not supported.
         """
-        if self._sharding is not None:
+        if self._parts is not None:
             raise UserError("this RankAllocator is attached already; make a new one for another optimizer.")
         require_equal(
             {
@@ -122,13 +118,21 @@ class RankAllocator:
         sharding.connect()
         require_same_start(*sharding.replicas())
         require_in_forward(sharding, write=True, step=0)
-        self._sharding = sharding
-        self._reduction = StepReduction(sharding, len(self.modules), self.config.orth_reg_weight)
-        self.mask = self.mask.to(sharding.spans[0].weight.device)
-        self._scoring = Scoring(self.score, sharding, self.schedule.final_step)
+        parts = together(
+            lambda: Attached.to(
+                sharding,
+                self.score,
+                matrices=len(self.modules),
+                r=self.r,
+                weight=self.config.orth_reg_weight,
+                final_step=self.schedule.final_step,
+            )
+        )
+        require_equal({"rows of the adapters that ranks share": parts.reduction.split_rows})
+        self._parts, self.mask = parts, self.mask.to(parts.arena.device)
         if not self.frozen:
             self._reopen()
-            self._scoring.begin()
+            parts.scoring.begin()
         base.register_step_pre_hook(self._before_update)
         base.register_step_post_hook(self._after_update)
         if (injection := injection_of(self.model)) is not None:
@@ -159,12 +163,12 @@ class RankAllocator:
     @property
     def sharding(self) -> Sharding:
         """Where the engine keeps this rank's pieces; raises UserError before `attach`."""
-        return self._attached()
+        return self._attached().sharding
 
     @property
     def statistics(self) -> dict[str, list[Tensor]]:
         """The score's statistics by name, one tensor a span of its factors; none after the final allocation."""
-        return self._scoring.statistics if self._scoring else {}
+        return self._parts.scoring.statistics if self._parts else {}
 
     def ranks(self) -> dict[str, int]:
         """Return the number of kept triplets of every module."""
@@ -202,7 +206,7 @@ class RankAllocator:
                 message names the parameter, the rank and the step.
         """
         require_same_tensors([("the keep mask", self.mask.to(torch.uint8))], self.step)
-        sharding = self._attached()
+        sharding = self.sharding
         tensors, group = sharding.replicas()
         require_same_tensors(tensors, self.step, group)
         require_in_forward(sharding, write=False, step=self.step)
@@ -218,10 +222,11 @@ class RankAllocator:
             self._begin_step()
         self.skipped_steps += max(missed, 0)
         if missed > 0:
-            self._attached().missed_steps()  # an engine counted them too
+            self.sharding.missed_steps()  # an engine counted them too
             if self._allocation_cannot_wait():
                 self._allocate()
-                self._attached().refresh()  # the engine does not come to it: its step is over
+                self._attached().arena.close()
+                self.sharding.refresh()  # the engine does not come to it: its step is over
 
     # ---- before the update --------------------------------------------------------------------------------------
 
@@ -237,45 +242,43 @@ class RankAllocator:
         # torch passes the optimizer itself first; accelerate passes its closure argument on, None or not.
         if any(argument is not None for argument in (*args[1:], kwargs.get("closure"))):
             raise Unsupported("optimizers that re-evaluate the loss in a closure are not supported; use Adam or SGD.")
-        sharding = self._attached()
+        parts = self._attached()
+        sharding = parts.sharding
         first = self._calls in (0, sharding.calls_per_step)  # the latter when the step before ended in an exception
         try:
             indices = sharding.updating(optimizer)
         except (UserError, Unsupported) as error:
             if first:
-                self._attached_reduction().withdraw(error)
+                parts.reduction.withdraw(error)
             raise
         gradients = sharding.gradients(indices)
         if first:
-            self._open_step(optimizer, sharding, indices, gradients)
+            self._open_step(optimizer, parts, indices, gradients)
         self._calls = 1 if first else self._calls + 1
         if self._skipping:
             sharding.cancel(optimizer)
             return
-        if not self.frozen:
-            self._attached_scoring().see(indices, gradients, self._scale, penalised=False, step=self.step)
-        self._attached_reduction().add_penalty_gradient(indices, gradients, self._scale)
-        if not self.frozen:
-            self._attached_scoring().see(indices, gradients, self._scale, penalised=True, step=self.step)
+        parts.see(indices, gradients, self._scale, step=self.step, scoring=not self.frozen)
 
-    def _open_step(self, optimizer: Optimizer, sharding: Sharding, indices: list[int], gradients: list[Tensor]) -> None:
+    def _open_step(self, optimizer: Optimizer, parts: Attached, indices: list[int], gradients: list[Tensor]) -> None:
         """Begin a step of the controller at the engine's first call: count it, and reduce what all ranks must know."""
-        for _ in range(sharding.missed_steps()):
+        for _ in range(parts.sharding.missed_steps()):
             self._begin_step()
             self.skipped_steps += 1
         self._begin_step()
         # GradScaler leaves these on optimizers that unscale and skip by themselves (fused Adam).
         scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         self._scale = 1.0 if scale is None else scale
-        everything = sum_of_squares(sharding.local_gradients())
+        squares = parts.sharding.squares(gradients)
         if found_inf is not None:
-            everything = everything + torch.where(found_inf.to(everything.device) > 0, torch.inf, 0.0).sum()
-        squares = torch.stack([sum_of_squares(gradients).to(everything.device), everything])
+            bad = torch.where(found_inf.to(squares.device) > 0, torch.inf, 0.0).sum()
+            squares[1:] += bad
+        parts.read_weights(scoring=not self.frozen)
         keep = self.mask if self.frozen and not (self.score.keeps_columns or self.compact) else None
-        sums = self._attached_reduction().run(squares.to(self.mask.device), keep)
+        sums = parts.reduction.run(squares.to(self.mask.device), keep)
         self._penalty, self._orth_norm = sums.penalty, sums.penalty_gradient_norm
         # Of the groups whose turn has not come the engine shows gradients that are not yet clipped, if at all.
-        whole = len(indices) == len(sharding.spans)
+        whole = len(indices) == len(parts.sharding.spans)
         self._task_norm = sums.adapter_squares.sqrt() / self._scale if whole else None
         self._skipping = not sums.finite
         self.skipped_steps += self._skipping
@@ -284,42 +287,40 @@ class RankAllocator:
 
     @torch.no_grad()
     def _after_update(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sharding = self._attached()
-        sharding.finish(optimizer)
-        last = self._calls == sharding.calls_per_step
+        parts = self._attached()
+        parts.sharding.finish(optimizer)
+        last = self._calls == parts.sharding.calls_per_step
         if last:
             self._calls = 0
         if self._skipping:
             if last and self._allocation_cannot_wait():  # the run would end unpruned
                 self._allocate()
-            return
-        self._attached_scoring().updated()
-        if not last:
-            return
-        if self._allocation_due:
-            self._allocate()
-        elif self.frozen and not self.compact:
-            zero_lambda(sharding, self.mask)
-            if self._columns_may_move:
-                zero_triplets(sharding, self.mask)
+        else:
+            parts.scoring.updated()
+            if last and self._allocation_due:
+                self._allocate()
+            elif last and self.frozen and not self.compact:
+                parts.triplets.zero_lambda(self.mask)
+                if self._columns_may_move:
+                    parts.triplets.zero(self.mask)
+        if last:
+            parts.arena.close()
 
     def _allocate(self) -> None:
-        sharding = self._attached()
+        parts = self._attached()
         kept, budget, gap, scores = self.spending.cut(self._scores(), self.step)
         mask = kept.to(torch.uint8)
-        sharding.broadcast(mask)
+        parts.sharding.broadcast(mask)
         self.mask = mask.bool()
         self._allocation_due = False
         self.last_allocation = Allocation(self.step, budget, self.ranks(), gap, scores)
-        zero_lambda(sharding, self.mask)
+        parts.triplets.zero_lambda(self.mask)
         if self.step >= self.schedule.final_step:
             self._freeze()
 
     def _scores(self) -> Tensor:
         """Return S_k of every triplet, (modules · r,) float32, ordered by (module, k)."""
-        scores = torch.zeros(len(self.modules) * self.r, dtype=torch.float32, device=self.mask.device)
-        self._attached_scoring().add_scores(scores)
-        return scores
+        return self._attached().scoring.scores(len(self.modules), self.r)
 
     def _freeze(self) -> None:
         """Fix the mask for the rest of the run.
@@ -332,8 +333,8 @@ class RankAllocator:
         for layer, row in zip(self._layers, rows, strict=True):
             layer.keep_mask = row
         if not (self.score.keeps_columns or self.compact):
-            self._columns_may_move = zero_triplets(self._attached(), self.mask)
-        self._attached_scoring().release()
+            self._columns_may_move = self._attached().triplets.zero(self.mask)
+        self._attached().scoring.release()
 
     def _reopen(self) -> None:
         """Let every triplet count, whatever the mask that a run before this one ended with."""
@@ -341,18 +342,10 @@ class RankAllocator:
         for layer in self._layers:
             layer.keep_mask = None
 
-    def _attached_scoring(self) -> Scoring:
-        self._attached()
-        return self._scoring  # type: ignore[return-value]  # made in attach beside the sharding
-
-    def _attached_reduction(self) -> StepReduction:
-        self._attached()
-        return self._reduction  # type: ignore[return-value]  # made in attach beside the sharding
-
-    def _attached(self) -> Sharding:
-        if self._sharding is None:
+    def _attached(self) -> Attached:
+        if self._parts is None:
             raise UserError("this RankAllocator is not attached to an optimizer; call attach(optimizer) first.")
-        return self._sharding
+        return self._parts
 
     # ---- state --------------------------------------------------------------------------------------------------
 
@@ -371,7 +364,7 @@ class RankAllocator:
             "allocation_due": self._allocation_due,
             "mask": self.mask.clone(),
         }
-        return state | self._attached_scoring().state() | {"spans": places(self._attached())}
+        return state | self._attached().scoring.state() | {"spans": places(self.sharding)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict()` into an attached allocator of the same model and schedule.
@@ -379,11 +372,11 @@ class RankAllocator:
         Raises:
             UserError: the state belongs to another model, schedule, score or rank.
         """
-        sharding, scoring = self._attached(), self._attached_scoring()
+        sharding, scoring = self.sharding, self._attached().scoring
         require_own_state(state, self.modules, self.schedule, self.mask.numel(), scoring, sharding)
         before = self.rank_pattern()
         self.step, self.skipped_steps = state["step"], state["skipped_steps"]
-        self._attached().missed_steps()  # those of before the checkpoint are in the state
+        sharding.missed_steps()  # those of before the checkpoint are in the state
         self._allocation_due = state["allocation_due"]
         self.mask = state["mask"].to(self.mask.device)
         self.last_allocation = None
@@ -397,4 +390,4 @@ class RankAllocator:
             self._freeze()
             return
         self._reopen()
-        self._attached_scoring().load(state)
+        scoring.load(state)

@@ -1,84 +1,118 @@
-"""How spans fall into rows: a flat ZeRO piece may begin or end inside a row of an (n, r) factor.
+"""Rows that several ranks hold pieces of: a flat ZeRO piece may begin or end inside a row of an (n, r) factor.
 
-A row that several ranks hold pieces of is a *split row* and has a slot in one small buffer that is summed over ranks;
-every other row is whole on one rank.
+Such a row is a *split row* and has a slot in one small buffer that is summed over ranks; every other row is whole on
+one rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from adalora_scale.engines.span import Extent
+from adalora_scale.controller.arena import RowPiece
+from adalora_scale.errors import Unsupported
 
 
-class FactorRows:
-    """Whole and split rows of this rank's spans of the factors.
+class SplitRows:
+    """The split rows of the factors of one rank, and this rank's elements of them.
 
     Args:
-        own: (start, length) of this rank's span of every factor.
-        extents: the same for every rank that holds different pieces, this one included; equal on all of them.
+        cuts: of every factor, the (n,) int64 positions inside the tensor at which one rank's piece ends and another's
+            begins, on the CPU; equal on all ranks.
+        own: this rank's pieces of rows that it does not hold whole, with the factor of each.
         r: columns of every factor.
-        device: where the factors are.
+        device: where the arena is.
+
+    Raises:
+        Unsupported: a piece of this rank ends where there is no cut.
     """
 
-    def __init__(self, own: list[Extent], extents: list[list[Extent]], r: int, device: torch.device) -> None:
+    def __init__(
+        self, cuts: Sequence[Tensor], own: Sequence[tuple[int, RowPiece]], r: int, device: torch.device
+    ) -> None:
         self._r = r
-        slots: dict[tuple[int, int], int] = {}  # (factor, row) -> slot
-        for factor in range(len(own)):
-            for extent in sorted({rank[factor] for rank in extents}):
-                for row in _split_rows(extent, r):
-                    slots.setdefault((factor, row), len(slots))
-        self.slots = len(slots)
-        self.factor_of_slot = torch.tensor([factor for factor, _ in slots], dtype=torch.long, device=device)
-        self._whole: list[tuple[int, int]] = []  # (offset in the span, rows)
-        self._pieces: list[tuple[int, int, int, int, int]] = []  # (factor, offset, length, slot, first column)
-        for factor, (start, length) in enumerate(own):
-            head = min(-start % r, length)
-            rows = (length - head) // r
-            tail = length - head - rows * r
-            self._whole.append((head, rows))
-            if head:
-                self._pieces.append((factor, 0, head, slots[factor, start // r], start % r))
-            if tail:
-                offset = head + rows * r
-                self._pieces.append((factor, offset, tail, slots[factor, (start + offset) // r], 0))
+        rows = [torch.unique(positions[positions % r != 0] // r) for positions in cuts]
+        counts = [len(found) for found in rows]
+        firsts = [0, *torch.tensor(counts, dtype=torch.long, device="cpu").cumsum(0).tolist()]
+        self.slots: int = firsts[-1]
+        elements: list[int] = []
+        places: list[tuple[int, int, int]] = []
+        own_slots: list[int] = []
+        own_factors: list[int] = []
+        for factor, piece in own:
+            place = int(torch.searchsorted(rows[factor], piece.row))
+            if place == counts[factor] or int(rows[factor][place]) != piece.row:
+                raise Unsupported(
+                    f"a rank's piece of an adapter ends inside row {piece.row}, where by its shape and the number of "
+                    f"ranks none does: an option of the engine moves pieces where adalora_scale does not look."
+                )
+            slot = firsts[factor] + place
+            columns = range(piece.column, piece.column + piece.length)
+            elements += range(piece.position, piece.position + piece.length)
+            places += [(slot, len(own_slots), column) for column in columns]
+            own_slots.append(slot)
+            own_factors.append(factor)
 
-    def whole(self, pieces: list[Tensor], factors: list[int] | None = None) -> list[Tensor]:
-        """Return the whole rows of each (length,) piece as a (rows, r) view.
+        def index(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.long, device=device)
+
+        self.elements = index(elements)
+        """Positions of this rank's elements in the arena."""
+        self._in_slots = index([slot * r + column for slot, _, column in places])
+        self._in_own = index([number * r + column for _, number, column in places])
+        self._own_slots, self._own_factors = index(own_slots), index(own_factors)
+        tiles, factors = _tiles(counts, r)
+        self._tiles, self._factor_of_tile = tiles.to(device), factors.to(device)
+
+    def write(self, out: Tensor, weights: Tensor) -> None:
+        """Copy this rank's elements from the arena's flat `weights` to their places in `out` (slots, r)."""
+        if self.elements.numel():
+            out.view(-1).index_copy_(0, self._in_slots, weights.index_select(0, self.elements))
+
+    def add_gram(self, grams: Tensor, split: Tensor) -> None:
+        """Add FᵀF of the split rows to the Grams of their factors.
+
+        The temporaries are no larger than `split` and `grams` together: rows go by tiles of r, a factor's own.
 
         Args:
-            pieces: one piece a factor.
-            factors: which factors they are; None means all, in order.
+            grams: (factors, r, r).
+            split: (slots, r), summed over ranks.
         """
-        r = self._r
-        places = self._whole if factors is None else [self._whole[factor] for factor in factors]
-        return [
-            piece[offset : offset + rows * r].view(rows, r)
-            for piece, (offset, rows) in zip(pieces, places, strict=True)
-        ]
+        if self.slots:
+            padded = torch.cat([split, split.new_zeros(1, self._r)])
+            tiles = padded.index_select(0, self._tiles).view(-1, self._r, self._r)
+            grams.index_add_(0, self._factor_of_tile, torch.bmm(tiles.mT, tiles))
 
-    def write_split(self, out: Tensor, pieces: list[Tensor]) -> None:
-        """Copy this rank's elements of split rows to their places in `out` (slots, r)."""
-        if self._pieces:
-            torch._foreach_copy_(
-                [out[slot, column : column + length] for _, _, length, slot, column in self._pieces],
-                [pieces[factor][offset : offset + length] for factor, offset, length, _, _ in self._pieces],
-            )
+    def products(self, split: Tensor, multiplier: Tensor) -> Tensor:
+        """Return this rank's elements of (split row · its factor's matrix), in the order of `elements`.
 
-    def add_split(self, pieces: dict[int, Tensor], rows: Tensor) -> None:
-        """Add this rank's elements of `rows` (slots, r) to the pieces of the factors in `pieces`."""
-        mine = [piece for piece in self._pieces if piece[0] in pieces]
-        if not mine:
-            return
-        targets = [pieces[factor][offset : offset + length] for factor, offset, length, _, _ in mine]
-        values = [rows[slot, column : column + length] for _, _, length, slot, column in mine]
-        torch._foreach_add_(targets, values)
+        Args:
+            split: (slots, r), summed over ranks.
+            multiplier: (factors, r, r).
+        """
+        if not self.elements.numel():
+            return split.view(-1)[:0]
+        rows = split.index_select(0, self._own_slots).unsqueeze(1)
+        products = torch.bmm(rows, multiplier.index_select(0, self._own_factors))
+        return products.view(-1).index_select(0, self._in_own)
+
+    def put(self, out: Tensor, products: Tensor) -> None:
+        """Write what `products` returned to its places in the arena's flat `work`."""
+        out.index_copy_(0, self.elements, products)
 
 
-def _split_rows(extent: Extent, r: int) -> list[int]:
-    start, length = extent
-    if length == 0:
-        return []
-    end = start + length
-    return sorted({edge // r for edge in (start, end) if edge % r})
+def _tiles(counts: Sequence[int], r: int) -> tuple[Tensor, Tensor]:
+    """Return (tiles · r,) slots, r of one factor a tile, filled up with slot Σ counts, and each tile's factor."""
+    total = sum(counts)
+    slots, factors, first = [], [], 0
+    for factor, count in enumerate(counts):
+        for begin in range(0, count, r):
+            size = min(r, count - begin)
+            slots.append(torch.arange(first + begin, first + begin + size, device="cpu"))
+            slots.append(torch.full((r - size,), total, device="cpu"))
+            factors.append(factor)
+        first += count
+    empty = torch.zeros(0, dtype=torch.long, device="cpu")
+    return torch.cat([empty, *slots]), torch.tensor(factors, dtype=torch.long, device="cpu")

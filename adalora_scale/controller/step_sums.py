@@ -6,14 +6,16 @@ buffer. What comes back completes the penalty and its gradient, and says whether
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from adalora_scale.adalora.orthogonality import add_penalty_gradient, gradient_norm, gram, penalty
-from adalora_scale.controller.rows import FactorRows
+from adalora_scale.adalora.orthogonality import gradient_norm, penalty
+from adalora_scale.controller.arena import Arena, full_float32
+from adalora_scale.controller.rows import SplitRows
 from adalora_scale.engines.ranks import everywhere
 from adalora_scale.engines.span import Sharding
 from adalora_scale.errors import Unsupported, UserError
@@ -33,63 +35,103 @@ class StepSums:
     """Norm of its gradient."""
 
 
+@dataclass(frozen=True)
+class _Moved:
+    """What one call of the optimizer updates of the factors, found once for the same spans."""
+
+    positions: list[int]
+    """Of the spans, in the lists of the call."""
+    places: list[Tensor]
+    """Of the spans, in the arena's `work`."""
+    blocks: list[int]
+    """Those of the spans that have whole rows, numbered as in `_Factors`."""
+    split: bool
+    """Whether a span has elements of a split row."""
+
+
 class _Factors:
     """The factors of one rank, with their places in the buffer; there is one such rank unless adapters were compacted.
 
     Args:
         sharding: where the adapters are.
+        arena: this rank's spans in one order.
         indices: the spans of these factors.
         r: their number of columns.
     """
 
-    def __init__(self, sharding: Sharding, indices: list[int], r: int) -> None:
-        spans = sharding.spans
-        device = spans[0].weight.device
-        self.indices, self._r, self._sharding = indices, r, sharding
-        self._layer_of_factor = torch.tensor([spans[i].tensor.layer for i in indices], device=device)
-        self._rows = FactorRows(
-            own=[(spans[i].start, spans[i].weight.numel()) for i in indices],
-            extents=[[rank[i] for i in indices] for rank in sharding.extents],
-            r=r,
-            device=device,
-        )
+    def __init__(self, sharding: Sharding, arena: Arena, indices: list[int], r: int) -> None:
+        self.indices, self._r, self._arena = tuple(indices), r, arena
+        self._number = {index: number for number, index in enumerate(indices)}
+        layers = [sharding.spans[i].tensor.layer for i in indices]
+        self._layer_of_factor = torch.tensor(layers, dtype=torch.long, device=arena.device)
+        blocks = [n for n, b in enumerate(arena.blocks) if b.whole and b.members[0] in self._number]
+        self._members = [arena.blocks[n].members for n in blocks]
+        self._counts = [len(members) for members in self._members]
+        self._rows_of = [(arena.weight_columns[n], arena.weight_rows[n], arena.work_rows[n]) for n in blocks]
+        numbers = [self._number[member] for members in self._members for member in members]
+        self._factors = torch.tensor(numbers, dtype=torch.long, device=arena.device)
+        own = [(self._number[piece.span], piece) for piece in arena.row_pieces if piece.span in self._number]
+        self._split_spans = {piece.span for _, piece in own}
+        self._rows = SplitRows([sharding.cuts[i] for i in indices], own, r, arena.device)
         self.split_rows = self._rows.slots
         self.size = len(indices) * r * r + self.split_rows * r
-        self._multiplier = torch.zeros(0)
-        self._split = torch.zeros(0)
+        self._grams = self._split = self._split_products = torch.zeros(0)
+        self._matrices: list[Tensor] = []
+        self._moved: dict[tuple[int, ...], _Moved] = {}
 
     def fill(self, buffer: Tensor) -> None:
-        """Write Grams of whole rows and the elements of split rows into (size,) zeros."""
-        grams, split = self._parts(buffer)
-        weights = [self._sharding.spans[i].weight for i in self.indices]
-        grams.copy_(gram(self._rows.whole(weights), self._r))
-        self._rows.write_split(split, weights)
-
-    def complete(self, buffer: Tensor, weight: float, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return this rank's part of the penalty and of its gradient's norm, from the summed buffer."""
-        grams, split = self._parts(buffer)
-        if self._rows.slots:
-            grams.index_add_(0, self._rows.factor_of_slot, split.unsqueeze(2) * split.unsqueeze(1))
-        kept = None if keep is None else keep.view(-1, self._r)[self._layer_of_factor]
-        value, self._multiplier = penalty(grams, weight, kept)
-        self._split = split
-        return value, gradient_norm(grams, self._multiplier)
-
-    def add_gradient(self, given: dict[int, Tensor], scale: Tensor | float) -> None:
-        """Add the penalty's gradient to those of the gradients, span → (length,), that are these factors'."""
-        present = [number for number, index in enumerate(self.indices) if index in given]
-        targets = [given[self.indices[number]] for number in present]
-        weights = [self._sharding.spans[self.indices[number]].weight for number in present]
-        multiplier = self._multiplier[present]
-        whole_targets = self._rows.whole(targets, present)
-        add_penalty_gradient(whole_targets, self._rows.whole(weights, present), multiplier, scale)
-        if self._rows.slots:
-            updates = torch.bmm(self._split.unsqueeze(1), self._multiplier[self._rows.factor_of_slot]).squeeze(1)
-            self._rows.add_split(dict(zip(present, targets, strict=True)), updates * scale)
-
-    def _parts(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        """Write Grams of whole rows and the elements of split rows into (size,) zeros, from the arena's `weights`."""
         n, r = len(self.indices), self._r
-        return buffer[: n * r * r].view(n, r, r), buffer[n * r * r :].view(-1, r)
+        self._grams, self._split = buffer[: n * r * r].view(n, r, r), buffer[n * r * r :].view(-1, r)
+        if products := [torch.bmm(columns, rows) for columns, rows, _ in self._rows_of]:
+            self._grams.index_copy_(0, self._factors, torch.cat(products))
+        self._rows.write(self._split, self._arena.weights.flat)
+
+    def complete(self, weight: float, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the penalty of these factors and its gradient's norm, once what `fill` wrote is summed over ranks."""
+        self._rows.add_gram(self._grams, self._split)
+        kept = None if keep is None else keep.view(-1, self._r)[self._layer_of_factor]
+        value, multiplier = penalty(self._grams, weight, kept)
+        norm = gradient_norm(self._grams, multiplier)
+        self.multiply_by(multiplier)
+        return value, norm
+
+    def multiply_by(self, multiplier: Tensor) -> None:
+        """Take the matrices (factors, r, r) that turn each factor into its gradient."""
+        if self._counts:
+            self._matrices = list(multiplier.index_select(0, self._factors).split(self._counts))
+        self._split_products = self._rows.products(self._split, multiplier)
+        self._grams = self._split = torch.zeros(0)  # views of the buffer, whose memory can go
+
+    def add_gradient(self, indices: tuple[int, ...], gradients: list[Tensor], scale: Tensor | float) -> None:
+        """Add the penalty's gradient to those of the gradients, one a span in `indices`, that are these factors'."""
+        moved = self._moved_by(indices)
+        if not moved.positions:
+            return
+        arena = self._arena
+        arena.work.open(arena.size)
+        for block in moved.blocks:
+            _, rows, place = self._rows_of[block]
+            torch.bmm(rows, self._matrices[block], out=place)
+        if moved.split:
+            self._rows.put(arena.work.flat, self._split_products)
+        if not (isinstance(scale, float) and scale == 1.0):
+            torch._foreach_mul_(moved.places, scale)
+        torch._foreach_add_([gradients[i] for i in moved.positions], moved.places)
+
+    def _moved_by(self, indices: tuple[int, ...]) -> _Moved:
+        if indices not in self._moved:
+            if len(self._moved) > 100:  # of calls before adapters were frozen, or thawed
+                self._moved.clear()
+            arena = self._arena
+            position = {i: number for number, i in enumerate(indices) if i in self._number and i in arena.work_views}
+            self._moved[indices] = _Moved(
+                positions=list(position.values()),
+                places=[arena.work_views[i] for i in position],
+                blocks=[n for n, members in enumerate(self._members) if not position.keys().isdisjoint(members)],
+                split=not position.keys().isdisjoint(self._split_spans),
+            )
+        return self._moved[indices]
 
 
 class StepReduction:
@@ -97,19 +139,25 @@ class StepReduction:
 
     Args:
         sharding: where the adapters are.
+        arena: this rank's spans in one order.
         matrices: adapted matrices of the model, those without a triplet included.
         weight: orth_reg_weight; with 0 only the sums of squares are reduced.
     """
 
-    def __init__(self, sharding: Sharding, matrices: int, weight: float) -> None:
+    def __init__(self, sharding: Sharding, arena: Arena, matrices: int, weight: float) -> None:
         self._sharding, self._weight = sharding, weight
-        self._device = sharding.spans[0].weight.device
+        self._device = arena.device
         by_rank: dict[int, list[int]] = {}
         for index, span in enumerate(sharding.spans):
             if span.tensor.factor != "lora_E":
                 by_rank.setdefault(span.tensor.r, []).append(index)
-        self._groups = [_Factors(sharding, by_rank[r], r) for r in sorted(by_rank)]
+        self._groups = [_Factors(sharding, arena, by_rank[r], r) for r in sorted(by_rank)]
         self._shares = [weight * (len(group.indices) / (2 * matrices)) for group in self._groups]
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """The spans whose weights of before the update `run` reads in the arena; none without a penalty."""
+        return tuple(i for group in self._groups for i in group.indices) if self._weight else ()
 
     @property
     def split_rows(self) -> int:
@@ -134,17 +182,19 @@ class StepReduction:
         sizes = [group.size for group in self._groups]
         buffer = torch.zeros(sum(sizes) + 2, dtype=torch.float32, device=self._device)
         parts = buffer[:-2].split(sizes)
-        for group, part in zip(self._groups, parts, strict=True):
-            group.fill(part)
+        with full_float32():
+            for group, part in zip(self._groups, parts, strict=True):
+                group.fill(part)
         buffer[-2:] = squares
         self._sharding.all_reduce(buffer)
         self._sharding.agree(buffer[-2:])
         finite = self._finite(buffer[-1])
         values, norms = [], []
-        for group, part, share in zip(self._groups, parts, self._shares, strict=True):
-            value, norm = group.complete(part, share, keep)
-            values.append(value)
-            norms.append(norm)
+        with full_float32():
+            for group, share in zip(self._groups, self._shares, strict=True):
+                value, norm = group.complete(share, keep)
+                values.append(value)
+                norms.append(norm)
         if len(values) == 1:
             return StepSums(buffer[-2], finite, values[0], norms[0])
         return StepSums(buffer[-2], finite, torch.stack(values).sum(), torch.stack(norms).norm())
@@ -165,7 +215,7 @@ class StepReduction:
         raise error
 
     def _finite(self, all_squares: Tensor) -> bool:
-        finite = bool(torch.isfinite(all_squares))
+        finite = math.isfinite(all_squares.item())  # the step's one read
         if not finite:
             everywhere(lambda: None)  # not a gradient but a rank that withdrew from the step?
         return finite
@@ -175,22 +225,15 @@ class StepReduction:
 
         Args:
             indices: spans, as in `Sharding.spans`.
-            gradients: their (length,) gradients.
+            gradients: their gradients.
             scale: factor that the gradients carry (a GradScaler's).
         """
         if self._weight == 0:
             return
-        given = dict(zip(indices, gradients, strict=True))
-        for group in self._groups:
-            group.add_gradient(given, scale)
+        with full_float32():
+            for group in self._groups:
+                group.add_gradient(tuple(indices), gradients, scale)
 
 
 def _raise(error: Exception) -> NoReturn:
     raise error
-
-
-def sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    """Return the sum of squares in float32; a NaN or infinity anywhere makes it non-finite."""
-    if not tensors:
-        return torch.zeros((), dtype=torch.float32)
-    return torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)).square().sum()

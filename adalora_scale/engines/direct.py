@@ -18,7 +18,8 @@ from adalora_scale.engines.pieces import (
     trained_parameters,
 )
 from adalora_scale.engines.probing import See, misplaced
-from adalora_scale.engines.span import Extent, LiveAdapters, Span
+from adalora_scale.engines.span import LiveAdapters, Span
+from adalora_scale.engines.squares import squares_of
 from adalora_scale.errors import UserError
 
 
@@ -27,7 +28,7 @@ class DirectSharding:
 
     calls_per_step = 1
     spans: list[Span]
-    extents: list[list[Extent]]
+    cuts: list[Tensor]
 
     def __init__(self, model: nn.Module, parameters: list[nn.Parameter], optimizer: Optimizer) -> None:
         # Taken now: after a forward without backward (an evaluation) FSDP2 leaves modules with whole, plain parameters.
@@ -36,8 +37,8 @@ class DirectSharding:
         self._parameters = parameters
         self._live = LiveAdapters(model)
         self._optimizer = optimizer
-        adapters = {id(parameter) for parameter in parameters}
-        require_float32(self._at_attach, [p for p in self._held() if id(p) not in adapters])
+        self._adapters = {id(parameter) for parameter in parameters}
+        require_float32(self._at_attach, self._others())
 
     def updating(self, optimizer: Optimizer) -> list[int]:
         """Return every span but those of frozen parameters: all is updated in the one call.
@@ -68,20 +69,20 @@ class DirectSharding:
                 )
 
     def gradients(self, indices: list[int]) -> list[Tensor]:
-        """Return (length,) views of the gradients, creating zeros where a parameter received none."""
-        result = []
-        for index in indices:
-            parameter = self._parameters[index]
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            elif not parameter.grad.is_contiguous():  # set by hand; autograd keeps the parameter's layout
-                parameter.grad = parameter.grad.contiguous()
-            result.append(local(parameter.grad).view(-1))
-        return result
+        """Return this rank's pieces of the gradients, creating zeros where a parameter received none."""
+        parameters: list[Tensor] = [self._parameters[index] for index in indices]
+        if missing := [parameter for parameter in parameters if parameter.grad is None]:
+            zeros = torch._foreach_mul(missing, 0.0)  # of their layouts, in one operation
+            torch._foreach_zero_(zeros)
+            for parameter, zero in zip(missing, zeros, strict=True):
+                parameter.grad = zero
+        return [_local_now(parameter.grad) for parameter in parameters]  # type: ignore[arg-type]
 
-    def local_gradients(self) -> list[Tensor]:
-        """Return this rank's pieces of all gradients the optimizer is going to apply."""
-        return [local(p.grad) for p in self._held() if p.grad is not None]
+    def squares(self, gradients: list[Tensor]) -> Tensor:
+        """Return the sums of squares of the adapters' gradients, and of all that the optimizer is going to apply."""
+        others = [local(p.grad) for p in self._others() if p.grad is not None]
+        each = squares_of([*gradients, *others])
+        return torch.stack([each[: len(gradients)].sum(), each.sum()])
 
     def cancel(self, optimizer: Optimizer) -> None:
         """Remove every gradient: torch optimizers leave a parameter without one, and its moments, alone."""
@@ -102,7 +103,7 @@ class DirectSharding:
         """Return the optimizer's per-weight state of every span."""
         return [
             [
-                local(value).view(-1)
+                local(value)
                 for value in self._optimizer.state.get(parameter, {}).values()
                 if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point()
             ]
@@ -140,5 +141,14 @@ class DirectSharding:
         for index, parameter in enumerate(self._live.parameters()):
             see(index, parameter.detach())
 
+    def _others(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._held() if id(parameter) not in self._adapters]
+
     def _held(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+
+def _local_now(tensor: Tensor) -> Tensor:
+    """Return this rank's piece as `local` does, without a dispatch where it is there already."""
+    piece = getattr(tensor, "_local_tensor", tensor)
+    return piece if type(piece) is Tensor else local(tensor)

@@ -17,7 +17,7 @@ from adalora_scale.engines.draws import require_one_adapter
 from adalora_scale.engines.full import settle
 from adalora_scale.engines.pieces import local
 from adalora_scale.engines.probing import See
-from adalora_scale.engines.span import Span, adapter_tensors, check_held, gathered_extents
+from adalora_scale.engines.span import Span, adapter_tensors, check_held, no_cuts
 from adalora_scale.errors import Unsupported
 
 
@@ -49,7 +49,8 @@ class DTensorSharding(DirectSharding):
             start = offset[0] * (1 if tensor.factor == "lora_E" else tensor.r)
             # Detached first: under grad mode to_local() is a view with a history, which in-place updates invalidate.
             rows = local(placed.detach())
-            self.spans.append(Span(tensor=tensor, start=start if rows.numel() else 0, weight=rows.view(-1)))
+            start = start if rows.numel() else 0
+            self.spans.append(Span(tensor=tensor, start=start, weight=rows.view(-1), shape=tuple(rows.shape)))
             adapters.append(placed)
         first = adapters[0]
         mesh = first.device_mesh
@@ -66,13 +67,12 @@ class DTensorSharding(DirectSharding):
         self._copies = mesh.size() // (mesh.size(sharded[0]) if sharded else 1)
         replicated = [dim for dim, placement in enumerate(first.placements) if isinstance(placement, Replicate)]
         self._replicas = mesh.get_group(replicated[0]) if len(replicated) == 1 else None
-        self._shard_group = mesh.get_group(sharded[0]) if sharded else None
         self._device = torch.device(mesh.device_type)
         self._require_sharded()
 
     def connect(self) -> None:
-        """Learn the rows of the ranks that hold other ones, and see that all are of one adapter."""
-        self.extents = gathered_extents(self.spans, self._shard_group)
+        """See that the rows of all ranks are of one adapter."""
+        self.cuts = no_cuts(self.spans)
         require_one_adapter(self._model, self.spans)
 
     def updating(self, optimizer: Optimizer) -> list[int]:

@@ -28,7 +28,7 @@ from adalora_scale.engines.planned import (
     statistics_part,
 )
 from adalora_scale.engines.ranks import several_ranks
-from adalora_scale.engines.span import Span, adapter_tensors, check_held, gathered_extents
+from adalora_scale.engines.span import Span, adapter_tensors, check_held, no_cuts
 from adalora_scale.engines.unused import take_all_part
 from adalora_scale.errors import Unsupported, UserError
 
@@ -70,7 +70,7 @@ class ReplicatedSharding(DirectSharding):
                     f"split over devices by device_map is not supported. Use one device a process."
                 )
         super().__init__(model, [parameter for _, parameter in tensors], optimizer)
-        self.spans = [Span(tensor=t, start=0, weight=p.detach().view(-1)) for t, p in tensors]
+        self.spans = [Span(tensor=t, start=0, weight=p.detach().view(-1), shape=tuple(p.shape)) for t, p in tensors]
         self._compared = False
         take_all_part(model)
         self._join = JoinWatch(model)
@@ -88,7 +88,7 @@ class ReplicatedSharding(DirectSharding):
 
     def connect(self) -> None:
         """Nothing to learn: this rank's spans are whole."""
-        self.extents = gathered_extents(self.spans, None)
+        self.cuts = no_cuts(self.spans)
 
     def all_reduce(self, buffer: Tensor) -> None:
         """Nothing to add: every rank holds all pieces."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,9 +15,6 @@ from adalora_scale.adalora.adaptables import FACTORS
 from adalora_scale.adalora.injection import adapter_layers
 from adalora_scale.engines.pieces import Piece, PieceState
 from adalora_scale.errors import UserError
-
-Extent = tuple[int, int]
-"""(start, length) of a span."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,19 @@ class Span:
     """Index of the first element in the whole tensor."""
     weight: Tensor
     """(length,) float32, a view of the optimizer's master weight; may be empty."""
+    shape: tuple[int, ...]
+    """Of the weight, its gradient and its moments where the optimizer keeps them."""
+    group: int = 0
+    """Spans of one group are updated in one call of the optimizer."""
 
 
 class StepFace(Protocol):
     """What an optimizer step asks of an engine. Indices and lists refer to `spans`."""
 
     spans: list[Span]
-    extents: list[list[Extent]]
-    """For every rank that holds different pieces (at least this one): where its spans lie."""
+    cuts: list[Tensor]
+    """For every span, (n,) int64 on the CPU: the positions inside the whole tensor at which one rank's piece ends and
+    another's begins. They follow from shapes and the number of ranks, and are the same on all of them."""
     calls_per_step: int
     """How often the engine calls the base optimizer in one step (DeepSpeed: once a parameter group or sub-group)."""
 
@@ -65,10 +68,14 @@ class StepFace(Protocol):
         """
 
     def gradients(self, indices: list[int]) -> list[Tensor]:
-        """Return (length,) views of these spans' reduced gradients; a missing gradient is created as zeros."""
+        """Return these spans' reduced gradients, of `Span.shape`; a missing gradient is created as zeros."""
 
-    def local_gradients(self) -> list[Tensor]:
-        """Return this rank's pieces of all gradients of the whole step, the adapters' and others'."""
+    def squares(self, gradients: list[Tensor]) -> Tensor:
+        """Return (2,) float32: this rank's sums of squares of these gradients, and of all of the whole step.
+
+        Args:
+            gradients: what `gradients` returned for the call in progress.
+        """
 
     def all_reduce(self, buffer: Tensor) -> None:
         """Sum `buffer` in place over the ranks that hold different pieces."""
@@ -97,7 +104,7 @@ class StepFace(Protocol):
         """Return how many steps the engine dropped, before they reached the optimizer, since the last question."""
 
     def moments(self) -> list[list[Tensor]]:
-        """Return, for every span, (length,) views of the optimizer's state that has one element a weight."""
+        """Return, for every span, the optimizer's state that has one element a weight, of `Span.shape`."""
 
 
 class StateFace(Protocol):
@@ -197,11 +204,6 @@ def check_held(tensors: list[tuple[AdapterTensor, nn.Parameter]], optimizer: Opt
             )
 
 
-def gathered_extents(spans: list[Span], group: dist.ProcessGroup | None) -> list[list[Extent]]:
-    """Return where the spans of every rank of `group` lie; a collective call, made once at attach."""
-    own = [(span.start, span.weight.numel()) for span in spans]
-    if group is None or dist.get_world_size(group) == 1:
-        return [own]
-    everyone: list[list[Extent]] = [[] for _ in range(dist.get_world_size(group))]
-    dist.all_gather_object(everyone, own, group=group)
-    return everyone
+def no_cuts(spans: Sequence[Span]) -> list[Tensor]:
+    """Return `StepFace.cuts` of spans that hold whole rows only, on every rank."""
+    return [torch.zeros(0, dtype=torch.int64, device="cpu") for _ in spans]

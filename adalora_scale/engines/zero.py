@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from adalora_scale.engines.pieces import Piece, PieceState, Place, flat_pieces, restore_flat, trained_parameters
 from adalora_scale.engines.probing import See, misplaced, same_values
-from adalora_scale.engines.span import LiveAdapters, Span, adapter_tensors, gathered_extents
+from adalora_scale.engines.span import LiveAdapters, Span, adapter_tensors
+from adalora_scale.engines.squares import squares_of
 from adalora_scale.engines.zero_layouts import layout_of, partition_scales, refuse_options
 from adalora_scale.errors import Unsupported, UserError
 
@@ -45,6 +46,7 @@ class ZeroSharding:
         self._device = self._parameters[0].device
         self._places = self._found_places()
         self._flats = self._layout.masters()
+        self._cutting = self._cut_flats()
         self.spans = self._views()
         self._seen = self._addresses()
         self.calls_per_step = self._layout.calls
@@ -53,8 +55,8 @@ class ZeroSharding:
         self._skipped = self._engine_skipped()
 
     def connect(self) -> None:
-        """Learn the pieces of the other ranks."""
-        self.extents = gathered_extents(self.spans, self._group)
+        """Find out where the pieces of all ranks meet."""
+        self.cuts = [self._layout.cuts(parameter) for parameter in self._parameters]
 
     # ---- where the spans are ------------------------------------------------------------------------------------
 
@@ -70,7 +72,7 @@ class ZeroSharding:
                     f"'{tensor.name}' has {weight.dtype} master weights; keep fp32 masters (remove "
                     f"bf16_master_weights_and_grads / fp16_master_weights_and_grads from DeepSpeed's configuration)."
                 )
-            spans.append(Span(tensor=tensor, start=start, weight=weight))
+            spans.append(Span(tensor=tensor, start=start, weight=weight, shape=(length,), group=group))
         return spans
 
     def _addresses(self) -> list[int]:
@@ -148,19 +150,48 @@ class ZeroSharding:
 
     def gradients(self, indices: list[int]) -> list[Tensor]:
         """Return (length,) views of the flat fp32 gradients."""
-        result = []
-        for index in indices:
-            group, offset, _, length = self._places[index]
+        flats = {}
+        for group in {self._places[index][0] for index in indices}:
             flat = self._flats[group]
             if flat.grad is None:
                 flat.grad = torch.zeros_like(flat)
-            result.append(flat.grad.view(-1)[offset : offset + length])
-        return result
+            flats[group] = flat.grad
+        found = self._split(flats)
+        return [found[index] for index in indices]
 
-    def local_gradients(self) -> list[Tensor]:
-        """Return the gradients of the group in progress and of those that wait for their turn."""
+    def squares(self, gradients: list[Tensor]) -> Tensor:
+        """Return the sums of squares of these, and of the groups in progress and those that wait for their turn."""
         ready = [flat.grad for flat in self._flats if flat.grad is not None]
-        return ready + self._layout.waiting_gradients()
+        everything = squares_of(ready + self._layout.waiting_gradients()).sum()
+        return torch.stack([squares_of(gradients).sum().to(everything.device), everything])
+
+    def _split(self, flats: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return span → its (length,) view of a flat tensor of its group; one operation a flat tensor."""
+        found = {}
+        for group, flat in flats.items():
+            # Of what lies between the adapters too: cutting everywhere is one operation, a view each is as many.
+            sizes, spans = self._cutting[group]
+            found.update({index: view for index, view in zip(spans, flat.split(sizes), strict=True) if index >= 0})
+        return found
+
+    def _cut_flats(self) -> dict[int, tuple[list[int], list[int]]]:
+        """Return group → sizes of consecutive pieces of its flat tensor, and whose they are (−1: no adapter's)."""
+        result = {}
+        for number, flat in enumerate(self._flats):
+            sizes, spans, end = [], [], 0
+            own = sorted((offset, length, i) for i, (g, offset, _, length) in enumerate(self._places) if g == number)
+            for offset, length, index in own:
+                if offset > end:
+                    sizes.append(offset - end)
+                    spans.append(-1)
+                sizes.append(length)
+                spans.append(index)
+                end = max(end, offset + length)
+            if flat.numel() > end:
+                sizes.append(flat.numel() - end)
+                spans.append(-1)
+            result[number] = sizes, spans
+        return result
 
     def cancel(self, optimizer: Optimizer) -> None:
         """Take the gradients away for the time of the call; FusedAdam also counts a step that does nothing."""
@@ -248,17 +279,12 @@ class ZeroSharding:
     def moments(self) -> list[list[Tensor]]:
         """Return the base optimizer's per-weight state of every span."""
         base = self._zero.optimizer
-        result = []
-        for group, offset, _, length in self._places:
-            flat = self._flats[group]
-            state = base.state.get(flat, {})
-            result.append(
-                [
-                    value.view(-1)[offset : offset + length]
-                    for value in state.values()
-                    if isinstance(value, Tensor) and value.numel() == flat.numel() and value.is_floating_point()
-                ]
-            )
+        result: list[list[Tensor]] = [[] for _ in self._places]
+        for group, flat in enumerate(self._flats):
+            for value in base.state.get(flat, {}).values():
+                if isinstance(value, Tensor) and value.numel() == flat.numel() and value.is_floating_point():
+                    for index, view in self._split({group: value.view(-1)}).items():
+                        result[index].append(view)
         return result
 
     def _engine_skipped(self) -> int:

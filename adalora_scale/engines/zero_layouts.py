@@ -43,6 +43,9 @@ class Layout(Protocol):
             UserError: the optimizer does not hold it.
         """
 
+    def cuts(self, parameter: nn.Parameter) -> Tensor:
+        """Return (n,) int64 on the CPU: the positions inside a parameter at which ranks' pieces of it meet."""
+
     def low_precision(self, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
         """Return what this rank keeps of these parameters' low-precision values between two steps."""
 
@@ -90,6 +93,14 @@ class FlatGroups:
             f"DeepSpeed's optimizer does not hold '{name}'. Call inject_adalora before deepspeed.initialize, pass the "
             f"parameters with requires_grad=True, and do not give parameters other memory after it (.data = …, .to)."
         )
+
+    def cuts(self, parameter: nn.Parameter) -> Tensor:
+        storage, length = parameter.untyped_storage().data_ptr(), parameter.numel()
+        for flat, master in zip(self.flats(), self.masters(), strict=True):
+            first = int(parameter.storage_offset() - flat.storage_offset())
+            if flat.untyped_storage().data_ptr() == storage and 0 <= first <= flat.numel() - length:
+                return multiples_within(master.numel(), first, first + length) - first
+        return multiples_within(1, 0, 0)
 
     def low_precision(self, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
         return parameters
@@ -163,6 +174,9 @@ class PartitionedGroups:
         length = max(0, min(numel, parameter.ds_numel - start))  # the last partitions are padded
         return (group, offset, start, length) if length else NOWHERE
 
+    def cuts(self, parameter: Any) -> Tensor:
+        return multiples_within(parameter.ds_tensor.ds_numel, 0, parameter.ds_numel)
+
     def low_precision(self, parameters: Sequence[Any]) -> Sequence[Tensor]:
         return [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]
 
@@ -223,6 +237,12 @@ def partition_scales(zero: Any) -> None:
         if parameter.ds_status.name == "AVAILABLE":
             parameter.partition()
     persistent[:] = [p for p in persistent if p.dtype != torch.uint8]
+
+
+def multiples_within(step: int, begin: int, end: int) -> Tensor:
+    """Return the multiples of `step` that lie between `begin` and `end`, neither included, int64 on the CPU."""
+    first = (begin // step + 1) * step
+    return torch.arange(first, max(first, end), step, dtype=torch.int64, device="cpu")
 
 
 def overlap(first: int, length: int, group: dist.ProcessGroup, size: int) -> tuple[int, int, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adalora_scale.adalora.score import ScoredPiece, add_column_sums
+from adalora_scale.adalora.score import ScoredPiece
 from adalora_scale.adalora.scores import score_named
 from adalora_scale.checkpoint.format import MANIFEST_NAME, Checkpoint, CheckpointError
 from adalora_scale.checkpoint.state import score_of
@@ -53,5 +53,5 @@ def _scores(checkpoint: Checkpoint) -> dict[str, Tensor]:
             pieces.append(ScoredPiece(factor, weights[-1].numel() // r, flat))
         scores[module] = torch.zeros(r, dtype=torch.float32)
         for value in score.contributions(pieces, weights):
-            add_column_sums(scores[module], value, start=0)
+            scores[module] += value.view(-1, r).sum(0)
     return scores

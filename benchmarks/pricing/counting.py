@@ -2,60 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_READS = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero")
-"""What makes a host wait for a device."""
+from adalora_scale.controller import RankAllocator
+
+_READS = (
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.equal.default,
+    torch.ops.aten.nonzero.default,
+)
 
 
-@dataclass
-class Counts:
-    """What was dispatched while a `Counter` was active; autograd's own operations are in it."""
-
-    operations: int = 0
-    """Without views."""
-    views: int = 0
-    reads: int = 0
-    """Times the host waited for a value; in `operations`, too."""
-    collectives: int = 0
-    collective_bytes: int = 0
-    """Of the tensors that collectives were called with."""
-
-    def __sub__(self, other: Counts) -> Counts:
-        mine, theirs = asdict(self), asdict(other)
-        return Counts(**{name: value - theirs[name] for name, value in mine.items()})
-
-    def as_dict(self) -> dict[str, int]:
-        """Return the figures by name."""
-        return asdict(self)
+FIGURES = ("operations", "views", "reads", "collectives", "bytes")
+"""What is counted."""
 
 
 class Counter(TorchDispatchMode):
-    """Counts what is dispatched inside."""
+    """Counts operations while it is entered; those inside an operation's own kernel are not seen."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts = Counts()
+        self.kernels = 0
+        """Operations that are neither views nor collectives."""
+        self.views = 0
+        self.reads = 0
+        """Times the host waits for values (`item`, `bool`, `equal`, `nonzero`); in `kernels`, too."""
+        self.collectives = self.bytes = 0
+        """Collectives, and the bytes of the tensors given to them."""
+
+    @property
+    def operations(self) -> int:
+        """Everything dispatched, views included."""
+        return self.kernels + self.views + self.collectives
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the figures by name."""
+        return {name: getattr(self, name) for name in FIGURES}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        counts = self.counts
         if function.namespace == "c10d":
-            counts.collectives += 1
-            counts.collective_bytes += sum(t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+            self.collectives += 1
+            self.bytes += sum(t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
         elif function.is_view:
-            counts.views += 1
+            self.views += 1
         else:
-            counts.operations += 1
-            counts.reads += function.name().split(".")[0] in _READS
+            self.kernels += 1
+            self.reads += function in _READS
         return function(*args, **(kwargs or {}))
 
 
@@ -92,11 +94,30 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
-def count(action: Callable[[], Any]) -> Counts:
-    """Return what `action` dispatches."""
+@contextlib.contextmanager
+def hooks_counted() -> Iterator[list[Counter]]:
+    """Count in the last element of the list that is given, which the caller appends to before each step."""
+    counters: list[Counter] = []
+
+    def counted(hook: Any) -> Any:
+        def wrapper(self: Any, optimizer: Any, args: Any, kwargs: Any) -> None:
+            with counters[-1]:
+                hook(self, optimizer, args, kwargs)
+
+        return wrapper
+
+    with (
+        mock.patch.object(RankAllocator, "_before_update", counted(RankAllocator._before_update)),
+        mock.patch.object(RankAllocator, "_after_update", counted(RankAllocator._after_update)),
+    ):
+        yield counters
+
+
+def count(action: Callable[[], Any]) -> dict[str, int]:
+    """Return what `action` dispatches, autograd's own operations included."""
     with Counter() as counter:
         action()
-    return counter.counts
+    return counter.as_dict()
 
 
 def peak_bytes(action: Callable[[], Any], device: str) -> int:

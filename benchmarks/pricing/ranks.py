@@ -7,20 +7,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from adalora_scale.controller import RankAllocator
 from adalora_scale.errors import UserError
 from adalora_scale.verify.engines import running
 from adalora_scale.verify.problem import Problem, token_loss
-from benchmarks.pricing.counting import Counter, Counts
+from benchmarks.pricing.counting import Counter, hooks_counted
 
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 PRESETS = ("default", "paper")
@@ -47,30 +43,13 @@ def start_ranks(count: int) -> dict[str, Any]:
         return figures
 
 
-@contextmanager
-def counting(counters: list[Counter]) -> Iterator[None]:
-    """Let the last of `counters` count what the allocator's two hooks dispatch."""
-
-    def counted(hook: Any) -> Any:
-        def wrapper(self: RankAllocator, *arguments: Any) -> None:
-            with counters[-1]:
-                hook(self, *arguments)
-
-        return wrapper
-
-    hooks = ("_before_update", "_after_update")
-    with mock.patch.multiple(RankAllocator, **{name: counted(getattr(RankAllocator, name)) for name in hooks}):
-        yield
-
-
-def added(engine: str, problem: Problem, steps: int = STEPS) -> list[tuple[Counts, bool]]:
+def added(engine: str, problem: Problem, steps: int = STEPS) -> list[tuple[Counter, bool]]:
     """Train on this process group; for every step return what was added, and whether it allocated."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = problem.adapted_model()
     batches = problem.batches(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    counters: list[Counter] = []
     allocated: list[bool] = []
-    with counting(counters), running(engine, "plain", problem, model) as runner:
+    with hooks_counted() as counters, running(engine, "plain", problem, model) as runner:
         for batch in batches[:steps]:
             counters.append(Counter())
             runner.begin(last=True)
@@ -78,7 +57,7 @@ def added(engine: str, problem: Problem, steps: int = STEPS) -> list[tuple[Count
             runner.step(last=True)
             allocation = runner.allocator.last_allocation
             allocated.append(allocation is not None and allocation.step == runner.allocator.step)
-    return [(counter.counts, flag) for counter, flag in zip(counters, allocated, strict=True)]
+    return list(zip(counters, allocated, strict=True))
 
 
 def _main(output: Path) -> None:

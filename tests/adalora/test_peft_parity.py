@@ -83,7 +83,7 @@ def test_same_weights_and_gradients_give_the_same_statistics_and_masks(target_r)
         feed()
         optimizer.step()
     for span, ours_i, ours_u in zip(
-        allocator._sharding.spans, *(allocator.statistics[n] for n in ("sensitivity", "uncertainty")), strict=True
+        allocator.sharding.spans, *(allocator.statistics[n] for n in ("sensitivity", "uncertainty")), strict=True
     ):
         key = f"{span.tensor.module}.{span.tensor.factor}.default"
         for ours, table in ((ours_i, peft_allocator.exp_avg_ipt), (ours_u, peft_allocator.exp_avg_unc)):

@@ -497,7 +497,7 @@ def test_parameter_groups_keep_their_own_rates():
 def test_parameter_without_gradient_counts_as_zero():
     """A layer that a batch does not use (PEFT: TypeError) has sensitivity that fades, and no crash."""
     run = Run().train(4)
-    index = [f"{s.tensor.module}.{s.tensor.factor}" for s in run.allocator._sharding.spans].index("blocks.1.up.lora_A")
+    index = [f"{s.tensor.module}.{s.tensor.factor}" for s in run.allocator.sharding.spans].index("blocks.1.up.lora_A")
     old = run.allocator.statistics["sensitivity"][index].clone()
 
     def drop(model):

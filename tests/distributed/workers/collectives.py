@@ -1,39 +1,25 @@
-"""Counts what the hooks dispatch in every optimizer step: collectives, and kernels that are not views.
+"""Counts what the hooks dispatch in every optimizer step: collectives, operations, and numbers that are read.
 
-run_ranks(…, args=[CELL…])    CELL is engine:layers:preset
+run_ranks(…, args=[CELL…])    CELL is engine:layers:preset; engine zero3+whole has sub-groups of DeepSpeed's own size
 """
 
 import os
 import sys
+from contextlib import nullcontext
 from unittest import mock
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from adalora_scale.controller import RankAllocator
+from adalora_scale.engines.zero_place import Zero, Zero3
 from adalora_scale.verify.engines import running
 from adalora_scale.verify.problem import Problem, token_loss
+from benchmarks.pricing.counting import Counter, hooks_counted
 from tests.distributed.launcher import report
 
 STEPS = 12
-
-
-class Counter(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.collectives = self.kernels = self.bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d":
-            self.collectives += 1
-            self.bytes += sum(t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
-        elif not function.is_view:
-            self.kernels += 1
-        return function(*args, **(kwargs or {}))
 
 
 class LayeredProblem(Problem):
@@ -50,14 +36,6 @@ class LayeredProblem(Problem):
         return AutoModelForCausalLM.from_config(config).to(dtype)
 
 
-def counted(hook, counters):
-    def wrapper(self, optimizer, args, kwargs):
-        with counters[-1]:
-            hook(self, optimizer, args, kwargs)
-
-    return wrapper
-
-
 def main(*cells):
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -68,14 +46,15 @@ def main(*cells):
     report(probe=[probe.collectives, probe.bytes])
     for cell in cells:
         engine, layers, preset = cell.split(":")
+        engine, _, whole = engine.partition("+")
         LayeredProblem.layers = int(layers)
         problem = LayeredProblem(model=None, device=torch.device("cpu"), ranks=ranks, preset=preset)
         model = problem.adapted_model()
         batches = problem.batches(model.config.vocab_size)
-        counters, allocations = [], []
+        allocations, frozen = [], []
         with (
-            mock.patch.object(RankAllocator, "_before_update", counted(RankAllocator._before_update, counters)),
-            mock.patch.object(RankAllocator, "_after_update", counted(RankAllocator._after_update, counters)),
+            mock.patch.object(Zero3, "by_hand_config", Zero.by_hand_config) if whole else nullcontext(),
+            hooks_counted() as counters,
             running(engine, "plain", problem, model) as runner,
         ):
             for batch in batches[:STEPS]:
@@ -85,15 +64,19 @@ def main(*cells):
                 runner.step(last=True)
                 allocation = runner.allocator.last_allocation
                 allocations.append(allocation is not None and allocation.step == runner.allocator.step)
-            calls = runner.allocator._sharding.calls_per_step
-            slots = runner.allocator._reduction.split_rows
+                frozen.append(runner.allocator.frozen)
+            calls = runner.allocator.sharding.calls_per_step
+            slots = runner.allocator._attached().reduction.split_rows
         report(
             **{
                 cell: {
                     "collectives": [counter.collectives for counter in counters],
                     "bytes": [counter.bytes for counter in counters],
                     "kernels": [counter.kernels for counter in counters],
+                    "operations": [counter.operations for counter in counters],
+                    "reads": [counter.reads for counter in counters],
                     "allocations": allocations,
+                    "frozen": frozen,
                     "calls": calls,
                     "slots": slots,
                 }

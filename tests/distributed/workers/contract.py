@@ -172,7 +172,7 @@ def check_run(
         "alive": alive,
         "masks": masks == expected.masks,
         "calls": allocator.sharding.calls_per_step,
-        "split_rows": allocator._attached_reduction().split_rows,
+        "split_rows": allocator._attached().reduction.split_rows,
     }
 
 

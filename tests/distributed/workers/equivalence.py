@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 
 from adalora_scale.controller import RankAllocator
-from adalora_scale.controller.rows import FactorRows
+from adalora_scale.controller.rows import SplitRows
 from adalora_scale.controller.step_sums import StepReduction
+from adalora_scale.controller.triplets import Triplets
 from adalora_scale.engines.fsdp2 import DTensorSharding
 from adalora_scale.engines.zero import ZeroSharding
-from adalora_scale.errors import Unsupported
+from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.verify.engines import train
 from adalora_scale.verify.matrix import expected_outcomes, judge, why_not
 from adalora_scale.verify.problem import Problem
@@ -85,14 +86,14 @@ def lambda_zeroed_in_the_copy_only():
         attached.append(self)
         return original(self, target)
 
-    def zero(sharding, mask):
+    def zero(self, mask):
         layers = attached[-1]._layers
         for layer, row in zip(layers, mask.view(len(layers), -1), strict=True):
             layer.lora_E.mul_(row)
 
     with (
         mock.patch.object(RankAllocator, "attach", attach),
-        mock.patch("adalora_scale.controller.allocator.zero_lambda", zero),
+        mock.patch.object(Triplets, "zero_lambda", zero),
     ):
         yield
 
@@ -108,8 +109,8 @@ def masters_not_published():
 def split_rows_ignored():
     """Rows that two ranks hold halves of are left out of Gram and gradient."""
     with (
-        mock.patch.object(FactorRows, "write_split", lambda self, out, pieces: None),
-        mock.patch.object(FactorRows, "add_split", lambda self, pieces, rows: None),
+        mock.patch.object(SplitRows, "write", lambda self, out, weights: None),
+        mock.patch.object(SplitRows, "put", lambda self, out, products: out.index_fill_(0, self.elements, 0.0)),
     ):
         yield
 
@@ -131,10 +132,12 @@ def shapes_seen(shapes):
 
     def attach(self, target):
         result = original(self, target)
-        sharding = self._sharding
+        sharding = self.sharding
+        empty = torch.tensor(sum(span.weight.numel() == 0 for span in sharding.spans))
+        dist.all_reduce(empty)
         shapes.update(
-            split_rows=self._reduction.split_rows,
-            empty_spans=sum(length == 0 for rank in sharding.extents for _, length in rank),
+            split_rows=self._attached().reduction.split_rows,
+            empty_spans=int(empty),
             calls=sharding.calls_per_step,
         )
         return result
@@ -165,7 +168,7 @@ def main(model, bits, preset, expected_file, *cells):
         try:
             with MUTANTS[mutant](), shapes_seen(shapes):
                 outcome = train(engine, variant, problem)
-        except Unsupported as refusal:  # masters that are not what the forward computes with are not even read
+        except (Unsupported, UserError) as refusal:  # masters that the forward does not compute with are not read
             report(**{name: {"verdict": "fail", "reason": str(refusal)} | shapes})
             continue
         cell = judge(engine, variant, outcome, expected[variant])

@@ -27,7 +27,7 @@ def snapshot(runner):
     allocator = runner.allocator
     states = [value for state in runner.optimizer.state.values() for value in state.values()]
     return {
-        "weights": [span.weight.clone() for span in allocator._sharding.spans],
+        "weights": [span.weight.clone() for span in allocator.sharding.spans],
         "moments": [local(value).clone() for value in states if isinstance(value, torch.Tensor)],
         **{name: [tensor.clone() for tensor in tensors] for name, tensors in allocator.statistics.items()},
     }

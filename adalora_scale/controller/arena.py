@@ -1,0 +1,204 @@
+"""The adapter arena: this rank's spans in one flat float32 order, so that a step is a few batched operations.
+
+Spans of one shape lie next to each other, as a *block*: (n, rows, r) of n tensors is a view of the arena. Index tensors
+and views are made once, at attach. The arena has two flat tensors, for weights and for whatever else is worked on
+(gradients, the penalty's, masks); tensors come in, and go back, by one multi-tensor operation. Their memory is there
+only within a step, and only as much of it as the step needs: for the default score that of λ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adalora_scale.adalora.layer import FACTORS
+from adalora_scale.engines.span import Sharding, Span
+
+
+@dataclass(frozen=True)
+class Block:
+    """Spans of one shape, equally cut, of tensors of one shape, next to each other."""
+
+    factor: str
+    rows: int
+    """Rows of the whole tensors; 1 for `lora_E`."""
+    r: int
+    members: tuple[int, ...]
+    """The spans, in the order in which they lie."""
+    layers: tuple[int, ...]
+    """The position of each one's module among the adapted modules."""
+    offset: int
+    """Of the first element, in the arena."""
+    length: int
+    """Elements of each member."""
+    head: int
+    """Elements of each before its first whole row."""
+    whole: int
+    """Whole rows of each."""
+
+    @property
+    def size(self) -> int:
+        """Elements of all members."""
+        return len(self.members) * self.length
+
+    def rows_in(self, flat: Tensor, offset: int) -> Tensor:
+        """Return the whole rows of all members, a (members, whole, r) view of a flat tensor.
+
+        Args:
+            flat: (elements,) contiguous.
+            offset: where the block's first element lies in it.
+        """
+        shape, strides = (len(self.members), self.whole, self.r), (self.length, self.r, 1)
+        if not self.whole:  # as_strided would look beyond the end
+            return flat[:0].view(len(self.members), 0, self.r)
+        return flat.as_strided(shape, strides, flat.storage_offset() + offset + self.head)
+
+
+@dataclass(frozen=True)
+class RowPiece:
+    """A span's elements of a row that it does not hold whole: its head or its tail."""
+
+    span: int
+    row: int
+    """In the whole tensor."""
+    column: int
+    """Of the first element."""
+    position: int
+    """Of the first element, in the arena."""
+    length: int
+
+
+class Scratch:
+    """A flat float32 tensor whose views are made once, and whose memory is there while it is open."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.flat = torch.empty(size, dtype=torch.float32, device=device)
+        """(size,); what it holds is undefined until written to after `open`, and views are made while it is open."""
+
+    def open(self, elements: int) -> None:
+        """Have memory for the first elements at least; what is in it stays."""
+        storage = self.flat.untyped_storage()
+        needed = elements * self.flat.element_size()
+        if storage.nbytes() < needed:
+            storage.resize_(needed)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.flat.untyped_storage().resize_(0)
+
+
+class Arena:
+    """The order, the two flat tensors, and their views.
+
+    Args:
+        sharding: where the adapters are. An engine may give them other memory; `follow` notices.
+    """
+
+    def __init__(self, sharding: Sharding) -> None:
+        self._sharding = sharding
+        spans = sharding.spans
+        self.device = spans[0].weight.device
+        self.blocks = _blocks(spans)
+        """λ's first."""
+        self.size = sum(block.size for block in self.blocks)
+        offsets = {m: b.offset + n * b.length for b in self.blocks for n, m in enumerate(b.members)}
+        self.row_pieces = [piece for index, offset in offsets.items() for piece in _row_pieces(index, spans, offset)]
+        self.weights, self.work = Scratch(self.size, self.device), Scratch(self.size, self.device)
+        self._weight_views = {i: self._view(self.weights, spans[i], offset) for i, offset in offsets.items()}
+        self.work_views = {i: self._view(self.work, spans[i], offset) for i, offset in offsets.items()}
+        """Span → its place in `work`, shaped as the engine holds it; spans without an element have none."""
+        self.weight_rows = [block.rows_in(self.weights.flat, block.offset) for block in self.blocks]
+        self.weight_columns = [rows.mT for rows in self.weight_rows]
+        """The whole rows of every block, (members, rows, r) and (members, r, rows)."""
+        self.work_rows = [block.rows_in(self.work.flat, block.offset) for block in self.blocks]
+        self._plans: dict[Collection[int], tuple[list[int], list[Tensor], int]] = {}
+        self._held: list[Tensor] = []
+        self._spans: list[Span] | None = None
+        self.held()
+        self.close()
+
+    @property
+    def lambda_size(self) -> int:
+        """Elements of λ, which lie first."""
+        return sum(block.size for block in self.blocks if block.factor == "lora_E")
+
+    def end_of(self, spans: Collection[int]) -> int:
+        """Return how much of the flat tensors is needed for these spans."""
+        chosen = set(spans)
+        return max((b.offset + b.size for b in self.blocks if chosen.intersection(b.members)), default=0)
+
+    def held(self) -> list[Tensor]:
+        """Return every span's weight where the optimizer keeps it now, shaped as the engine holds it."""
+        if self._spans is not self._sharding.spans:
+            self._spans = self._sharding.spans
+            self._held = [span.weight.view(span.shape) for span in self._spans]
+        return self._held
+
+    def read_weights(self, spans: tuple[int, ...]) -> None:
+        """Bring these spans' weights of now into `weights`."""
+        if spans not in self._plans:
+            chosen = [i for i in spans if i in self._weight_views]
+            self._plans[spans] = chosen, [self._weight_views[i] for i in chosen], self.end_of(chosen)
+        chosen, views, end = self._plans[spans]
+        if chosen:
+            held = self.held()
+            self.weights.open(end)
+            torch._foreach_copy_(views, [held[i] for i in chosen])
+
+    def close(self) -> None:
+        """Give the memory of the flat tensors back, at the end of a step."""
+        self.weights.close()
+        self.work.close()
+
+    def _view(self, scratch: Scratch, span: Span, offset: int) -> Tensor:
+        return scratch.flat[offset : offset + span.weight.numel()].view(span.shape)
+
+
+def _blocks(spans: Sequence[Span]) -> list[Block]:
+    groups: dict[tuple[bool, int, int, int, int, int, int], list[int]] = {}
+    for index, span in enumerate(spans):
+        tensor, length = span.tensor, span.weight.numel()
+        if length:
+            kind = FACTORS.index(tensor.factor)
+            head = min(-span.start % tensor.r, length)
+            key = (tensor.factor != "lora_E", span.group, kind, tensor.rows, tensor.r, head, length)
+            groups.setdefault(key, []).append(index)
+    blocks, offset = [], 0
+    for key in sorted(groups):
+        *_, kind, rows, r, head, length = key
+        members = tuple(groups[key])
+        layers = tuple(spans[i].tensor.layer for i in members)
+        block = Block(FACTORS[kind], rows, r, members, layers, offset, length, head, (length - head) // r)
+        blocks.append(block)
+        offset += block.size
+    return blocks
+
+
+def _row_pieces(index: int, spans: Sequence[Span], position: int) -> list[RowPiece]:
+    span = spans[index]
+    start, length, r = span.start, span.weight.numel(), span.tensor.r
+    head = min(-start % r, length)
+    tail = (length - head) % r
+    pieces = [RowPiece(index, start // r, start % r, position, head)] if head else []
+    if tail:
+        first = length - tail
+        pieces.append(RowPiece(index, (start + first) // r, 0, position + first, tail))
+    return pieces
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute float32 products in float32, whatever `allow_tf32` or `set_float32_matmul_precision` say."""
+    kinds = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, value in zip(kinds, before, strict=True):
+            kind.fp32_precision = value

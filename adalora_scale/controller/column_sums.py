@@ -1,0 +1,63 @@
+"""From what each element adds to the score of its triplet to one number a triplet, over all spans of this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adalora_scale.controller.arena import Arena, Block
+
+
+class ColumnSums:
+    """Sums over rows and factors; always in the same order, so that a run repeats bit for bit.
+
+    Args:
+        arena: this rank's spans.
+        blocks: those that are summed over, in order.
+        layers: number of adapted modules, each of r triplets.
+        r: triplets of each.
+    """
+
+    def __init__(self, arena: Arena, blocks: Sequence[Block], layers: int, r: int) -> None:
+        self._blocks, self._r = list(blocks), r
+        offset_in_values, first_row = 0, 0
+        rows_of: list[list[int]] = [[] for _ in range(layers)]  # rows of the table below that are a layer's
+        begins: dict[int, int] = {}  # span -> its first element among the values
+        layer_of: dict[int, int] = {}
+        for block in self._blocks:
+            for number, (span, layer) in enumerate(zip(block.members, block.layers, strict=True)):
+                begins[span] = offset_in_values + number * block.length
+                layer_of[span] = layer
+                rows_of[layer].append(first_row + number)
+            first_row += len(block.members)
+            offset_in_values += block.size
+        elements: list[int] = []
+        places: list[int] = []
+        starts = {m: b.offset + n * b.length for b in self._blocks for n, m in enumerate(b.members)}
+        pieces = [piece for piece in arena.row_pieces if piece.span in begins]
+        for number, piece in enumerate(pieces):
+            begin = begins[piece.span] + piece.position - starts[piece.span]
+            elements += range(begin, begin + piece.length)
+            places += range(number * r + piece.column, number * r + piece.column + piece.length)
+            rows_of[layer_of[piece.span]].append(first_row + number)
+        self._pieces = len(pieces)
+        nothing = first_row + len(pieces)  # a row of zeros
+        most = max(map(len, rows_of))
+        table = [[*own, *[nothing] * (most - len(own))] for own in rows_of]
+        self._table = torch.tensor(table, dtype=torch.long, device=arena.device)
+        self._elements = torch.tensor(elements, dtype=torch.long, device=arena.device)
+        self._places = torch.tensor(places, dtype=torch.long, device=arena.device)
+
+    def of(self, values: Sequence[Tensor]) -> Tensor:
+        """Return (layers · r,) float32, ordered by (layer, k).
+
+        Args:
+            values: what each element adds, (size,) of every block.
+        """
+        zeros = torch.zeros(self._pieces + 1, self._r, dtype=torch.float32, device=self._table.device)
+        if self._pieces:
+            zeros.view(-1).index_copy_(0, self._places, torch.cat(list(values)).index_select(0, self._elements))
+        sums = [block.rows_in(value, 0).sum(1) for block, value in zip(self._blocks, values, strict=True)]
+        return torch.cat([*sums, zeros])[self._table].sum(1).view(-1)
