@@ -1,6 +1,7 @@
-"""The files of a run's folder that its report is made of, and the report (of scores: `score_lines.py`)."""
+"""The files of a run's folder that its report is made of, and the report."""
 
 RUN_NAME = "run.json"
 METRICS_NAME = "metrics.jsonl"
 RANKS_NAME = "ranks.jsonl"
+SCORES_NAME = "scores.jsonl"
 REPORT_NAME = "report.html"

@@ -11,9 +11,8 @@ from adalora_scale.errors import UserError
 from adalora_scale.messages import quoted
 from adalora_scale.reading.folders import own_file
 from adalora_scale.reading.json_text import as_object, parse_json, read_bytes, read_object
-from adalora_scale.report.names import METRICS_NAME, RANKS_NAME, RUN_NAME
+from adalora_scale.report.names import METRICS_NAME, RANKS_NAME, RUN_NAME, SCORES_NAME
 from adalora_scale.report.score_lines import FORMAT
-from adalora_scale.report.score_lines import NAME as SCORES_NAME
 
 _MOST_BYTES = 2**29
 

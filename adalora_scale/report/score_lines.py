@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 
 from adalora_scale.errors import UserError
 
-NAME = "scores.jsonl"
 FORMAT = 1
 _MOST_LINES = 64
 _MOST_BYTES = 4 * 2**20

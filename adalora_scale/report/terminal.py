@@ -12,9 +12,8 @@ from typing import Any
 from adalora_scale.errors import UserError
 from adalora_scale.messages import printable
 from adalora_scale.report.grid import Stack, grids
-from adalora_scale.report.names import METRICS_NAME
+from adalora_scale.report.names import METRICS_NAME, SCORES_NAME
 from adalora_scale.report.run_files import read_scored
-from adalora_scale.report.score_lines import NAME as SCORES_NAME
 from adalora_scale.report.sections import UNITS
 from adalora_scale.report.why import Decision, Standing, decision, find_module
 

@@ -20,8 +20,7 @@ from adalora_scale.export.peft_adalora import gather_adapter, write_gathered
 from adalora_scale.export.stock_saving import is_readable, save_adapter_alone
 from adalora_scale.export.whole_adapter import WholeAdapter, unwrapped
 from adalora_scale.messages import say
-from adalora_scale.report.names import METRICS_NAME, RANKS_NAME
-from adalora_scale.report.score_lines import NAME as SCORES_NAME
+from adalora_scale.report.names import METRICS_NAME, RANKS_NAME, SCORES_NAME
 from adalora_scale.training.idle import FirstStep
 from adalora_scale.training.lease import Lease, take
 from adalora_scale.training.records import JsonLines

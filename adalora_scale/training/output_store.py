@@ -13,8 +13,7 @@ from typing import Any
 from adalora_scale.errors import UserError
 from adalora_scale.files import is_url
 from adalora_scale.messages import say
-from adalora_scale.report.names import METRICS_NAME, RANKS_NAME
-from adalora_scale.report.score_lines import NAME as SCORES_NAME
+from adalora_scale.report.names import METRICS_NAME, RANKS_NAME, SCORES_NAME
 from adalora_scale.store.address import check_address
 from adalora_scale.store.client import Store
 

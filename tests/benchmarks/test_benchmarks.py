@@ -111,12 +111,12 @@ def test_checkpoints_of_both_kinds_of_a_tiny_shape(tmp_path):
 
 
 def test_the_price_of_a_step_at_a_tiny_shape(tmp_path):
-    """Every method trains over both bases; counts, which do not depend on the machine, are in order."""
+    """Every method trains, PEFT's over bitsandbytes' own layers; counts are in order whatever the machine."""
     output = tmp_path / "price.json"
-    done = run("price.py", "--shapes", "seconds", "--rounds", 2, "--ranks", 0, "--output", output)
+    done = run("price.py", "--shapes", "seconds", "--bases", "4bit", "--rounds", 2, "--ranks", 0, "--output", output)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(output.read_text())
-    assert [one["base"] for one in figures["tables"]] == ["16bit", "4bit"]
+    assert [one["base"] for one in figures["tables"]] == ["4bit"]
     for one in figures["tables"]:
         methods = one["methods"]
         assert len(methods) == 9 and all(len(m["step_seconds"]) == 2 for m in methods.values())
