@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -105,7 +106,9 @@ class Arena:
         self.blocks = _blocks(spans)
         """λ's first."""
         self.size = sum(block.size for block in self.blocks)
-        offsets = {m: b.offset + n * b.length for b in self.blocks for n, m in enumerate(b.members)}
+        self.offsets = begins_in(self.blocks, [block.offset for block in self.blocks])
+        """Span → its first element; spans without an element have none."""
+        offsets = self.offsets
         self.row_pieces = [piece for index, offset in offsets.items() for piece in _row_pieces(index, spans, offset)]
         self.weights, self.work = Scratch(self.size, self.device), Scratch(self.size, self.device)
         self._weight_views = {i: self._view(self.weights, spans[i], offset) for i, offset in offsets.items()}
@@ -156,6 +159,17 @@ class Arena:
 
     def _view(self, scratch: Scratch, span: Span, offset: int) -> Tensor:
         return scratch.flat[offset : offset + span.weight.numel()].view(span.shape)
+
+
+def first_elements(blocks: Sequence[Block]) -> list[int]:
+    """Return where each block begins in a flat tensor that holds these blocks alone."""
+    return [0, *accumulate(block.size for block in blocks)][:-1]
+
+
+def begins_in(blocks: Sequence[Block], begins: Sequence[int]) -> dict[int, int]:
+    """Return span → its first element in a flat tensor in which these blocks begin at `begins`."""
+    pairs = zip(blocks, begins, strict=True)
+    return {member: begin + n * block.length for block, begin in pairs for n, member in enumerate(block.members)}
 
 
 def _blocks(spans: Sequence[Span]) -> list[Block]:

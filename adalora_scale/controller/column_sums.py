@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adalora_scale.controller.arena import Arena, Block
+from adalora_scale.controller.arena import Arena, Block, begins_in, first_elements
 
 
 class ColumnSums:
@@ -22,23 +22,20 @@ class ColumnSums:
 
     def __init__(self, arena: Arena, blocks: Sequence[Block], layers: int, r: int) -> None:
         self._blocks, self._r = list(blocks), r
-        offset_in_values, first_row = 0, 0
+        first_row = 0
         rows_of: list[list[int]] = [[] for _ in range(layers)]  # rows of the table below that are a layer's
-        begins: dict[int, int] = {}  # span -> its first element among the values
         layer_of: dict[int, int] = {}
         for block in self._blocks:
             for number, (span, layer) in enumerate(zip(block.members, block.layers, strict=True)):
-                begins[span] = offset_in_values + number * block.length
                 layer_of[span] = layer
                 rows_of[layer].append(first_row + number)
             first_row += len(block.members)
-            offset_in_values += block.size
         elements: list[int] = []
         places: list[int] = []
-        starts = {m: b.offset + n * b.length for b in self._blocks for n, m in enumerate(b.members)}
+        begins = begins_in(self._blocks, first_elements(self._blocks))  # among the values
         pieces = [piece for piece in arena.row_pieces if piece.span in begins]
         for number, piece in enumerate(pieces):
-            begin = begins[piece.span] + piece.position - starts[piece.span]
+            begin = begins[piece.span] + piece.position - arena.offsets[piece.span]
             elements += range(begin, begin + piece.length)
             places += range(number * r + piece.column, number * r + piece.column + piece.length)
             rows_of[layer_of[piece.span]].append(first_row + number)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adalora_scale.adalora.score import Score, ScoredPiece
-from adalora_scale.controller.arena import Arena, Block
+from adalora_scale.controller.arena import Arena, Block, begins_in, first_elements
 from adalora_scale.controller.column_sums import ColumnSums
 from adalora_scale.engines import Sharding
 
@@ -44,6 +44,7 @@ class Scoring:
         self.score, self._sharding, self._arena, self._final_step = score, sharding, arena, final_step
         self._blocks = [block for block in arena.blocks if block.factor in score.factors]
         self._size = sum(block.size for block in self._blocks)
+        self._firsts = first_elements(self._blocks)  # among the statistics
         self.spans = tuple(i for i, span in enumerate(sharding.spans) if span.tensor.factor in score.factors)
         """The spans of the score's factors."""
         self._end = arena.end_of(self.spans)
@@ -58,7 +59,7 @@ class Scoring:
     def statistics(self) -> dict[str, list[Tensor]]:
         """The score's statistics by name, one (length,) tensor a span of its factors; none once released."""
         lengths = {i: self._sharding.spans[i].weight.numel() for i in self.spans}
-        begins = self._begins()
+        begins = begins_in(self._blocks, self._firsts)
         return {
             name: [flat[begins.get(i, 0) : begins.get(i, 0) + length] for i, length in lengths.items()]
             for name, flat in self._statistics.items()
@@ -69,10 +70,8 @@ class Scoring:
         self.release()
         zeros = torch.zeros(self._size, dtype=torch.float32, device=self._arena.device)
         self._statistics = {name: zeros.clone() for name in self.score.statistics}
-        self._live, begin = True, 0
-        for block in self._blocks:
-            self._pieces.append(self._piece(block, begin, block.size))
-            begin += block.size
+        self._live = True
+        self._pieces = [self._piece(b, begin, b.size) for b, begin in zip(self._blocks, self._firsts, strict=True)]
 
     def release(self) -> None:
         """Give the statistics' memory back: nothing is allocated any more."""
@@ -133,14 +132,6 @@ class Scoring:
         self._sharding.all_reduce(out)
         return out
 
-    def _begins(self) -> dict[int, int]:
-        begins, begin = {}, 0
-        for block in self._blocks:
-            for member in block.members:
-                begins[member] = begin
-                begin += block.length
-        return begins
-
     def _piece(self, block: Block, begin: int, size: int) -> ScoredPiece:
         part = {name: flat[begin : begin + size] for name, flat in self._statistics.items()}
         return ScoredPiece(block.factor, block.rows, part)
@@ -156,8 +147,8 @@ class Scoring:
         position = {index: number for number, index in enumerate(indices)}
         work, weights = self._arena.work.flat, self._arena.weights.flat
         spans: list[int] = []
-        pieces, runs, begin = [], [], 0
-        for block in self._blocks:
+        pieces, runs = [], []
+        for block, begin in zip(self._blocks, self._firsts, strict=True):
             run = 0  # members of the run that ends here
             for number in range(len(block.members) + 1):
                 if number < len(block.members) and block.members[number] in position:
@@ -168,7 +159,6 @@ class Scoring:
                     pieces.append(self._piece(block, begin + first, run * block.length))
                     runs.append(slice(block.offset + first, block.offset + first + run * block.length))
                     run = 0
-            begin += block.size
         return _Seen(
             spans=tuple(spans),
             positions=[position[index] for index in spans],

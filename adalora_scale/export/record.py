@@ -13,9 +13,10 @@ from adalora_scale.installed import version_of
 from adalora_scale.reading.checksums import file_checksum
 from adalora_scale.reading.json_text import read_object
 from adalora_scale.reading.written import RECORD_NAME, TOOL
+from adalora_scale.report.names import LINE_FILES, RUN_NAME
 
 REPORT_NAME = RECORD_NAME
-_RUN_FILES = ("run.json", "metrics.jsonl", "ranks.jsonl", "scores.jsonl")
+_RUN_FILES = (RUN_NAME, *LINE_FILES)
 _HASHED = 2**20  # bytes: what people edit by hand is small; reading 140 GB again takes minutes
 _SHOWN = 3
 

@@ -124,9 +124,13 @@ def place_model(
     """
     # Each rank by itself up to here, and then in collectives: a file that is damaged on one machine ends all ranks.
     loader = together(lambda: _prepared(config, engine, arguments, label_names, fit_ranks, rows))
-    model = together(lambda: engine.load(loader, device=arguments.device, bf16=bf16))
-    together(lambda: tile_mlps(model, config.training.get("tiled_mlp", 1)))
-    return model
+
+    def load() -> nn.Module:
+        model = engine.load(loader, device=arguments.device, bf16=bf16)
+        tile_mlps(model, config.training.get("tiled_mlp", 1))
+        return model
+
+    return together(load)
 
 
 def _prepared(

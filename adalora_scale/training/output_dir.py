@@ -10,18 +10,12 @@ from typing import Any
 
 from adalora_scale.errors import UserError
 from adalora_scale.files import require_local, write_probe
+from adalora_scale.report.names import LINE_FILES, RUN_NAME
 from adalora_scale.training.lease import Lease, held
 from adalora_scale.training.output_store import TO_A_STORE, check_keys, check_output_store
 from adalora_scale.training.stopping import stopping
 
-_RUN_FILES = (
-    "run.json",
-    "metrics.jsonl",
-    "ranks.jsonl",
-    "scores.jsonl",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-)
+_RUN_FILES = (RUN_NAME, *LINE_FILES, "adapter_config.json", "adapter_model.safetensors")
 
 
 @contextlib.contextmanager

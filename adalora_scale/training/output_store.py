@@ -13,7 +13,7 @@ from typing import Any
 from adalora_scale.errors import UserError
 from adalora_scale.files import is_url
 from adalora_scale.messages import say
-from adalora_scale.report.names import METRICS_NAME, RANKS_NAME, SCORES_NAME
+from adalora_scale.report.names import LINE_FILES
 from adalora_scale.store.address import check_address
 from adalora_scale.store.client import Store
 
@@ -21,8 +21,6 @@ KEY = "training.output_store"
 TO_A_STORE = f", and the store as {KEY}"
 """What `require_local` says of a URL in output_dir."""
 RESUME_KEY = "training.resume_from_checkpoint"
-LINES = (METRICS_NAME, RANKS_NAME, SCORES_NAME)
-"""What a continued run needs beside a checkpoint."""
 OWNER_NAME = ".run"
 """The object that says which start of which run wrote there last."""
 FETCHED_NAME = ".resumed"
@@ -106,7 +104,7 @@ def bring(asked: str | bool, output_dir: Path, url: str | None) -> str | bool:
         say(f"downloading {asked}")
         target = output_dir if own else output_dir / FETCHED_NAME
         store = Store(RESUME_KEY, folder)
-        fetched = stored.fetch(store, name, target, LINES)
+        fetched = stored.fetch(store, name, target, LINE_FILES)
         _bring_best(store, fetched)
         return str(fetched)
     if url is not None and (asked is True or asked == "auto"):
@@ -139,7 +137,7 @@ def _bring_newest(store: Store, output_dir: Path, *, damaged_too: bool) -> None:
         name = f"checkpoint-{step}"
         say(f"downloading {store.url}/{name}")
         try:
-            _bring_best(store, stored.fetch(store, name, output_dir, LINES))
+            _bring_best(store, stored.fetch(store, name, output_dir, LINE_FILES))
         except CheckpointError as error:
             if damaged_too:
                 raise

@@ -22,14 +22,15 @@ from adalora_scale.checkpoint.background import step_back
 from adalora_scale.checkpoint.errors import CheckpointError
 from adalora_scale.errors import UserError, WrongEnd
 from adalora_scale.export.adapter_file import CONFIG_NAME, WEIGHTS_NAME
+from adalora_scale.export.model_card import CARD_NAME
 from adalora_scale.export.output import TOKENIZER_FILES
 from adalora_scale.messages import cause, say
-from adalora_scale.report.names import REPORT_NAME, RUN_NAME
+from adalora_scale.report.names import LINE_FILES, REPORT_NAME, RUN_NAME
 from adalora_scale.store.client import Store, StoreError
-from adalora_scale.training.output_store import KEY, LINES, OWNER_NAME
+from adalora_scale.training.output_store import KEY, OWNER_NAME
 from adalora_scale.training.records import WRONG_END_NAME
 
-_RESULTS = (WEIGHTS_NAME, CONFIG_NAME, REPORT_NAME, "README.md")
+_RESULTS = (WEIGHTS_NAME, CONFIG_NAME, REPORT_NAME, CARD_NAME)
 _PAUSES_S = (1.0, 5.0, 15.0)
 """Between tries at the end of a run, when there is no next checkpoint to wait for."""
 
@@ -138,7 +139,7 @@ class Uploader:
         """
         self.settle()
         vocabulary = getattr(tokenizer, "vocab_files_names", None) or {}
-        names = dict.fromkeys((*_RESULTS, *TOKENIZER_FILES, *vocabulary.values(), *LINES))
+        names = dict.fromkeys((*_RESULTS, *TOKENIZER_FILES, *vocabulary.values(), *LINE_FILES))
         there = [name for name in names if (self._output_dir / name).is_file()]
 
         def put() -> None:
@@ -179,7 +180,7 @@ class Uploader:
         self._require_own()
         while (folder := self._choose()) is not None:
             try:
-                beside = [path for name in LINES if (path := self._output_dir / name).is_file()]
+                beside = [path for name in LINE_FILES if (path := self._output_dir / name).is_file()]
                 stored.upload(self.store, folder, beside)
                 self._there.add(folder)
             except CheckpointError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -61,39 +60,6 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all tensors that are alive: those of before, and those made inside; `peak` is the most."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._known: dict[int, int] = {}
-        self.now = 0
-        for thing in gc.get_objects():
-            if issubclass(type(thing), Tensor):  # some proxies warn when they are asked for their class
-                self._note(thing)
-        self.peak = self.now
-
-    def _note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known or storage.device.type == "meta":
-            return
-        self._known[key] = storage.nbytes()
-        self.now += storage.nbytes()
-        weakref.finalize(storage, self._forget, key).atexit = False
-
-    def _forget(self, key: int) -> None:
-        self.now -= self._known.pop(key, 0)
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._note(leaf)
-        self.peak = max(self.peak, self.now)
-        return result
-
-
 @contextlib.contextmanager
 def hooks_counted() -> Iterator[list[Counter]]:
     """Count in the last element of the list that is given, which the caller appends to before each step."""
@@ -128,9 +94,16 @@ def peak_bytes(action: Callable[[], Any], device: str) -> int:
         action()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    with LiveBytes() as live:
+    from adalora_scale.cluster.plan.trace import LiveBytes  # it takes seconds to import
+
+    before = {}
+    own = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]  # proxies warn when asked
+    for tensor in own:
+        storage = tensor.untyped_storage()
+        before[storage._cdata] = storage.nbytes() if storage.device.type != "meta" else 0
+    with LiveBytes(own) as live:
         action()
-    return live.peak
+    return sum(before.values()) + live.peak
 
 
 def kernels(action: Callable[[], Any]) -> int:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +44,39 @@ def start_ranks(count: int) -> dict[str, Any]:
         return figures
 
 
-def added(engine: str, problem: Problem, steps: int = STEPS) -> list[tuple[Counter, bool]]:
-    """Train on this process group; for every step return what was added, and whether it allocated."""
+@dataclass
+class Added:
+    """What the allocator added to the steps of a run."""
+
+    counters: list[Counter] = field(default_factory=list)
+    """One a step."""
+    allocated: list[bool] = field(default_factory=list)
+    frozen: list[bool] = field(default_factory=list)
+    """Whether the final allocation was over after a step."""
+    calls: int = 0
+    """Of the optimizer in a step."""
+    split_rows: int = 0
+
+
+def added(engine: str, problem: Problem, steps: int = STEPS) -> Added:
+    """Train on this process group and count in every step what the allocator adds."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model = problem.adapted_model()
     batches = problem.batches(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    allocated: list[bool] = []
+    seen = Added()
     with hooks_counted() as counters, running(engine, "plain", problem, model) as runner:
+        allocator = runner.allocator
         for batch in batches[:steps]:
             counters.append(Counter())
             runner.begin(last=True)
             runner.backward(token_loss(runner.model, batch.part(rank, ranks)) * ranks)
             runner.step(last=True)
-            allocation = runner.allocator.last_allocation
-            allocated.append(allocation is not None and allocation.step == runner.allocator.step)
-    return list(zip(counters, allocated, strict=True))
+            allocation = allocator.last_allocation
+            seen.allocated.append(allocation is not None and allocation.step == allocator.step)
+            seen.frozen.append(allocator.frozen)
+        seen.counters, seen.calls = counters, allocator.sharding.calls_per_step
+        seen.split_rows = allocator._attached().reduction.split_rows
+    return seen
 
 
 def _main(output: Path) -> None:
@@ -66,9 +85,9 @@ def _main(output: Path) -> None:
     for preset in PRESETS:
         for engine in ENGINES:
             problem = Problem(model=None, device=torch.device("cpu"), ranks=dist.get_world_size(), preset=preset)
-            steps = added(engine, problem)
-            normal = [counts for counts, allocated in steps if not allocated][-1]
-            allocation = [counts for counts, allocated in steps if allocated][-1]
+            seen = added(engine, problem)
+            last = dict(zip(seen.allocated, seen.counters, strict=True))
+            normal, allocation = last[False], last[True]
             figures[f"{engine}, {preset}"] = {"step": normal.as_dict(), "allocation": allocation.as_dict()}
     if dist.get_rank() == 0:
         output.write_text(json.dumps(figures), encoding="utf-8")

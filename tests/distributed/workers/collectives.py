@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 from adalora_scale.engines.zero_place import Zero, Zero3
-from adalora_scale.verify.engines import running
-from adalora_scale.verify.problem import Problem, token_loss
-from benchmarks.pricing.counting import Counter, hooks_counted
+from adalora_scale.verify.problem import Problem
+from benchmarks.pricing.counting import Counter
+from benchmarks.pricing.ranks import added
 from tests.distributed.launcher import report
 
 STEPS = 12
@@ -38,7 +38,7 @@ class LayeredProblem(Problem):
 
 def main(*cells):
     dist.init_process_group("gloo")
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+    ranks = dist.get_world_size()
     probe = Counter()
     with probe:
         dist.all_reduce(torch.ones(1))
@@ -49,24 +49,9 @@ def main(*cells):
         engine, _, whole = engine.partition("+")
         LayeredProblem.layers = int(layers)
         problem = LayeredProblem(model=None, device=torch.device("cpu"), ranks=ranks, preset=preset)
-        model = problem.adapted_model()
-        batches = problem.batches(model.config.vocab_size)
-        allocations, frozen = [], []
-        with (
-            mock.patch.object(Zero3, "by_hand_config", Zero.by_hand_config) if whole else nullcontext(),
-            hooks_counted() as counters,
-            running(engine, "plain", problem, model) as runner,
-        ):
-            for batch in batches[:STEPS]:
-                counters.append(Counter())
-                runner.begin(last=True)
-                runner.backward(token_loss(runner.model, batch.part(rank, ranks)) * ranks)
-                runner.step(last=True)
-                allocation = runner.allocator.last_allocation
-                allocations.append(allocation is not None and allocation.step == runner.allocator.step)
-                frozen.append(runner.allocator.frozen)
-            calls = runner.allocator.sharding.calls_per_step
-            slots = runner.allocator._attached().reduction.split_rows
+        with mock.patch.object(Zero3, "by_hand_config", Zero.by_hand_config) if whole else nullcontext():
+            seen = added(engine, problem, STEPS)
+        counters = seen.counters
         report(
             **{
                 cell: {
@@ -75,10 +60,10 @@ def main(*cells):
                     "kernels": [counter.kernels for counter in counters],
                     "operations": [counter.operations for counter in counters],
                     "reads": [counter.reads for counter in counters],
-                    "allocations": allocations,
-                    "frozen": frozen,
-                    "calls": calls,
-                    "slots": slots,
+                    "allocations": seen.allocated,
+                    "frozen": seen.frozen,
+                    "calls": seen.calls,
+                    "slots": seen.split_rows,
                 }
             }
         )
