@@ -36,6 +36,7 @@ LAYERS = {
     "data": 1,
     "report": 1,
     "quantization": 0,
+    "experts": 0,
     "config": 0,
     "reading": 0,
     "store": 0,
@@ -47,7 +48,8 @@ LAYERS = {
 }
 LEAVES = {  # what else they may import
     "data": {"config", "errors", "files", "messages", "reading"},
-    "quantization": {"config", "errors", "files", "finite", "messages", "reading"},
+    "quantization": {"config", "errors", "experts", "files", "finite", "messages", "reading"},
+    "experts": {"errors"},
     "reading": {"errors", "messages"},
     "store": {"errors", "files", "messages"},
     "report": {"errors", "files", "messages", "reading", "store"},

@@ -1,0 +1,1 @@
+"""Experts of a mixture as one batched linear layer each: grouping tokens, products over groups, and the forward."""
