@@ -250,12 +250,12 @@ def coverage(model: nn.Module) -> Coverage:
     owned: set[int] = set()
     for _, module in model.named_modules():
         if isinstance(module, AdaLoraLayer):
-            weights = module.in_features * module.out_features
+            weights = module.matrices * module.in_features * module.out_features
             adapted += weights if module.adaptable.linear else 0
             other_adapted += 0 if module.adaptable.linear else weights
-            adapter += module.r * (module.in_features + module.out_features + 1)
+            adapter += module.matrices * module.r * module.triplet_size
             owned |= {id(getattr(module, factor)) for factor in FACTORS}
-            matrices += 1
+            matrices += module.matrices
         elif isinstance(module, Linear4bit):
             linear += math.prod(sides(module))
         elif is_linear(module):  # routers too

@@ -6,6 +6,8 @@ Vocabulary (the paper's in brackets; r is the number of triplets, k indexes them
     lora_E   (r,)                [the diagonal of Λ]
     lora_B   (out_features, r)   [P]              column k is the left vector of triplet k
 
+A layer of n experts has n such matrices: A (n · in_features, r), E (n, r), B (n · out_features, r), expert by expert.
+
 What in_features and out_features are for a type of base layer, and how the update is computed, say the adaptables.
 Both factors are tall with the rank last, so a triplet is a column in each and sharding over rows never cuts one. The
 file format (PEFT's) has A as (r, in) and E as (r, 1); shapes turn only there.
@@ -14,7 +16,7 @@ file format (PEFT's) has A as (r, in) and E as (r, 1); shapes turn only there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -61,7 +63,9 @@ class AdaLoraLayer(nn.Module):
         super().__init__()
         self.adaptable = adaptable_of(base_layer)
         self.in_features, self.out_features = self.adaptable.sides(base_layer)
-        """Rows of A and of B."""
+        """Rows of A and of B, of one matrix."""
+        self.matrices = self.adaptable.matrices(base_layer)
+        """How many matrices the base stands for: 1, or one for each expert."""
         self.base_layer = base_layer.requires_grad_(False)
         for setting in getattr(base_layer, "__constants__", ()):
             # Model code reads them: Whisper's encoder its convolutions' stride.
@@ -78,10 +82,18 @@ class AdaLoraLayer(nn.Module):
         """Whether the forward is the base's alone: switched off for a while, or merged into the weight."""
         self.dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         device = self.weight.device
-        self.lora_A = nn.Parameter(torch.empty(self.in_features, r, dtype=torch.float32, device=device))
-        self.lora_E = nn.Parameter(torch.empty(r, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.empty(self.out_features, r, dtype=torch.float32, device=device))
+        for factor, shape in self.shapes(r).items():
+            setattr(self, factor, nn.Parameter(torch.empty(shape, dtype=torch.float32, device=device)))
+        self.lora_A: nn.Parameter
+        self.lora_E: nn.Parameter
+        self.lora_B: nn.Parameter
         self.reset_adapter()
+
+    def shapes(self, r: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of A, E and B with r triplets a matrix, in that order."""
+        n = self.matrices
+        e = (r,) if n == 1 else (n, r)
+        return dict(zip(FACTORS, ((n * self.in_features, r), e, (n * self.out_features, r)), strict=True))
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
@@ -97,18 +109,19 @@ class AdaLoraLayer(nn.Module):
         An earlier adapter's triplets take the first places.
         """
         generator = torch.Generator().manual_seed(self.seed)
+        of_a, of_e, of_b = self.shapes(self.r).values()
         if self.init_weights == "lora":
             bound = self.adaptable.fan_in(self.base_layer) ** -0.5
-            a = torch.rand(self.in_features, self.r, generator=generator, dtype=torch.float32, device="cpu")
+            a = torch.rand(of_a, generator=generator, dtype=torch.float32, device="cpu")
             a = (2 * a - 1) * bound
-            b = torch.zeros(self.out_features, self.r, dtype=torch.float32, device="cpu")
-            e = torch.ones(self.r, dtype=torch.float32, device="cpu")
+            b = torch.zeros(of_b, dtype=torch.float32, device="cpu")
+            e = torch.ones(of_e, dtype=torch.float32, device="cpu")
         else:
             a, b = (
-                torch.randn(rows, self.r, generator=generator, dtype=torch.float32, device="cpu") * self.init_std
-                for rows in (self.in_features, self.out_features)
+                torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * self.init_std
+                for shape in (of_a, of_b)
             )
-            e = torch.zeros(self.r, dtype=torch.float32, device="cpu")
+            e = torch.zeros(of_e, dtype=torch.float32, device="cpu")
         a[self.adaptable.still_rows(self.base_layer)] = 0
         if self.earlier is not None:
             for new, old in zip((a, e, b), self.earlier(), strict=True):
@@ -131,14 +144,14 @@ class AdaLoraLayer(nn.Module):
         """How files hold the layer's update."""
         return self.adaptable.form(self.base_layer)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = cast(torch.Tensor, self.base_layer(x))
+    def forward(self, x: torch.Tensor, *more: Any) -> torch.Tensor:
+        y = cast(torch.Tensor, self.base_layer(x, *more))
         if self.r == 0 or self.bypassed:
             return y
         dtype = x.dtype if x.is_floating_point() else y.dtype
         a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
         singular = (self.lora_E * self.scaling).to(dtype)
-        return y + self.adaptable.update(self.base_layer, x, a, singular, b, self.dropout).to(y.dtype)
+        return y + self.adaptable.update(self.base_layer, x, a, singular, b, self.dropout, *more).to(y.dtype)
 
     @property
     def triplet_size(self) -> int:
@@ -147,7 +160,10 @@ class AdaLoraLayer(nn.Module):
 
     @torch.no_grad()
     def delta_weight(self) -> torch.Tensor:
-        """Return ΔW = s · B diag(E) Aᵀ as float32, shaped (out_features, in_features)."""
+        """Return ΔW = s · B diag(E) Aᵀ as float32, (out_features, in_features); (experts, out, in) for experts."""
+        if self.matrices > 1:
+            a, b = self.lora_A.unflatten(0, (self.matrices, -1)), self.lora_B.unflatten(0, (self.matrices, -1))
+            return (b * (self.lora_E * self.scaling).unsqueeze(1)) @ a.mT
         return block(self.lora_A.T, self.lora_E * self.scaling, self.lora_B, 0, self.out_features, transposed=False)
 
     def extra_repr(self) -> str:

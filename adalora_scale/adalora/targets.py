@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from adalora_scale.adalora.adaptables import is_linear, sides
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import Unsupported, UserError, nearest
+from adalora_scale.experts.linear import ExpertLinear
 from adalora_scale.quantization.called import computes_linear, weights_read
 
 ALL_LINEAR = "all-linear"
@@ -158,10 +159,11 @@ def _refuse_unreachable_weights(model: nn.Module, excluded: set[str]) -> None:
 def expert_tensors(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
     """Yield (module name, parameter name, parameter) of weights that hold several matrices in one tensor.
 
-    Convolutions are none, nor are class tokens and tables of positions, which are added and not multiplied by.
+    Convolutions are none, nor are class tokens and tables of positions, which are added and not multiplied by; nor what
+    `split_experts` has made a layer of.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.conv._ConvNd | ParametrizationList):
+        if isinstance(module, nn.modules.conv._ConvNd | ParametrizationList | ExpertLinear):
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             shape = whole_shape(parameter)

@@ -53,6 +53,13 @@ def split_experts(module: nn.Module) -> None:
     module.__class__ = type(f"Split{kind.__name__}", (mixin, kind), {"__module__": kind.__module__})
 
 
+def split_all_experts(model: nn.Module) -> None:
+    """Split every experts module of a known kind in a model, in place."""
+    for module in list(model.modules()):
+        if is_experts(module):
+            split_experts(module)
+
+
 class Routed(nn.Module):
     """Forward of experts that are given each token's experts and their weights."""
 

@@ -10,6 +10,7 @@ from adalora_scale.adalora.adaptables.base import FACTORS, MATRIX, Adaptable, Fi
 from adalora_scale.adalora.adaptables.conv1d import TransposedLinear
 from adalora_scale.adalora.adaptables.convolution import Convolution
 from adalora_scale.adalora.adaptables.embedding import Embedding
+from adalora_scale.adalora.adaptables.experts import ExpertProjection
 from adalora_scale.adalora.adaptables.linear import Linear
 from adalora_scale.adalora.adaptables.linear4bit import QuantisedLinear
 from adalora_scale.errors import Unsupported
@@ -28,7 +29,9 @@ __all__ = [
     "sides",
 ]
 
-ADAPTABLES: tuple[Adaptable[Any], ...] = (Linear(), TransposedLinear(), QuantisedLinear(), Convolution(), Embedding())
+ADAPTABLES: tuple[Adaptable[Any], ...] = (
+    Linear(), TransposedLinear(), QuantisedLinear(), ExpertProjection(), Convolution(), Embedding(),
+)  # fmt: skip
 
 
 def namings() -> tuple[FileForm, ...]:

@@ -1,7 +1,8 @@
 """What AdaLoRA must know of a type of base layer, and the names of an adapter's tensors.
 
 A base layer stands for one matrix, however its weight lies: ΔW = s · B diag(E) Aᵀ has a row for every element of its
-output and a column for every element of its input (an embedding's input is a one-hot vector).
+output and a column for every element of its input (an embedding's input is a one-hot vector). A layer's experts stand
+for as many matrices of equal sides, each with triplets of its own; their factors lie one expert after another.
 """
 
 from __future__ import annotations
@@ -70,9 +71,13 @@ class Adaptable(ABC, Generic[Base]):
     transposed: ClassVar[bool] = False
     """Whether a checkpoint holds the weight with the input first: (rows of A, rows of B)."""
 
+    def matrices(self, base: Base) -> int:
+        """Return how many matrices the layer stands for."""
+        return 1
+
     @abstractmethod
     def sides(self, base: Base) -> tuple[int, int]:
-        """Return (rows of A, rows of B): the sizes of the input and of the output of the matrix.
+        """Return (rows of A, rows of B) of one matrix: the sizes of its input and of its output.
 
         Raises:
             Unsupported: the layer has a setting under which an update would be wrong.
@@ -80,15 +85,17 @@ class Adaptable(ABC, Generic[Base]):
 
     @abstractmethod
     def update(
-        self, base: Base, x: Tensor, a: Tensor, e: Tensor, b: Tensor, dropout: Callable[[Tensor], Tensor]
+        self, base: Base, x: Tensor, a: Tensor, e: Tensor, b: Tensor, dropout: Callable[[Tensor], Tensor], *more: Any
     ) -> Tensor:
-        """Return what the adapter adds to ``base(x)``.
+        """Return what the adapter adds to ``base(x, *more)``.
 
         Args:
             base: the layer; only its settings are read.
             x: its input.
-            a, e, b: A (rows of A, r), s · E (r,) and B (rows of B, r), in the dtype to compute in.
+            a, e, b: A (rows of A, r), s · E (r,) and B (rows of B, r), in the dtype to compute in; of several matrices
+                A (matrices · rows of A, r), s · E (matrices, r) and B (matrices · rows of B, r).
             dropout: drops elements of the adapter's input.
+            more: what the layer is called with beside x.
         """
 
     def form(self, base: Base) -> FileForm:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +39,14 @@ class Convolution(Adaptable[Convolutional]):
         return base.in_channels * math.prod(base.kernel_size), base.out_channels
 
     def update(
-        self, base: Convolutional, x: Tensor, a: Tensor, e: Tensor, b: Tensor, dropout: Callable[[Tensor], Tensor]
+        self,
+        base: Convolutional,
+        x: Tensor,
+        a: Tensor,
+        e: Tensor,
+        b: Tensor,
+        dropout: Callable[[Tensor], Tensor],
+        *more: Any,
     ) -> Tensor:  # x: (..., in_channels, *sides) -> (..., out_channels, *other sides)
         convolve = F.conv2d if isinstance(base, nn.Conv2d) else F.conv1d
         right, left = self.form(base).stored(a.T, b)

@@ -6,6 +6,7 @@ The weight lies as (num_embeddings, embedding_dim), the input first. Source: pef
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,14 @@ class Embedding(Adaptable[nn.Embedding]):
         return base.num_embeddings, base.embedding_dim
 
     def update(
-        self, base: nn.Embedding, x: Tensor, a: Tensor, e: Tensor, b: Tensor, dropout: Callable[[Tensor], Tensor]
+        self,
+        base: nn.Embedding,
+        x: Tensor,
+        a: Tensor,
+        e: Tensor,
+        b: Tensor,
+        dropout: Callable[[Tensor], Tensor],
+        *more: Any,
     ) -> Tensor:  # x: (...) token ids -> (..., embedding_dim)
         rows = F.embedding(x, a, base.padding_idx)  # (..., r)
         kept = dropout(rows.new_ones(*x.shape, 1))  # what dropping elements of a one-hot vector comes to

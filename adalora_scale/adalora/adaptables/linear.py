@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class Matrix(Adaptable[Base]):
     linear = True
 
     def update(
-        self, base: Base, x: Tensor, a: Tensor, e: Tensor, b: Tensor, dropout: Callable[[Tensor], Tensor]
+        self, base: Base, x: Tensor, a: Tensor, e: Tensor, b: Tensor, dropout: Callable[[Tensor], Tensor], *more: Any
     ) -> Tensor:  # x: (..., rows of A) -> (..., rows of B)
         return F.linear((dropout(x) @ a) * e, b)
 

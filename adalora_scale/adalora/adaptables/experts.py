@@ -1,0 +1,43 @@
+"""A projection of a layer's experts: a matrix an expert, each with triplets of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from adalora_scale.adalora.adaptables.base import Adaptable
+from adalora_scale.experts.linear import ExpertLinear
+from adalora_scale.experts.products import grouped_product
+
+
+class ExpertProjection(Adaptable[ExpertLinear]):
+    """Two grouped products beside the base's, λ · s between them; ΔW is never made."""
+
+    types = (ExpertLinear,)
+    linear = True
+
+    def matrices(self, base: ExpertLinear) -> int:
+        return base.experts
+
+    def sides(self, base: ExpertLinear) -> tuple[int, int]:
+        return base.in_features, base.out_features
+
+    def is_transposed(self, base: ExpertLinear) -> bool:
+        return base.transposed
+
+    def update(
+        self,
+        base: ExpertLinear,
+        x: Tensor,
+        a: Tensor,
+        e: Tensor,
+        b: Tensor,
+        dropout: Callable[[Tensor], Tensor],
+        *more: Any,
+    ) -> Tensor:  # x: (S, rows of A), by expert -> (S, rows of B)
+        (groups,) = more
+        right, left = (factor.view(base.experts, -1, factor.shape[-1]) for factor in (a, b))
+        inner = grouped_product(dropout(x), right, groups) * e.index_select(0, groups.expert_of_row)
+        return grouped_product(inner, left.mT, groups)
