@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, set_seed
 
+from adalora_scale.adalora.adaptables import adaptable_of
 from adalora_scale.adalora.targets import find_targets
 from adalora_scale.config import AdaLoraConfig, RunConfig
+from adalora_scale.experts.modules import split_all_experts
 from adalora_scale.placing.model import load_model
 from adalora_scale.tasks.registry import find_task
 from adalora_scale.training.run import Inputs
@@ -77,11 +79,13 @@ def plain_trainer(model: nn.Module, config: RunConfig, inputs: Inputs, **options
 
 
 def sides_of(model: nn.Module, config: RunConfig) -> dict[str, int]:
-    """Return in + out of every linear layer that the methods may adapt, by name."""
+    """Return in + out of every linear layer that the methods may adapt, by name; of experts the sum over them."""
+    split_all_experts(model)
     sides: dict[str, int] = {}
     for name in find_targets(model, AdaLoraConfig(modules_to_save=heads_of(model, config))):
-        layer: Any = model.get_submodule(name)
-        sides[name] = layer.in_features + layer.out_features
+        layer = model.get_submodule(name)
+        adaptable = adaptable_of(layer)
+        sides[name] = adaptable.matrices(layer) * sum(adaptable.sides(layer))
     return sides
 
 

@@ -47,6 +47,6 @@ def missing(
     for target_r in budgets:
         for task in tasks:
             known = results.of(task.name)
-            for method in methods:
+            for method in filter(task.runs, methods):
                 cells = tuning_cells(task, method, target_r) + final_cells(task, method, target_r, seeds, known)
                 yield from (cell for cell in cells if cell not in known)

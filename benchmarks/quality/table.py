@@ -32,19 +32,20 @@ def rows_of(
         known = results.of(task.name)
         for target_r in budgets:
             reference: list[float] = []
-            for method in (REFERENCE, *(m for m in methods if m != REFERENCE)):
+            for method in (task.reference, *(m for m in methods if m != task.reference and task.runs(m))):
                 wanted = final_cells(task, method, target_r, _MOST_SEEDS, known)
                 cells = [known[cell] for cell in itertools.takewhile(known.__contains__, wanted)]
                 if len(cells) < max(seeds, 1):
                     continue
                 losses = [cell[split]["loss"] for cell in cells]
-                if method == REFERENCE:
+                if method == task.reference:
                     reference = losses
                 best = wanted[0]
                 row: dict[str, Any] = {
                     "task": task.name,
                     "target_r": target_r,
                     "method": method,
+                    "reference": task.reference,
                     "learning_rate": best.learning_rate,
                     "scale": best.scale,
                     "seeds": len(cells),
@@ -52,7 +53,7 @@ def rows_of(
                     "accuracies": [cell[split]["accuracy"] for cell in cells],
                     "parameters": [cell["parameters"] / cell["budget"] for cell in cells],
                 }
-                if reference and method != REFERENCE:
+                if reference and method != task.reference:
                     both = min(len(losses), len(reference))
                     difference = paired(losses[:both], reference[:both])
                     row["difference"] = [difference.mean, difference.low, difference.high]
@@ -72,7 +73,8 @@ def markdown(rows: Sequence[dict[str, Any]], labels: dict[str, str]) -> str:
                 "",
                 f"### {place[0]}, parameters of LoRA r = {place[1]}",
                 "",
-                "| method | lr, scale | loss | accuracy | against LoRA, 95 % | parameters / budget | seeds |",
+                f"| method | lr, scale | loss | accuracy | against {labels[row['reference']]}, 95 % "
+                "| parameters / budget | seeds |",
                 "|---|---|---|---|---|---|---|",
             ]
         difference = _difference(row)
@@ -89,9 +91,9 @@ def markdown(rows: Sequence[dict[str, Any]], labels: dict[str, str]) -> str:
 def short_markdown(rows: Sequence[dict[str, Any]], method: str) -> str:
     """Return one table of `method` beside LoRA, a row for every task and budget at which both were run."""
     lines = ["| task | parameters of LoRA r | LoRA | ours | difference, 95 % | seeds |", "|---|---|---|---|---|---|"]
-    reference = {(row["task"], row["target_r"]): row for row in rows if row["method"] == REFERENCE}
+    reference = {(row["task"], row["target_r"]): row for row in rows if row["method"] == REFERENCE == row["reference"]}
     for row in rows:
-        if row["method"] == method and "difference" in row:
+        if row["method"] == method and row["reference"] == REFERENCE and "difference" in row:
             lora = reference[row["task"], row["target_r"]]
             lines.append(
                 f"| {row['task']} | {row['target_r']} | {spread(lora['losses'])} | {spread(row['losses'])} | "

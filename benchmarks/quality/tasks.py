@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adalora_scale.errors import UserError
+from benchmarks.quality import mixture
 from benchmarks.quality.method import SCALE
 
 Row = dict[str, Any]
@@ -57,6 +59,14 @@ class QualityTask:
     kind: str = "causal_lm"
     training: dict[str, Any] = field(default_factory=dict)
     """More of the run's `training` section."""
+    reference: str = "lora"
+    """The method that the others are compared with."""
+    methods: tuple[str, ...] | None = None
+    """Those that can be run; None: all."""
+
+    def runs(self, method: str) -> bool:
+        """Return whether the table has a row for the method."""
+        return self.methods is None or method in self.methods
 
 
 def write_splits(task: QualityTask, sources: Sources, folder: Path) -> dict[str, Path]:
@@ -162,6 +172,15 @@ def _stories(sources: Sources) -> str:
     return str(sources.shared / "models" / "stories260k")
 
 
+def _mixture(sources: Sources) -> str:
+    place = sources.project / mixture.PLACE
+    if not (place / "config.json").exists():
+        raise UserError(
+            f"{mixture.PLACE} is not there; make it first: python -m benchmarks.quality.mixture (10 minutes)"
+        )
+    return str(place)
+
+
 _SMALL = (5e-3, 1e-2, 2e-2, 4e-2, 8e-2)  # a 260 k model takes large steps
 _ENCODER = (3.2e-2, 6.4e-2, 0.128)  # what the new head wants
 _BESIDE_HEAD = (0.5, 0.125, 0.03125, 0.0078125)
@@ -192,6 +211,17 @@ TASKS = {
             _SMALL,
         ),
         QualityTask("gsm8k", _gsm8k, _stories, _TEXT, 150, 8, _SMALL),
+        QualityTask(
+            "mixture",
+            _quickstart,
+            _mixture,
+            {"format": "prompt_completion", "max_length": 64},
+            180,
+            32,
+            _SMALL,
+            reference="no_allocation",  # PEFT has no method that gives every expert of every layer a rank of its own
+            methods=("no_allocation", "default"),
+        ),
         QualityTask(
             "banking77",
             lambda sources: _banking(sources, None),
