@@ -33,7 +33,6 @@ def build(tokenizer: PreTrainedTokenizerFast, arguments: argparse.Namespace) -> 
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
-            head_dim=24,
             intermediate_size=256,
             moe_intermediate_size=64,
             num_experts=arguments.experts,

@@ -25,7 +25,7 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """Return one row a (task, budget, method) of which at least `seeds` seeds are there.
 
-    All of its seeds count, up to the first that is missing; a difference is of those that LoRA has, too.
+    All of its seeds count, up to the first that is missing; a difference is of those that the reference has, too.
     """
     rows: list[dict[str, Any]] = []
     for task in tasks:
