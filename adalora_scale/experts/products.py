@@ -27,7 +27,7 @@ def grouped_product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
         weight: (experts, in, out) in the dtype of `x`; any strides.
         groups: which rows are whose.
     """
-    if x.dtype not in _FAST or not x.shape[0]:  # grouped_mm refuses an empty operand
+    if groups.loop or x.dtype not in _FAST or not x.shape[0]:  # grouped_mm refuses an empty operand
         return looped_product(x, weight, groups)
     result: Tensor = _Grouped.apply(x, weight, groups.ends)
     return result
