@@ -103,18 +103,21 @@ def _slices(ends: Tensor) -> list[slice]:
 def _rows_by_matrices(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     # The side that is summed over may be padded by zeros on both operands; the other one is cut off again.
     if weight.stride(-1) == 1:
-        inner = -(-weight.shape[1] // _multiple(x)) * _multiple(x)
-        padded = F.pad(_aligned(weight, 2), (0, 0, 0, inner - weight.shape[1]))
+        padded = _padded(_aligned(weight, 2), 1)
     else:  # a transposed view: pad where it is contiguous
-        outer = -(-weight.shape[2] // _multiple(x)) * _multiple(x)
-        padded = F.pad(_aligned(weight.mT, 2), (0, 0, 0, outer - weight.shape[2])).mT
+        padded = _padded(_aligned(weight.mT, 2), 1).mT
     return F.grouped_mm(_aligned(x, 1), padded, offs=ends)[:, : weight.shape[2]]
 
 
 def _aligned(tensor: Tensor, side: int) -> Tensor:
     """Return the tensor contiguous, its last side padded by zeros until rows begin at aligned addresses."""
+    return _padded(tensor, side).contiguous()
+
+
+def _padded(tensor: Tensor, side: int) -> Tensor:
     surplus = -tensor.shape[side] % _multiple(tensor)
-    return F.pad(tensor, (0, surplus)) if surplus else tensor.contiguous()
+    below = tensor.dim() - 1 - side
+    return F.pad(tensor, [0, 0] * below + [0, surplus]) if surplus else tensor  # F.pad copies where it adds nothing
 
 
 def _multiple(tensor: Tensor) -> int:
