@@ -19,6 +19,7 @@ from adalora_scale.adalora.fingerprint import fingerprint, sample
 from adalora_scale.adalora.frozen import freeze
 from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.adalora.masters import keep_in_float32
+from adalora_scale.adalora.routers import routers
 from adalora_scale.adalora.targets import (
     ALL_LINEAR,
     expert_tensors,
@@ -30,6 +31,8 @@ from adalora_scale.adalora.targets import (
 )
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import UserError
+from adalora_scale.experts.linear import ExpertLinear
+from adalora_scale.experts.modules import split_all_experts
 from adalora_scale.quantization.linear import Linear4bit
 
 # What wrappers put into a module's own name: DDP in front of it, torch.compile and checkpointing anywhere.
@@ -53,14 +56,20 @@ class Coverage:
     """Number of adapted matrices."""
     other_adapted: int = 0
     """Elements of the adapted weights that are of no linear layer (embeddings, convolutions)."""
+    expert_matrices: int = 0
+    """How many of `matrices` are experts'."""
+    routers: int = 0
+    """Number of routers without an adapter that are not trained in full either."""
 
     def __str__(self) -> str:
         share = self.adapted_weights / max(self.linear_weights, 1)
         beside = f" and {self.other_adapted:,} weights of other layers" if self.other_adapted else ""
         extra = f" and {self.other_trainable:,} in modules_to_save" if self.other_trainable else ""
+        experts = f" ({self.expert_matrices:,} of experts)" if self.expert_matrices else ""
+        frozen = f"; {self.routers} router{'s' * (self.routers > 1)} frozen" if self.routers else ""
         return (
-            f"AdaLoRA on {self.matrices} matrices: {share:.1%} of the linear weights{beside} adapted, "
-            f"{self.adapter_parameters:,} adapter parameters{extra}"
+            f"AdaLoRA on {self.matrices} matrices{experts}: {share:.1%} of the linear weights{beside} adapted, "
+            f"{self.adapter_parameters:,} adapter parameters{extra}{frozen}"
         )
 
 
@@ -76,7 +85,7 @@ class Injection:
     total_step: int | None = None
     """Steps of the run, for adapter files to record; None before there is an allocator."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Linear layers that `all-linear` left out, because an adapter on them would not act → why."""
+    """Linear layers that `all-linear` left out, routers' or because an adapter on them would not act → why."""
     allocator: Callable[[], Any] | None = None
     """A weak reference to the allocator that is attached to an optimizer."""
     name: str = "default"
@@ -96,6 +105,8 @@ def inject_adalora(
 ) -> nn.Module:
     """Freeze `model`, wrap the target modules in `AdaLoraLayer` in place, and return the model.
 
+    Experts of a mixture become layers of their own first (`experts/modules.py`), adapted or not.
+
     Modules in modules_to_save become trainable, in float32 whatever the base (`keep_in_float32`).
 
     Args:
@@ -110,6 +121,7 @@ def inject_adalora(
     """
     if any(True for _ in adapter_layers(model)):
         raise UserError("the model already has AdaLoRA layers; inject into a fresh base model.")
+    split_all_experts(model)
     targets = find_targets(model, config)
     samples = [sample(name, cast(Tensor, model.get_submodule(name).weight).detach()) for name in targets]
     if base_digests is None:
@@ -246,7 +258,7 @@ def coverage(model: nn.Module) -> Coverage:
         Numbers of elements: `linear_weights`, `adapted_weights` of them, `other_adapted` of no linear layer,
         `adapter_parameters`, `other_trainable`; and `matrices`, how many are adapted. As a string, one line.
     """
-    adapted = other_adapted = linear = adapter = matrices = 0
+    adapted = other_adapted = linear = adapter = matrices = experts = 0
     owned: set[int] = set()
     for _, module in model.named_modules():
         if isinstance(module, AdaLoraLayer):
@@ -256,6 +268,7 @@ def coverage(model: nn.Module) -> Coverage:
             adapter += module.matrices * module.r * module.triplet_size
             owned |= {id(getattr(module, factor)) for factor in FACTORS}
             matrices += module.matrices
+            experts += module.matrices if isinstance(module.base_layer, ExpertLinear) else 0
         elif isinstance(module, Linear4bit):
             linear += math.prod(sides(module))
         elif is_linear(module):  # routers too
@@ -263,7 +276,9 @@ def coverage(model: nn.Module) -> Coverage:
     linear += sum(whole_shape(parameter).numel() for _, _, parameter in expert_tensors(model))
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in owned]
     other = sum(whole_shape(parameter).numel() for parameter in others)
-    return Coverage(adapted, linear, adapter, other, matrices, other_adapted)
+    chosen = [model.get_submodule(name) for name in routers(model)]
+    frozen = sum(not any(parameter.requires_grad for parameter in router.parameters()) for router in chosen)
+    return Coverage(adapted, linear, adapter, other, matrices, other_adapted, experts, frozen)
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:

@@ -11,9 +11,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
 from adalora_scale.adalora.adaptables import is_linear, sides
+from adalora_scale.adalora.routers import routers
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import Unsupported, UserError, nearest
 from adalora_scale.experts.linear import ExpertLinear
+from adalora_scale.experts.modules import why_not_split
 from adalora_scale.quantization.called import computes_linear, weights_read
 
 ALL_LINEAR = "all-linear"
@@ -24,6 +26,10 @@ _NO_MATRICES = re.compile(r"(^|_)(tokens?|embeds?|embeddings?|emb|pos|positions?
 
 def find_targets(model: nn.Module, config: AdaLoraConfig) -> list[str]:
     """Return the names of the modules to adapt, in module order.
+
+    Args:
+        model: with its experts split (`split_all_experts`), so that their projections are modules.
+        config: the method's options.
 
     Raises:
         UserError: a pattern matches nothing, or `all-linear` would leave expert tensors behind.
@@ -38,8 +44,9 @@ def find_targets(model: nn.Module, config: AdaLoraConfig) -> list[str]:
         selected = {name for name in linear if model.get_submodule(name) is not head and not is_inside(name, saved)}
         _refuse_unreachable_weights(model, excluded)
     else:
+        _refuse_named_experts(model, config.target_modules)
         selected = _matches(names, config.target_modules, "adalora.target_modules")
-    selected -= excluded
+    selected = {name for name in selected if not is_inside(name, excluded)}
     if config.layers_to_transform is not None:
         selected = _keep_layers(selected, config.layers_to_transform)
     targets = [name for name in names if name in selected]
@@ -64,14 +71,17 @@ def find_targets(model: nn.Module, config: AdaLoraConfig) -> list[str]:
 
 
 def left_out(model: nn.Module) -> dict[str, str]:
-    """Return name → why, of every linear layer that `all-linear` leaves out because an adapter on it would not act."""
+    """Return name → why, of every linear layer that `all-linear` leaves out: a router's, or no adapter would act."""
     read = {name: str(reason) for name, reason in weights_read(model).items()}
+    chosen = routers(model)
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         if is_linear(module) and name in read:
             found[name] = read[name]
         elif isinstance(module, nn.Linear | Conv1D) and not computes_linear(module):
             found[name] = f"{type(module).__name__} has a forward of its own"
+        elif is_linear(module) and is_inside(name, chosen):
+            found[name] = "it is a router's, which stays frozen unless adalora.target_modules names it"
     return found
 
 
@@ -127,7 +137,7 @@ def _matches(names: list[str], patterns: list[str] | str, key: str) -> set[str]:
         return found
     result: set[str] = set()
     for pattern in patterns:
-        found = {name for name in names if name == pattern or name.endswith("." + pattern)}
+        found = {name for name in names if _ends(name, [pattern])}
         if not found:
             raise UserError(
                 f"{key}: '{pattern}' matches no module.{nearest(pattern, {n.split('.')[-1] for n in names})}"
@@ -146,14 +156,29 @@ def _keep_layers(names: set[str], layers: list[int] | int) -> set[str]:
 
 
 def _refuse_unreachable_weights(model: nn.Module, excluded: set[str]) -> None:
-    """`all-linear` promises all linear weights; experts stored as one 3-D tensor would be left out silently."""
+    """`all-linear` promises all linear weights; experts in one 3-D tensor that nothing splits would be left out."""
     for name, parameter_name, parameter in expert_tensors(model):
         if not is_inside(name, excluded):
+            reason = why_not_split(model.get_submodule(name))
             raise UserError(
                 f"adalora.target_modules=all-linear cannot reach '{name}.{parameter_name}' "
-                f"(a {parameter.dim()}-D expert tensor). Add '{name.split('.')[-1]}' to adalora.exclude_modules to "
-                f"leave it frozen, or name the linear layers to adapt."
+                f"(a {parameter.dim()}-D expert tensor){f': {reason}' if reason else ''}. Add '{name.split('.')[-1]}' "
+                f"to adalora.exclude_modules to leave it frozen, or name the linear layers to adapt."
             )
+
+
+def _refuse_named_experts(model: nn.Module, patterns: list[str] | str) -> None:
+    """Say why an expert tensor that was named is no module, which "matches nothing" would not."""
+    for name, leaf, parameter in expert_tensors(model):
+        module, full = model.get_submodule(name), f"{name}.{leaf}"
+        named = re.fullmatch(patterns, full) if isinstance(patterns, str) else _ends(full, patterns)
+        if named:
+            reason = why_not_split(module) or f"{type(module).__name__} is of no kind of experts that is known here"
+            raise Unsupported(f"cannot adapt '{full}' (a {parameter.dim()}-D expert tensor): {reason}.")
+
+
+def _ends(full: str, patterns: Iterable[str]) -> bool:
+    return any(full == pattern or full.endswith("." + pattern) for pattern in patterns)
 
 
 def expert_tensors(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:

@@ -49,7 +49,7 @@ class AdaLoraConfig:
     target_modules: list[str] | str = "all-linear"
     """``all-linear`` (every linear layer but the output head), a list of module-name endings, or one regex."""
     exclude_modules: list[str] | str | None = None
-    """Names (endings) or one regex of modules that stay untouched."""
+    """Names (endings) or one regex of modules that stay untouched, with all that is inside them."""
     layers_to_transform: list[int] | int | None = None
     """Indices of the decoder or encoder layers to adapt; None adapts all."""
     modules_to_save: list[str] | None = None

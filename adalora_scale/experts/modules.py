@@ -9,16 +9,20 @@ Source: transformers/integrations/moe.py, use_experts_implementation and grouped
 
 from __future__ import annotations
 
+import functools
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from adalora_scale.errors import Unsupported
 from adalora_scale.experts.groups import by_expert, equal_parts
 from adalora_scale.experts.linear import ExpertLinear
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 """Names of an experts module's 3-D parameters; one has `gate_up_proj` or, without a gate, `up_proj`."""
+LOOP, KERNEL = "eager", "grouped_mm"
+"""The values of transformers' `experts_implementation` that a split module follows."""
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -36,28 +40,61 @@ def split_experts(module: nn.Module) -> None:
 
     Raises:
         ValueError: it is no experts module.
+        Unsupported: it computes in a way that a split module does not (`why_not_split`).
     """
     if isinstance(module, Routed | Repeated):
         return
     mixin = _mixin(module)
     if mixin is None:
         raise ValueError(f"{type(module).__name__} is no experts module of a known kind.")
+    if (reason := why_not_split(module)) is not None:
+        raise Unsupported(f"cannot adapt the experts in {type(module).__name__}: {reason}.")
+    transposed = bool(getattr(module, "is_transposed", mixin is Repeated))
     for leaf in projections(module):
         weight = cast(nn.Parameter, getattr(module, leaf))
         bias = getattr(module, f"{leaf}_bias", None)
         delattr(module, leaf)
         if bias is not None:
             delattr(module, f"{leaf}_bias")
-        setattr(module, leaf, ExpertLinear(weight, bias, transposed=_is_transposed(module)))
-    kind = type(module)
-    module.__class__ = type(f"Split{kind.__name__}", (mixin, kind), {"__module__": kind.__module__})
+        setattr(module, leaf, ExpertLinear(weight, bias, transposed=transposed))
+    module.__class__ = _split_kind(mixin, type(module))  # type: ignore[arg-type]  # classes can be hashed
 
 
 def split_all_experts(model: nn.Module) -> None:
-    """Split every experts module of a known kind in a model, in place."""
+    """Split every experts module of a known kind in a model, in place.
+
+    One with a reason against it (`why_not_split`) stays as it is, with 3-D parameters that nothing adapts.
+    """
     for module in list(model.modules()):
-        if is_experts(module):
+        if is_experts(module) and why_not_split(module) is None:
             split_experts(module)
+
+
+def why_not_split(module: nn.Module) -> str | None:
+    """Say why an experts module cannot be split, and what would help; None where it can, or is no experts module."""
+    if isinstance(module, Routed | Repeated) or _mixin(module) is None:
+        return None
+    asked = _implementation(module)
+    if asked not in (None, LOOP, KERNEL):
+        return (
+            f"experts_implementation={asked} multiplies by their weights itself; load the model with {KERNEL} or {LOOP}"
+        )
+    if getattr(module, "_is_expert_parallel", False):
+        return "they are spread over ranks by expert parallelism; load the model without ep_size and an expert plan"
+    if any(hasattr(parameter, "placements") for parameter in module.parameters()):
+        return "their weights are sharded already; put adapters on before sharding"
+    if "forward" in vars(module):
+        return "a hook has replaced their forward (a device map, expert parallelism); load the model without it"
+    return None
+
+
+@functools.cache
+def _split_kind(mixin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Split{kind.__name__}", (mixin, kind), {"__module__": kind.__module__})
+
+
+def _implementation(module: nn.Module) -> str | None:
+    return getattr(getattr(module, "config", None), "_experts_implementation", None)
 
 
 class Routed(nn.Module):
@@ -73,9 +110,13 @@ class Routed(nn.Module):
         """
         me = cast(Any, self)
         k = top_k_index.shape[-1]
-        groups, order = by_expert(top_k_index, me.num_experts)
+        groups, order = by_expert(top_k_index, me.num_experts, loop=_implementation(me) == LOOP)
         x = hidden_states.index_select(0, order // k)
-        x = me._apply_gate(me.gate_up_proj(x, groups)) if me.has_gate else me.act_fn(me.up_proj(x, groups))
+        x = (
+            me._apply_gate(me.gate_up_proj(x, groups))
+            if getattr(me, "has_gate", True)
+            else me.act_fn(me.up_proj(x, groups))
+        )
         y = me.down_proj(x, groups)
         if getattr(me, "has_post_expert_norm", False):
             y = me.post_expert_norm(y)
@@ -95,6 +136,10 @@ class Repeated(nn.Module):
         return cast(Tensor, me.down_proj(up * me.act_fn(gate), groups))
 
 
+_BY_NAME: dict[str, type[Routed | Repeated]] = {"Llama4TextExperts": Repeated, "Step3p7Experts": Routed}
+"""Classes without the interface's attributes; Llama 4 multiplies by x @ W, Step 3.7 has the interface's forward."""
+
+
 def _mixin(module: nn.Module) -> type[Routed | Repeated] | None:
     parameters = dict(module.named_parameters(recurse=False))
     if not all(len(_shape(parameters[leaf])) == 3 for leaf in PROJECTIONS if leaf in parameters):
@@ -103,11 +148,7 @@ def _mixin(module: nn.Module) -> type[Routed | Repeated] | None:
         return None
     if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
         return Routed
-    return Repeated if type(module).__name__ == "Llama4TextExperts" else None
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    return bool(getattr(module, "is_transposed", True))  # Llama 4, the kind without the attribute, multiplies x @ W
+    return _BY_NAME.get(type(module).__name__)
 
 
 def _shape(parameter: nn.Parameter) -> torch.Size:

@@ -1,7 +1,11 @@
 """One product for all experts: each group of rows with its own matrix.
 
-`grouped_mm` of torch where it runs, as one kernel; a product for each expert that a row reached where it does not
-(float64), which is also what the fast path is tested against.
+`grouped_mm` of torch where it runs, as one kernel; a product for each expert where it does not (float64) or is not
+wanted. An operator of torch's own, forward and backward, so that `torch.compile` sees one node for it: torch traces
+`grouped_mm` in bfloat16 alone.
+
+    adalora_scale::grouped_product     y_i = x_i W_e for row i of expert e; with Wᵀ also ∂L/∂x
+    adalora_scale::grouped_outer       ∂L/∂W_e = Σ x_i ∂L/∂y_iᵀ over the rows i of expert e
 """
 
 from __future__ import annotations
@@ -27,54 +31,93 @@ def grouped_product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
         weight: (experts, in, out) in the dtype of `x`; any strides.
         groups: which rows are whose.
     """
-    if x.dtype not in _FAST or not x.shape[0]:  # grouped_mm refuses an empty operand
-        return looped_product(x, weight, groups)
-    result: Tensor = _Grouped.apply(x, weight, groups.ends)
-    return result
+    return _product(x, weight, groups.ends, groups.loop)
 
 
 def looped_product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """Do what `grouped_product` does, expert by expert, in plain operations: the reference."""
-    ends = groups.ends.tolist()
-    pieces = [x[start:end] @ weight[n] for n, (start, end) in enumerate(zip([0, *ends], ends, strict=False))]
-    return torch.cat(pieces)
+    return torch.cat([x[rows] @ weight[number] for number, rows in enumerate(_slices(groups.ends))])
 
 
-class _Grouped(torch.autograd.Function):
-    """`grouped_mm` on operands whose sides and strides it takes, forwards and backwards."""
+@torch.library.custom_op("adalora_scale::grouped_product", mutates_args=())
+def _product(x: Tensor, weight: Tensor, ends: Tensor, loop: bool) -> Tensor:
+    """Return (S, out) for x (S, in), weight (experts, in, out) and ends (experts,) int32."""
+    with torch.autocast(x.device.type, enabled=False):
+        if _is_fast(x, loop):
+            return _rows_by_matrices(x, weight, ends)
+        y = x.new_empty(x.shape[0], weight.shape[2])
+        for number, rows in enumerate(_slices(ends)):
+            torch.mm(x[rows], weight[number], out=y[rows])
+        return y
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, ends)
-        return _rows_by_matrices(x, weight, ends)
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, ends = ctx.saved_tensors
-        (dy,) = gradients
-        dx = _rows_by_matrices(dy, weight.mT, ends) if ctx.needs_input_grad[0] else None
-        dw = None
-        if ctx.needs_input_grad[1]:
-            left, right = _aligned(x, 1), _aligned(dy, 1)
-            dw = F.grouped_mm(left.mT, right, offs=ends)[:, : x.shape[1], : dy.shape[1]]
-        return dx, dw, None
+@torch.library.custom_op("adalora_scale::grouped_outer", mutates_args=())
+def _outer(x: Tensor, dy: Tensor, ends: Tensor, loop: bool) -> Tensor:
+    """Return (experts, in, out) for x (S, in) and dy (S, out); zeros for an expert without a row."""
+    with torch.autocast(x.device.type, enabled=False):
+        if _is_fast(x, loop):
+            product = F.grouped_mm(_aligned(x, 1).mT, _aligned(dy, 1), offs=ends)
+            return product[:, : x.shape[1], : dy.shape[1]]
+        dw = x.new_empty(ends.shape[0], x.shape[1], dy.shape[1])
+        for number, rows in enumerate(_slices(ends)):
+            torch.mm(x[rows].mT, dy[rows], out=dw[number])
+        return dw
+
+
+@_product.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor, loop: bool) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
+@_outer.register_fake
+def _(x: Tensor, dy: Tensor, ends: Tensor, loop: bool) -> Tensor:
+    return x.new_empty(ends.shape[0], x.shape[1], dy.shape[1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ends, ctx.loop = inputs
+    # What no gradient needs is not kept: a frozen weight's input, a first layer's factor.
+    wants_dx, wants_dw, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(x if wants_dw else None, weight if wants_dx else None, ends)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    x, weight, ends = ctx.saved_tensors
+    dx = None if weight is None else _product(dy, weight.mT, ends, ctx.loop)
+    dw = None if x is None else _outer(x, dy, ends, ctx.loop)
+    return dx, dw, None, None
+
+
+_product.register_autograd(_differentiate, setup_context=_save)
+
+
+def _is_fast(x: Tensor, loop: bool) -> bool:
+    return not loop and x.dtype in _FAST and x.shape[0] > 0  # grouped_mm refuses an empty operand
+
+
+def _slices(ends: Tensor) -> list[slice]:
+    places = [0, *ends.tolist()]
+    return [slice(start, end) for start, end in zip(places, places[1:], strict=False)]
 
 
 def _rows_by_matrices(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     # The side that is summed over may be padded by zeros on both operands; the other one is cut off again.
     if weight.stride(-1) == 1:
-        inner = -(-weight.shape[1] // _multiple(x)) * _multiple(x)
-        padded = F.pad(_aligned(weight, 2), (0, 0, 0, inner - weight.shape[1]))
+        padded = _padded(_aligned(weight, 2), 1)
     else:  # a transposed view: pad where it is contiguous
-        outer = -(-weight.shape[2] // _multiple(x)) * _multiple(x)
-        padded = F.pad(_aligned(weight.mT, 2), (0, 0, 0, outer - weight.shape[2])).mT
+        padded = _padded(_aligned(weight.mT, 2), 1).mT
     return F.grouped_mm(_aligned(x, 1), padded, offs=ends)[:, : weight.shape[2]]
 
 
 def _aligned(tensor: Tensor, side: int) -> Tensor:
     """Return the tensor contiguous, its last side padded by zeros until rows begin at aligned addresses."""
+    return _padded(tensor, side).contiguous()
+
+
+def _padded(tensor: Tensor, side: int) -> Tensor:
     surplus = -tensor.shape[side] % _multiple(tensor)
-    return F.pad(tensor, (0, surplus)) if surplus else tensor.contiguous()
+    below = tensor.dim() - 1 - side
+    return F.pad(tensor, [0, 0] * below + [0, surplus]) if surplus else tensor  # F.pad copies where it adds nothing
 
 
 def _multiple(tensor: Tensor) -> int:

@@ -178,19 +178,41 @@ def test_layer_under_two_names_is_adapted_in_both_places():
     assert sum(allocator.ranks().values()) == 4
 
 
-def test_experts_in_one_tensor_are_named_and_can_be_excluded():
-    """`all-linear` on a mixture-of-experts model would leave 95 % of the weights without an adapter, silently."""
-    model = tiny.mixtral()
-    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj.*'experts'"):
+class Stacked(torch.nn.Module):
+    """Three matrices in one tensor, of a kind that is not known."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Linear(4, 4)
+        self.own = torch.nn.Module()
+        self.own.w = torch.nn.Parameter(torch.ones(3, 4, 4))
+
+    def forward(self, x):
+        return self.up(x) @ self.own.w.sum(0)
+
+
+def test_a_tensor_of_several_matrices_is_named_and_can_be_excluded():
+    """`all-linear` on a model whose experts nothing can adapt would leave most weights out, silently."""
+    model = Stacked()
+    with pytest.raises(UserError, match=r"own\.w.*3-D.*'own'"):
         inject_adalora(model, config())
+    with pytest.raises(Unsupported, match=r"'own\.w'.*Module is of no kind of experts"):
+        inject_adalora(model, config(target_modules=["w"]))
     assert names_of(model) == []
-    inject_adalora(model, config(exclude_modules=["experts"]))
-    assert len(names_of(model)) == 2 * 4
+    inject_adalora(model, config(exclude_modules=["own"]))
+    assert names_of(model) == ["up"]
+
+
+def test_what_is_inside_an_excluded_module_is_left_out():
+    """Else exclude_modules: [experts], or a whole layer's path, says nothing to the layers inside."""
+    model = tiny.mixtral()
+    inject_adalora(model, config(exclude_modules=["experts", "model.layers.1"]))
+    assert names_of(model) == [f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qkvo"]
     ids = torch.arange(10).view(1, 10)
     model(ids, labels=ids).loss.backward()
     assert all(layer.lora_B.grad.abs().sum() > 0 for _, layer in adapter_layers(model))
     named = inject_adalora(tiny.mixtral(), config(target_modules=["q_proj"]))
-    assert len(names_of(named)) == 2  # who names layers has chosen: no error
+    assert len(names_of(named)) == 2  # who names layers has chosen
 
 
 def test_expert_weights_count_in_the_coverage():
