@@ -166,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--variants", nargs="+", metavar="NAME", help="plain accumulation checkpointing clip bf16")
     verify.add_argument("--quick", action="store_true", help="only the variants plain and clip")
     verify.add_argument("--model", metavar="PATH", help="a small causal model; by default a random Llama is made")
+    verify.add_argument("--experts", action="store_true", help="a random mixture of experts and not a random Llama")
     verify.add_argument("--steps", type=int, default=60, help="optimizer steps of a cell (default 60)")
     verify.add_argument("--memory", action="store_true", help="also weigh adapters, gradients and moments, 100 M model")
     verify.add_argument("--preset", default="default", metavar="NAME", help="of the method: default, paper or peft")
@@ -314,6 +315,7 @@ def _verify_engines(arguments: argparse.Namespace) -> int:
         model=arguments.model,
         steps=arguments.steps,
         memory=arguments.memory,
+        experts=arguments.experts,
         load_in_4bit=arguments.load_in_4bit,
         preset=arguments.preset,
         json_file=arguments.json,

@@ -18,11 +18,11 @@ class Allocation:
     budget: int
     """What was to be spent, in `adalora.budget_unit`."""
     ranks: dict[str, int]
-    """Kept triplets of every module."""
+    """Kept triplets of every matrix."""
     gap: float
     """Relative distance between the worst kept and the best dropped score (0 is a tie)."""
     scores: Tensor | None = field(default=None, repr=False, compare=False)
-    """(triplets,) float32 on the CPU, ordered by (layer, k): what was decided on; None where it was restored."""
+    """(triplets,) float32 on the CPU, ordered by (matrix, k): what was decided on; None where it was restored."""
 
 
 def keep_best(scores: Tensor, budget: int, costs: Tensor | None = None) -> Tensor:
@@ -32,7 +32,7 @@ def keep_best(scores: Tensor, budget: int, costs: Tensor | None = None) -> Tenso
     those that still fit. Where each costs one these are the `budget` highest scores.
 
     Args:
-        scores: (triplets,), one score a triplet, ordered by (layer, k).
+        scores: (triplets,), one score a triplet, ordered by (matrix, k).
         budget: how much may be spent: a number of triplets, or a sum of their costs.
         costs: (triplets,) positive integers, what each costs; None: one each.
 

@@ -23,7 +23,7 @@ class Spending:
     Args:
         config: the method's options.
         layers: the adapted layers in the order of the scores.
-        r: triplets of each now.
+        r: triplets of each of their matrices.
         total_step: optimizer steps of the whole run.
 
     Raises:
@@ -32,8 +32,8 @@ class Spending:
 
     def __init__(self, config: AdaLoraConfig, layers: Sequence[AdaLoraLayer], r: int, total_step: int) -> None:
         unit = config.budget_unit
-        self.each = [layer.triplet_size if unit == "params" else 1 for layer in layers]
-        """What one triplet of each layer costs."""
+        self.each = [layer.triplet_size if unit == "params" else 1 for layer in layers for _ in range(layer.matrices)]
+        """What one triplet of each matrix costs."""
         self.schedule = BudgetSchedule.from_config(config, unit, self.each, total_step)
         self._costs = torch.tensor(self.each).repeat_interleave(r)
 
@@ -42,7 +42,7 @@ class Spending:
         return sum(rank * cost for rank, cost in zip(ranks, self.each, strict=True))
 
     def cut(self, scores: Tensor, step: int) -> tuple[Tensor, int, float, Tensor]:
-        """Return the (modules · r,) bool mask to keep after `step`, the budget, the relative gap at the cut, and the
+        """Return the (matrices · r,) bool mask to keep after `step`, the budget, the relative gap at the cut, and the
         scores on the CPU."""
         budget = self.schedule.budget(step)
         on_cpu = scores.cpu()  # one transfer, whatever the cut asks

@@ -4,7 +4,8 @@ Two groups of tensors: `adapter` (A, E, B of every adapted module, with the scor
 allocation) and `other` (whatever else is trained). Of several ranks that hold the same piece one writes it.
 
 After the final allocation adapters may be built at their pruned ranks (`adalora/compaction.py`), so a factor can have
-fewer columns in the file than in the model or the other way round; the masks say which column is which triplet.
+fewer columns in the file than in the model or the other way round; the masks say which column is which triplet, in each
+matrix of a layer of experts by itself.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adalora_scale.adalora.compaction import columns
 from adalora_scale.adalora.scores import score_named
 from adalora_scale.checkpoint.format import Checkpoint, CheckpointError, Group
 from adalora_scale.controller import RankAllocator
@@ -72,9 +74,7 @@ def gather(model: nn.Module, sharding: Sharding, allocator: RankAllocator) -> Ga
 
 def shapes_of(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, tuple[int, ...]]]:
     """Return group → name → whole shape of everything that is trained, or was at attach and is frozen since."""
-    adapters: dict[str, tuple[int, ...]] = {
-        t.name: (t.r,) if t.factor == "lora_E" else (t.rows, t.r) for t, _ in adapter_tensors(model)
-    }
+    adapters = {tensor.name: tensor.shape for tensor, _ in adapter_tensors(model)}
     others = {name: whole_shape(p) for name, p in sharding.trained().items() if name not in adapters}
     return {ADAPTER: adapters, OTHER: others}
 
@@ -82,8 +82,11 @@ def shapes_of(model: nn.Module, sharding: Sharding) -> dict[str, dict[str, tuple
 def allocator_position(allocator: RankAllocator) -> dict[str, Any]:
     """Return the allocator's position as the manifest holds it: JSON values, the mask as 0 and 1 for each module."""
     state = {key: value for key, value in allocator.state_dict().items() if not isinstance(value, Tensor)}
-    rows = allocator.mask.view(len(allocator.modules), -1).int().tolist()
-    masks = {name: "".join(map(str, row)) for name, row in zip(state.pop("modules"), rows, strict=True)}
+    masks = {
+        name.removesuffix(".lora_E"): "".join("01"[bit] for bit in row)
+        for name, row in allocator.rank_pattern().items()
+    }
+    del state["modules"]
     return state | {"init_r": allocator.r, "score": allocator.config.score, "mask": masks}
 
 
@@ -108,7 +111,7 @@ def scatter(checkpoint: Checkpoint, model: nn.Module, sharding: Sharding, alloca
         CheckpointError: the checkpoint is of a model that trains other tensors, or its files do not belong together or
             cannot be read. Raised on all ranks.
     """
-    reader = together(lambda: _Reader(checkpoint, shapes_of(model, sharding)))
+    reader = together(lambda: _reader(checkpoint, model, sharding))
     _require_statistics(checkpoint, allocator)
     states: dict[str, PieceState] = {}
     scalars: dict[str, dict[str, float]] = checkpoint.manifest["optimizer"]["scalars"]
@@ -156,7 +159,7 @@ def read_weights(checkpoint: Checkpoint, model: nn.Module, sharding: Sharding) -
     Raises:
         CheckpointError: as `scatter`.
     """
-    reader = together(lambda: _Reader(checkpoint, shapes_of(model, sharding)))
+    reader = together(lambda: _reader(checkpoint, model, sharding))
 
     def read() -> None:
         for piece in sharding.pieces():
@@ -176,11 +179,22 @@ def merged_scalars(everyone: list[dict[str, dict[str, float]]]) -> dict[str, dic
     return {"": usual} | {name: numbers for name, numbers in merged.items() if numbers != usual}
 
 
+def _reader(checkpoint: Checkpoint, model: nn.Module, sharding: Sharding) -> _Reader:
+    matrices = {tensor.name: tensor.matrices for tensor, _ in adapter_tensors(model)}
+    return _Reader(checkpoint, shapes_of(model, sharding), matrices)
+
+
 class _Reader:
     """Reads the intervals that live pieces need, with columns matched where ranks were removed."""
 
-    def __init__(self, checkpoint: Checkpoint, live: dict[str, dict[str, tuple[int, ...]]]) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        live: dict[str, dict[str, tuple[int, ...]]],
+        matrices: dict[str, int],
+    ) -> None:
         self._checkpoint, self._live = checkpoint, live
+        self._matrices = matrices
         self._saved = {group: checkpoint.shapes(group) for group in (ADAPTER, OTHER)}
         self._kinds = {group: checkpoint.kinds(group) for group in (ADAPTER, OTHER)}
         self._masks = masks_of(checkpoint.manifest["allocator"])
@@ -212,38 +226,37 @@ class _Reader:
         self, group: str, kind: str, name: str, saved: tuple[int, ...] | None, live: tuple[int, ...]
     ) -> Callable[[int, int], Tensor]:
         """Return a reader of intervals of a factor that has other columns in the file than in the model."""
-        mask = self._masks.get(name.rpartition(".")[0])
-        kept = [k for k, bit in enumerate(mask or []) if bit]
-        columns_saved = self._columns(0 if saved is None else saved[-1], kept, mask)
-        columns_live = self._columns(live[-1], kept, mask)
+        mask = self._masks.get(name.rpartition(".")[0]) or []
+        matrices = self._matrices[name]
         rows = None if saved is None else saved[:-1]
-        if columns_saved is None or columns_live is None or not self._frozen or rows not in (None, live[:-1]):
+        fits = self._frozen and len(mask) % matrices == 0 and mask and rows in (None, live[:-1])
+        columns_saved = columns(mask, matrices, 0 if saved is None else saved[-1]) if fits else None
+        columns_live = columns(mask, matrices, live[-1]) if fits else None
+        if columns_saved is None or columns_live is None:
             raise CheckpointError(
                 f"the checkpoint {self._checkpoint.directory} has shape {saved} for '{name}', the model {live}; resume "
                 f"with the same model and adalora section."
             )
-        place = {column: index for index, column in enumerate(columns_saved)}
-        pairs = [(index, place[column]) for index, column in enumerate(columns_live) if column in place]
-        width_saved, width = len(columns_saved), len(columns_live)
+        width_saved, width = len(columns_saved[0]), len(columns_live[0])
+        # Of each matrix's columns: where in a saved row their values are; one after the last is a zero.
+        sources = [
+            [own.index(triplet) if triplet is not None and triplet in own else width_saved for triplet in wanted]
+            for own, wanted in zip(columns_saved, columns_live, strict=True)
+        ]
+        source = torch.tensor(sources, dtype=torch.long, device="cpu")
+        rows_each = math.prod(live[:-1]) // matrices
 
         def read(start: int, length: int) -> Tensor:
             first, last = start // width, math.ceil((start + length) / width)
-            whole = torch.zeros(last - first, width, dtype=torch.float32)
-            if pairs and last > first:
+            whole = torch.zeros(last - first, width_saved + 1, dtype=torch.float32)
+            if width_saved and last > first:
                 flat = self._checkpoint.read(group, kind, name, first * width_saved, (last - first) * width_saved)
                 if flat is not None:
-                    into, out_of = zip(*pairs, strict=True)
-                    whole[:, list(into)] = flat.view(-1, width_saved)[:, list(out_of)]
-            return whole.view(-1)[start - first * width : start - first * width + length]
+                    whole[:, :-1] = flat.view(-1, width_saved)
+            found = whole.gather(1, source[torch.arange(first, last, device="cpu") // rows_each])
+            return found.view(-1)[start - first * width : start - first * width + length]
 
         return read
-
-    @staticmethod
-    def _columns(width: int, kept: list[int], mask: list[bool] | None) -> list[int] | None:
-        """Return which triplet each column is, or None where the width fits neither the mask nor its kept part."""
-        if mask is not None and width == len(mask):
-            return list(range(width))
-        return kept if mask is not None and width == len(kept) else None
 
 
 def _group(piece: Piece, shapes: Mapping[str, Mapping[str, Any]]) -> str:

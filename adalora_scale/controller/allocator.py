@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adalora_scale.adalora.allocation import Allocation, mask_digest
-from adalora_scale.adalora.compaction import is_compact
+from adalora_scale.adalora.compaction import held_triplets, is_compact
 from adalora_scale.adalora.injection import adapter_layers, injection_of
+from adalora_scale.adalora.matrices import Matrices
 from adalora_scale.adalora.scores import score_named
 from adalora_scale.adalora.spending import Spending
 from adalora_scale.config import AdaLoraConfig
@@ -51,7 +52,8 @@ class RankAllocator:
         step: t, the last optimizer step.
         skipped_steps: how many of them changed nothing.
         modules: names of the adapted modules, in the order of `mask`.
-        mask: (modules · r,) bool, ordered by (module, k): the triplets of the current allocation.
+        matrices: the same of their matrices: a module has one, or one for each expert.
+        mask: (matrices · r,) bool, ordered by (matrix, k): the triplets of the current allocation.
         last_allocation: its step, budget and ranks, and the gap at its cut; None before the first.
         frozen: whether the final allocation is over.
         compact: whether the adapters were built at the ranks of a final mask.
@@ -69,7 +71,8 @@ class RankAllocator:
         self.config = config
         self.score = score_named(config.score)(config)
         self.model = model
-        self.modules, self.r = list(layers), config.init_r
+        self._numbers = Matrices.of(layers)
+        self.modules, self.matrices, self.r = list(layers), self._numbers.names, config.init_r
         self._layers = list(layers.values())
         self.compact = is_compact(layers, self.r)
         self.spending = Spending(config, self._layers, self.r, total_step)
@@ -80,10 +83,12 @@ class RankAllocator:
         self.step = self.skipped_steps = 0
         self.frozen = False
         self.last_allocation: Allocation | None = None
-        self.mask = torch.ones(len(layers) * self.r, dtype=torch.bool, device=self._layers[0].lora_E.device)
+        self.mask = torch.ones(len(self.matrices) * self.r, dtype=torch.bool, device=self._layers[0].lora_E.device)
         if self.compact:
-            rows = [layer.keep_mask or [] for layer in self._layers]
-            self.mask, self.frozen = torch.tensor(rows, device=self.mask.device).view(-1), True
+            bits = [bit for layer in self._layers for bit in layer.keep_mask or []]
+            self.mask, self.frozen = torch.tensor(bits, device=self.mask.device), True
+        held = [bit for layer in self._layers for bit in held_triplets(layer)] if self.compact else []
+        self._built = None if all(held) else torch.tensor(held, device=self.mask.device)
         self._parts: Attached | None = None
         self._allocation_due = self._skipping = self._columns_may_move = False
         self._calls = 0  # of the base optimizer in the step in progress
@@ -119,17 +124,13 @@ class RankAllocator:
         require_same_start(*sharding.replicas())
         require_in_forward(sharding, write=True, step=0)
         parts = together(
-            lambda: Attached.to(
-                sharding,
-                self.score,
-                matrices=len(self.modules),
-                r=self.r,
-                weight=self.config.orth_reg_weight,
-                final_step=self.schedule.final_step,
-            )
+            lambda: Attached.to(sharding, self.score, len(self.matrices), final_step=self.schedule.final_step)
         )
         require_equal({"rows of the adapters that ranks share": parts.reduction.split_rows})
         self._parts, self.mask = parts, self.mask.to(parts.arena.device)
+        if self._built is not None:
+            self._built = self._built.to(parts.arena.device)
+            self._columns_may_move = True  # for what the optimizer may hold, until a state is loaded
         if not self.frozen:
             self._reopen()
             parts.scoring.begin()
@@ -171,14 +172,12 @@ class RankAllocator:
         return self._parts.scoring.statistics if self._parts else {}
 
     def ranks(self) -> dict[str, int]:
-        """Return the number of kept triplets of every module."""
-        counts = self.mask.view(-1, self.r).sum(1).tolist()
-        return dict(zip(self.modules, counts, strict=True))
+        """Return the number of kept triplets of every matrix."""
+        return self._numbers.ranks(self.mask)
 
     def rank_pattern(self) -> dict[str, list[bool]]:
-        """Return the current mask in PEFT's form: ``{"<module>.lora_E": [kept, …]}``."""
-        rows = self.mask.view(-1, self.r).tolist()
-        return {f"{module}.lora_E": row for module, row in zip(self.modules, rows, strict=True)}
+        """Return the current mask in PEFT's form: ``{"<module>.lora_E": [kept, …]}``, experts one after the other."""
+        return {f"{module}.lora_E": row for module, row in self._numbers.by_module(self.mask).items()}
 
     def masks_digest(self) -> str:
         """Return a short digest of the current mask, for comparison over ranks and runs."""
@@ -274,7 +273,7 @@ class RankAllocator:
             bad = torch.where(found_inf.to(squares.device) > 0, torch.inf, 0.0).sum()
             squares[1:] += bad
         parts.read_weights(scoring=not self.frozen)
-        keep = self.mask if self.frozen and not (self.score.keeps_columns or self.compact) else None
+        keep = self._held() if self.frozen and not self.score.keeps_columns else None
         sums = parts.reduction.run(squares.to(self.mask.device), keep)
         self._penalty, self._orth_norm = sums.penalty, sums.penalty_gradient_norm
         # Of the groups whose turn has not come the engine shows gradients that are not yet clipped, if at all.
@@ -299,10 +298,10 @@ class RankAllocator:
             parts.scoring.updated()
             if last and self._allocation_due:
                 self._allocate()
-            elif last and self.frozen and not self.compact:
-                parts.triplets.zero_lambda(self.mask)
+            elif last and self.frozen and (held := self._held()) is not None:
+                parts.triplets.zero_lambda(held)
                 if self._columns_may_move:
-                    parts.triplets.zero(self.mask)
+                    parts.triplets.zero(held)
         if last:
             parts.arena.close()
 
@@ -319,8 +318,12 @@ class RankAllocator:
             self._freeze()
 
     def _scores(self) -> Tensor:
-        """Return S_k of every triplet, (modules · r,) float32, ordered by (module, k)."""
-        return self._attached().scoring.scores(len(self.modules), self.r)
+        """Return S_k of every triplet, (matrices · r,) float32, ordered by (matrix, k)."""
+        return self._attached().scoring.scores(len(self.matrices), self.r)
+
+    def _held(self) -> Tensor | None:
+        """Return which of the triplets that the adapters have columns for are kept; None where all are."""
+        return self._built if self.compact else self.mask
 
     def _freeze(self) -> None:
         """Fix the mask for the rest of the run.
@@ -329,11 +332,10 @@ class RankAllocator:
         later gradient of theirs is zero, and so removing them physically changes nothing.
         """
         self.frozen = True
-        rows = self.mask.view(-1, self.r).tolist()
-        for layer, row in zip(self._layers, rows, strict=True):
+        for layer, row in zip(self._layers, self._numbers.by_module(self.mask).values(), strict=True):
             layer.keep_mask = row
-        if not (self.score.keeps_columns or self.compact):
-            self._columns_may_move = self._attached().triplets.zero(self.mask)
+        if not self.score.keeps_columns and (held := self._held()) is not None:
+            self._columns_may_move = self._attached().triplets.zero(held)
         self._attached().scoring.release()
 
     def _reopen(self) -> None:

@@ -1,7 +1,9 @@
 """The adapter arena: this rank's spans in one flat float32 order, so that a step is a few batched operations.
 
-Spans of one shape lie next to each other, as a *block*: (n, rows, r) of n tensors is a view of the arena. Index tensors
-and views are made once, at attach. The arena has two flat tensors, for weights and for whatever else is worked on
+Spans of one shape that are cut alike lie next to each other, as a *block*, and the whole rows of a block's spans are
+one to three *sections*: of the matrix that a span begins in, of whole matrices, of the one that it ends in. Its dense
+matrices and a layer's experts are one section each, (n · matrices, rows, r), however many they are. Index tensors and
+views are made once, at attach. The arena has two flat tensors, for weights and for whatever else is worked on
 (gradients, the penalty's, masks); tensors come in, and go back, by one multi-tensor operation. Their memory is there
 only within a step, and only as much of it as the step needs: for the default score that of λ.
 """
@@ -9,9 +11,10 @@ only within a step, and only as much of it as the step needs: for the default sc
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,42 +24,82 @@ from adalora_scale.engines.span import Sharding, Span
 
 
 @dataclass(frozen=True)
-class Block:
-    """Spans of one shape, equally cut, of tensors of one shape, next to each other."""
+class Cut:
+    """Rows of neighbouring matrices that every member of a block has: rows of one, or whole matrices."""
 
-    factor: str
+    begin: int
+    """Of the first row's first element, in the member."""
+    count: int
+    """Matrices."""
     rows: int
-    """Rows of the whole tensors; 1 for `lora_E`."""
-    r: int
+    """Of each of them; all that it has where there are several."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """The rows of one cut, of all members of a block."""
+
+    cut: Cut
     members: tuple[int, ...]
     """The spans, in the order in which they lie."""
-    layers: tuple[int, ...]
-    """The position of each one's module among the adapted modules."""
-    offset: int
-    """Of the first element, in the arena."""
+    firsts: tuple[int, ...]
+    """The first matrix of each, counted within its tensor."""
     length: int
     """Elements of each member."""
-    head: int
-    """Elements of each before its first whole row."""
-    whole: int
-    """Whole rows of each."""
-
-    @property
-    def size(self) -> int:
-        """Elements of all members."""
-        return len(self.members) * self.length
+    r: int
 
     def rows_in(self, flat: Tensor, offset: int) -> Tensor:
-        """Return the whole rows of all members, a (members, whole, r) view of a flat tensor.
+        """Return a view of a flat tensor, (members · matrices, rows, r); (members, matrices, rows, r) where several
+        members have several matrices and something beside them.
 
         Args:
             flat: (elements,) contiguous.
             offset: where the block's first element lies in it.
         """
-        shape, strides = (len(self.members), self.whole, self.r), (self.length, self.r, 1)
-        if not self.whole:  # as_strided would look beyond the end
-            return flat[:0].view(len(self.members), 0, self.r)
-        return flat.as_strided(shape, strides, flat.storage_offset() + offset + self.head)
+        cut, n, r = self.cut, len(self.members), self.r
+        shape, strides = (n, cut.count, cut.rows, r), (self.length, cut.rows * r, r, 1)
+        view = flat.as_strided(shape, strides, flat.storage_offset() + offset + cut.begin)
+        merges = n == 1 or cut.count == 1 or cut.count * cut.rows * r == self.length
+        return view.flatten(0, 1) if merges else view
+
+    @property
+    def matrices(self) -> int:
+        """Matrices of all members."""
+        return len(self.members) * self.cut.count
+
+    def numbers(self, first: Callable[[int], int], step: int = 1) -> Tensor:
+        """Number the matrices, (members · matrices,) int64 on the CPU.
+
+        Args:
+            first: span → the number of its tensor's first matrix.
+            step: between one matrix and the next.
+        """
+        begins = [first(span) + own * step for span, own in zip(self.members, self.firsts, strict=True)]
+        steps = torch.arange(self.cut.count, device="cpu") * step
+        return (torch.tensor(begins, dtype=torch.long, device="cpu").unsqueeze(1) + steps).view(-1)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Spans of one shape, equally cut, of tensors of one shape, next to each other."""
+
+    factor: str
+    rows: int
+    """Rows of a whole matrix; 1 for `lora_E`."""
+    r: int
+    members: tuple[int, ...]
+    """The spans, in the order in which they lie."""
+    offset: int
+    """Of the first element, in the arena."""
+    length: int
+    """Elements of each member."""
+    sections: tuple[Section, ...]
+    """Of what members hold whole rows of; none where there is no whole row."""
+
+    @property
+    def size(self) -> int:
+        """Elements of all members."""
+        return len(self.members) * self.length
 
 
 @dataclass(frozen=True)
@@ -102,6 +145,8 @@ class Arena:
     def __init__(self, sharding: Sharding) -> None:
         self._sharding = sharding
         spans = sharding.spans
+        self.tensors = [span.tensor for span in spans]
+        """Of every span."""
         self.device = spans[0].weight.device
         self.blocks = _blocks(spans)
         """λ's first."""
@@ -114,10 +159,12 @@ class Arena:
         self._weight_views = {i: self._view(self.weights, spans[i], offset) for i, offset in offsets.items()}
         self.work_views = {i: self._view(self.work, spans[i], offset) for i, offset in offsets.items()}
         """Span → its place in `work`, shaped as the engine holds it; spans without an element have none."""
-        self.weight_rows = [block.rows_in(self.weights.flat, block.offset) for block in self.blocks]
+        placed = [(section, block.offset) for block in self.blocks for section in block.sections]
+        self.sections = [section for section, _ in placed]
+        self.weight_rows = [section.rows_in(self.weights.flat, offset) for section, offset in placed]
         self.weight_columns = [rows.mT for rows in self.weight_rows]
-        """The whole rows of every block, (members, rows, r) and (members, r, rows)."""
-        self.work_rows = [block.rows_in(self.work.flat, block.offset) for block in self.blocks]
+        """The whole rows of every section, (…, rows, r) and (…, r, rows)."""
+        self.work_rows = [section.rows_in(self.work.flat, offset) for section, offset in placed]
         self._plans: dict[Collection[int], tuple[list[int], list[Tensor], int]] = {}
         self._held: list[Tensor] = []
         self._spans: list[Span] | None = None
@@ -173,23 +220,41 @@ def begins_in(blocks: Sequence[Block], begins: Sequence[int]) -> dict[int, int]:
 
 
 def _blocks(spans: Sequence[Span]) -> list[Block]:
-    groups: dict[tuple[bool, int, int, int, int, int, int], list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for index, span in enumerate(spans):
         tensor, length = span.tensor, span.weight.numel()
         if length:
             kind = FACTORS.index(tensor.factor)
-            head = min(-span.start % tensor.r, length)
-            key = (tensor.factor != "lora_E", span.group, kind, tensor.rows, tensor.r, head, length)
+            cuts = tuple((cut.begin, cut.count, cut.rows) for cut, _ in _cuts(span))
+            key = (tensor.factor != "lora_E", span.group, kind, tensor.rows, tensor.r, length, cuts)
             groups.setdefault(key, []).append(index)
     blocks, offset = [], 0
     for key in sorted(groups):
-        *_, kind, rows, r, head, length = key
+        *_, kind, rows, r, length, _ = key
         members = tuple(groups[key])
-        layers = tuple(spans[i].tensor.layer for i in members)
-        block = Block(FACTORS[kind], rows, r, members, layers, offset, length, head, (length - head) // r)
+        found = [_cuts(spans[i]) for i in members]
+        sections = tuple(
+            Section(cut, members, tuple(own[n][1] for own in found), length, r) for n, (cut, _) in enumerate(found[0])
+        )
+        block = Block(FACTORS[kind], rows, r, members, offset, length, sections)
         blocks.append(block)
         offset += block.size
     return blocks
+
+
+def _cuts(span: Span) -> list[tuple[Cut, int]]:
+    """Return the whole rows of a span, cut where its tensor's matrices end, with the first matrix of each cut."""
+    rows, r = span.tensor.rows, span.tensor.r
+    head = min(-span.start % r, span.weight.numel())
+    row = (span.start + head) // r
+    left = (span.weight.numel() - head) // r
+    found = []
+    begun = min(-row % rows, left)
+    for count, each in ((1, begun), ((left - begun) // rows, rows), (1, (left - begun) % rows)):
+        if count and each:
+            found.append((Cut(head, count, each), row // rows))
+            head, row = head + count * each * r, row + count * each
+    return found
 
 
 def _row_pieces(index: int, spans: Sequence[Span], position: int) -> list[RowPiece]:

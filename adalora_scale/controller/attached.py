@@ -25,24 +25,22 @@ class Attached:
     triplets: Triplets
 
     @classmethod
-    def to(cls, sharding: Sharding, score: Score, *, matrices: int, r: int, weight: float, final_step: int) -> Attached:
+    def to(cls, sharding: Sharding, score: Score, matrices: int, *, final_step: int) -> Attached:
         """Make the parts.
 
         Args:
             sharding: where the adapters are; connected.
             score: what is kept of them.
             matrices: adapted matrices of the model.
-            r: triplets of each, before the final allocation.
-            weight: orth_reg_weight.
             final_step: the step of the final allocation.
         """
         arena = Arena(sharding)
         return cls(
             sharding=sharding,
             arena=arena,
-            reduction=StepReduction(sharding, arena, matrices, weight),
+            reduction=StepReduction(sharding, arena, matrices, score.config.orth_reg_weight),
             scoring=Scoring(score, sharding, arena, final_step),
-            triplets=Triplets(sharding, arena, r),
+            triplets=Triplets(sharding, arena),
         )
 
     def read_weights(self, *, scoring: bool) -> None:

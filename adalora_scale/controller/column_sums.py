@@ -16,20 +16,19 @@ class ColumnSums:
     Args:
         arena: this rank's spans.
         blocks: those that are summed over, in order.
-        layers: number of adapted modules, each of r triplets.
+        matrices: number of adapted matrices, each of r triplets.
         r: triplets of each.
     """
 
-    def __init__(self, arena: Arena, blocks: Sequence[Block], layers: int, r: int) -> None:
+    def __init__(self, arena: Arena, blocks: Sequence[Block], matrices: int, r: int) -> None:
         self._blocks, self._r = list(blocks), r
         first_row = 0
-        rows_of: list[list[int]] = [[] for _ in range(layers)]  # rows of the table below that are a layer's
-        layer_of: dict[int, int] = {}
+        rows_of: list[list[int]] = [[] for _ in range(matrices)]  # rows of the table below that are a matrix's
         for block in self._blocks:
-            for number, (span, layer) in enumerate(zip(block.members, block.layers, strict=True)):
-                layer_of[span] = layer
-                rows_of[layer].append(first_row + number)
-            first_row += len(block.members)
+            for section in block.sections:
+                for number, matrix in enumerate(section.numbers(lambda span: arena.tensors[span].matrix).tolist()):
+                    rows_of[matrix].append(first_row + number)
+                first_row += section.matrices
         elements: list[int] = []
         places: list[int] = []
         begins = begins_in(self._blocks, first_elements(self._blocks))  # among the values
@@ -38,7 +37,8 @@ class ColumnSums:
             begin = begins[piece.span] + piece.position - arena.offsets[piece.span]
             elements += range(begin, begin + piece.length)
             places += range(number * r + piece.column, number * r + piece.column + piece.length)
-            rows_of[layer_of[piece.span]].append(first_row + number)
+            tensor = arena.tensors[piece.span]
+            rows_of[tensor.matrix + piece.row // tensor.rows].append(first_row + number)
         self._pieces = len(pieces)
         nothing = first_row + len(pieces)  # a row of zeros
         most = max(map(len, rows_of))
@@ -48,7 +48,7 @@ class ColumnSums:
         self._places = torch.tensor(places, dtype=torch.long, device=arena.device)
 
     def of(self, values: Sequence[Tensor]) -> Tensor:
-        """Return (layers · r,) float32, ordered by (layer, k).
+        """Return (matrices · r,) float32, ordered by (matrix, k).
 
         Args:
             values: what each element adds, (size,) of every block.
@@ -56,5 +56,9 @@ class ColumnSums:
         zeros = torch.zeros(self._pieces + 1, self._r, dtype=torch.float32, device=self._table.device)
         if self._pieces:
             zeros.view(-1).index_copy_(0, self._places, torch.cat(list(values)).index_select(0, self._elements))
-        sums = [block.rows_in(value, 0).sum(1) for block, value in zip(self._blocks, values, strict=True)]
+        sums = [
+            section.rows_in(value, 0).sum(-2).view(-1, self._r)
+            for block, value in zip(self._blocks, values, strict=True)
+            for section in block.sections
+        ]
         return torch.cat([*sums, zeros])[self._table].sum(1).view(-1)

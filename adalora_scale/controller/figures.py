@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def rank_figures(ranks: list[int]) -> dict[str, int]:
-    """Describe the number of kept triplets of every module."""
+    """Describe the number of kept triplets of every matrix."""
     return {
         "rank_total": sum(ranks),
         "rank_min": min(ranks),

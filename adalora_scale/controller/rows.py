@@ -7,21 +7,26 @@ one rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from adalora_scale.controller.arena import RowPiece
+from adalora_scale.engines.span import AdapterTensor
 from adalora_scale.errors import Unsupported
 
 
 class SplitRows:
     """The split rows of the factors of one rank, and this rank's elements of them.
 
+    Factors are numbered tensor by tensor, and in a tensor of several matrices matrix by matrix.
+
     Args:
-        cuts: of every factor, the (n,) int64 positions inside the tensor at which one rank's piece ends and another's
-            begins, on the CPU; equal on all ranks.
-        own: this rank's pieces of rows that it does not hold whole, with the factor of each.
+        cuts: of every tensor, the (n,) int64 positions inside it at which one rank's piece ends and another's begins,
+            on the CPU; equal on all ranks.
+        tensors: what they are of.
+        own: this rank's pieces of rows that it does not hold whole, with the number of each one's tensor.
         r: columns of every factor.
         device: where the arena is.
 
@@ -30,30 +35,36 @@ class SplitRows:
     """
 
     def __init__(
-        self, cuts: Sequence[Tensor], own: Sequence[tuple[int, RowPiece]], r: int, device: torch.device
+        self,
+        cuts: Sequence[Tensor],
+        tensors: Sequence[AdapterTensor],
+        own: Sequence[tuple[int, RowPiece]],
+        r: int,
+        device: torch.device,
     ) -> None:
         self._r = r
         rows = [torch.unique(positions[positions % r != 0] // r) for positions in cuts]
         counts = [len(found) for found in rows]
         firsts = [0, *torch.tensor(counts, dtype=torch.long, device="cpu").cumsum(0).tolist()]
         self.slots: int = firsts[-1]
+        begins = [0, *accumulate(tensor.matrices for tensor in tensors)]
         elements: list[int] = []
         places: list[tuple[int, int, int]] = []
         own_slots: list[int] = []
         own_factors: list[int] = []
-        for factor, piece in own:
-            place = int(torch.searchsorted(rows[factor], piece.row))
-            if place == counts[factor] or int(rows[factor][place]) != piece.row:
+        for number, piece in own:
+            place = int(torch.searchsorted(rows[number], piece.row))
+            if place == counts[number] or int(rows[number][place]) != piece.row:
                 raise Unsupported(
                     f"a rank's piece of an adapter ends inside row {piece.row}, where by its shape and the number of "
                     f"ranks none does: an option of the engine moves pieces where adalora_scale does not look."
                 )
-            slot = firsts[factor] + place
+            slot = firsts[number] + place
             columns = range(piece.column, piece.column + piece.length)
             elements += range(piece.position, piece.position + piece.length)
             places += [(slot, len(own_slots), column) for column in columns]
             own_slots.append(slot)
-            own_factors.append(factor)
+            own_factors.append(begins[number] + piece.row // tensors[number].rows)
 
         def index(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.long, device=device)
@@ -61,9 +72,13 @@ class SplitRows:
         self.elements = index(elements)
         """Positions of this rank's elements in the arena."""
         self._in_slots = index([slot * r + column for slot, _, column in places])
-        self._in_own = index([number * r + column for _, number, column in places])
+        self._in_own = index([piece * r + column for _, piece, column in places])
         self._own_slots, self._own_factors = index(own_slots), index(own_factors)
-        tiles, factors = _tiles(counts, r)
+        of_slots = [begins[n] + found // tensors[n].rows for n, found in enumerate(rows)]
+        split, in_each = torch.cat([torch.zeros(0, dtype=torch.long, device="cpu"), *of_slots]).unique(
+            return_counts=True
+        )
+        tiles, factors = _tiles(split.tolist(), in_each.tolist(), r)
         self._tiles, self._factor_of_tile = tiles.to(device), factors.to(device)
 
     def write(self, out: Tensor, weights: Tensor) -> None:
@@ -103,11 +118,17 @@ class SplitRows:
         out.index_copy_(0, self.elements, products)
 
 
-def _tiles(counts: Sequence[int], r: int) -> tuple[Tensor, Tensor]:
-    """Return (tiles · r,) slots, r of one factor a tile, filled up with slot Σ counts, and each tile's factor."""
+def _tiles(split: Sequence[int], counts: Sequence[int], r: int) -> tuple[Tensor, Tensor]:
+    """Return (tiles · r,) slots, r of one factor a tile, filled up with slot Σ counts, and each tile's factor.
+
+    Args:
+        split: the factors that have split rows.
+        counts: how many each has.
+        r: columns of every factor.
+    """
     total = sum(counts)
     slots, factors, first = [], [], 0
-    for factor, count in enumerate(counts):
+    for factor, count in zip(split, counts, strict=True):
         for begin in range(0, count, r):
             size = min(r, count - begin)
             slots.append(torch.arange(first + begin, first + begin + size, device="cpu"))

@@ -113,18 +113,18 @@ class Scoring:
             self.score.observe(seen.pieces, seen.weights, gradients, 1.0)
             self._waiting = None
 
-    def scores(self, layers: int, r: int) -> Tensor:
+    def scores(self, matrices: int, r: int) -> Tensor:
         """Return S_k of every triplet over all spans of all ranks; one all-reduce.
 
         Args:
-            layers: adapted modules.
+            matrices: adapted matrices.
             r: triplets of each.
 
         Returns:
-            (layers · r,) float32, ordered by (layer, k).
+            (matrices · r,) float32, ordered by (matrix, k).
         """
         if self._sums is None:
-            self._sums = ColumnSums(self._arena, self._blocks, layers, r)
+            self._sums = ColumnSums(self._arena, self._blocks, matrices, r)
         self._arena.read_weights(self.spans)
         flat = self._arena.weights.flat
         weights = [flat[block.offset : block.offset + block.size] for block in self._blocks]

@@ -7,7 +7,9 @@ buffer. What comes back completes the penalty and its gradient, and says whether
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NoReturn
 
 import torch
@@ -17,7 +19,7 @@ from adalora_scale.adalora.orthogonality import gradient_norm, penalty
 from adalora_scale.controller.arena import Arena, full_float32
 from adalora_scale.controller.rows import SplitRows
 from adalora_scale.engines.ranks import everywhere
-from adalora_scale.engines.span import Sharding
+from adalora_scale.engines.span import AdapterTensor, Sharding
 from adalora_scale.errors import Unsupported, UserError
 
 
@@ -44,13 +46,15 @@ class _Moved:
     places: list[Tensor]
     """Of the spans, in the arena's `work`."""
     blocks: list[int]
-    """Those of the spans that have whole rows, numbered as in `_Factors`."""
+    """Sections of these spans, numbered as in `_Factors`."""
     split: bool
     """Whether a span has elements of a split row."""
 
 
 class _Factors:
     """The factors of one rank, with their places in the buffer; there is one such rank unless adapters were compacted.
+
+    Each matrix has two, so a tensor of a layer's experts holds as many as there are experts.
 
     Args:
         sharding: where the adapters are.
@@ -62,35 +66,39 @@ class _Factors:
     def __init__(self, sharding: Sharding, arena: Arena, indices: list[int], r: int) -> None:
         self.indices, self._r, self._arena = tuple(indices), r, arena
         self._number = {index: number for number, index in enumerate(indices)}
-        layers = [sharding.spans[i].tensor.layer for i in indices]
-        self._layer_of_factor = torch.tensor(layers, dtype=torch.long, device=arena.device)
-        blocks = [n for n, b in enumerate(arena.blocks) if b.whole and b.members[0] in self._number]
-        self._members = [arena.blocks[n].members for n in blocks]
-        self._counts = [len(members) for members in self._members]
-        self._rows_of = [(arena.weight_columns[n], arena.weight_rows[n], arena.work_rows[n]) for n in blocks]
-        numbers = [self._number[member] for members in self._members for member in members]
-        self._factors = torch.tensor(numbers, dtype=torch.long, device=arena.device)
+        tensors = [sharding.spans[i].tensor for i in indices]
+        begins = [0, *accumulate(tensor.matrices for tensor in tensors)]
+        self.count = begins.pop()
+        """Factors of the whole model."""
+        self._triplets = triplets_of(tensors).to(arena.device)
+        own_sections = [n for n, s in enumerate(arena.sections) if s.members[0] in self._number]
+        sections = [arena.sections[n] for n in own_sections]
+        self._members = [section.members for section in sections]
+        self._counts = [section.matrices for section in sections]
+        self._rows_of = [(arena.weight_columns[n], arena.weight_rows[n], arena.work_rows[n]) for n in own_sections]
+        numbers = [section.numbers(lambda span: begins[self._number[span]]) for section in sections]
+        self._factors = torch.cat([torch.empty(0, dtype=torch.long, device="cpu"), *numbers]).to(arena.device)
         own = [(self._number[piece.span], piece) for piece in arena.row_pieces if piece.span in self._number]
         self._split_spans = {piece.span for _, piece in own}
-        self._rows = SplitRows([sharding.cuts[i] for i in indices], own, r, arena.device)
+        self._rows = SplitRows([sharding.cuts[i] for i in indices], tensors, own, r, arena.device)
         self.split_rows = self._rows.slots
-        self.size = len(indices) * r * r + self.split_rows * r
+        self.size = self.count * r * r + self.split_rows * r
         self._grams = self._split = self._split_products = torch.zeros(0)
         self._matrices: list[Tensor] = []
         self._moved: dict[tuple[int, ...], _Moved] = {}
 
     def fill(self, buffer: Tensor) -> None:
         """Write Grams of whole rows and the elements of split rows into (size,) zeros, from the arena's `weights`."""
-        n, r = len(self.indices), self._r
+        n, r = self.count, self._r
         self._grams, self._split = buffer[: n * r * r].view(n, r, r), buffer[n * r * r :].view(-1, r)
-        if products := [torch.bmm(columns, rows) for columns, rows, _ in self._rows_of]:
+        if products := [_product(columns, rows) for columns, rows, _ in self._rows_of]:
             self._grams.index_copy_(0, self._factors, torch.cat(products))
         self._rows.write(self._split, self._arena.weights.flat)
 
     def complete(self, weight: float, keep: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the penalty of these factors and its gradient's norm, once what `fill` wrote is summed over ranks."""
         self._rows.add_gram(self._grams, self._split)
-        kept = None if keep is None else keep.view(-1, self._r)[self._layer_of_factor]
+        kept = None if keep is None else keep.index_select(0, self._triplets).view(-1, self._r)
         value, multiplier = penalty(self._grams, weight, kept)
         norm = gradient_norm(self._grams, multiplier)
         self.multiply_by(multiplier)
@@ -112,7 +120,10 @@ class _Factors:
         arena.work.open(arena.size)
         for block in moved.blocks:
             _, rows, place = self._rows_of[block]
-            torch.bmm(rows, self._matrices[block], out=place)
+            if rows.dim() == 3:
+                torch.bmm(rows, self._matrices[block], out=place)
+            else:
+                place.copy_(torch.matmul(rows, self._matrices[block].view(*rows.shape[:2], self._r, self._r)))
         if moved.split:
             self._rows.put(arena.work.flat, self._split_products)
         if not (isinstance(scale, float) and scale == 1.0):
@@ -152,7 +163,7 @@ class StepReduction:
             if span.tensor.factor != "lora_E":
                 by_rank.setdefault(span.tensor.r, []).append(index)
         self._groups = [_Factors(sharding, arena, by_rank[r], r) for r in sorted(by_rank)]
-        self._shares = [weight * (len(group.indices) / (2 * matrices)) for group in self._groups]
+        self._shares = [weight * (group.count / (2 * matrices)) for group in self._groups]
 
     @property
     def spans(self) -> tuple[int, ...]:
@@ -169,7 +180,8 @@ class StepReduction:
 
         Args:
             squares: (2,) this rank's sums of squared gradients, of the adapters and of everything.
-            keep: (modules · r,) bool after the final allocation when pruned triplets are zero, else None.
+            keep: (triplets,) bool of those that the adapters hold, after the final allocation when pruned ones are
+                zero, else None.
 
         Raises:
             UserError, Unsupported: a rank withdrew from the step.
@@ -233,6 +245,17 @@ class StepReduction:
         with full_float32():
             for group in self._groups:
                 group.add_gradient(tuple(indices), gradients, scale)
+
+
+def triplets_of(tensors: Sequence[AdapterTensor]) -> Tensor:
+    """Return (Σ matrices · r,) int64 on the CPU: which triplet each column of these tensors' matrices is of."""
+    own = [torch.arange(t.triplet, t.triplet + t.matrices * t.r, device="cpu") for t in tensors]
+    return torch.cat([torch.empty(0, dtype=torch.long, device="cpu"), *own])
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply batches of matrices; of two batch sides they become one."""
+    return torch.bmm(left, right) if left.dim() == 3 else torch.matmul(left, right).flatten(0, 1)
 
 
 def _raise(error: Exception) -> NoReturn:

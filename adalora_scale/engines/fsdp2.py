@@ -46,7 +46,7 @@ class DTensorSharding(DirectSharding):
         for tensor, parameter in tensors:
             placed = _checked(parameter, tensor.name)
             _, offset = compute_local_shape_and_global_offset(placed.shape, placed.device_mesh, placed.placements)
-            start = offset[0] * (1 if tensor.factor == "lora_E" else tensor.r)
+            start = offset[0] * (tensor.r if placed.dim() > 1 else 1)
             # Detached first: under grad mode to_local() is a view with a history, which in-place updates invalidate.
             rows = local(placed.detach())
             start = start if rows.numel() else 0

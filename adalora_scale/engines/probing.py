@@ -78,7 +78,7 @@ def _write_and_see(held: Probed, found: list[str]) -> None:
 
     def compare(index: int, whole: Tensor) -> None:
         span = held.spans[index]
-        expected = pattern(firsts[index], span.tensor.rows * span.tensor.r, whole.device)
+        expected = pattern(firsts[index], span.tensor.numel, whole.device)
         if whole.numel() != expected.numel() or not torch.equal(whole.reshape(-1).float(), expected):
             found.append(span.tensor.name)
 
@@ -96,7 +96,7 @@ def _first_numbers(spans: Sequence[Span]) -> list[int]:
     firsts, count = [], 0
     for span in spans:
         firsts.append(count)
-        count += span.tensor.rows * span.tensor.r
+        count += span.tensor.numel
     return firsts
 
 

@@ -59,9 +59,9 @@ class ReplicatedSharding(DirectSharding):
                     f"'{tensor.name}' is {parameter.dtype}; adapters are float32 master weights. Cast the base model "
                     f"before inject_adalora, not the model after it."
                 )
-            if parameter.shape.numel() != tensor.rows * tensor.r:
+            if parameter.shape.numel() != tensor.numel:
                 raise Unsupported(
-                    f"'{tensor.name}' has {parameter.shape.numel()} of its {tensor.rows * tensor.r} elements here: an "
+                    f"'{tensor.name}' has {parameter.shape.numel()} of its {tensor.numel} elements here: an "
                     f"engine that is not supported has split it. Use DDP, FSDP2 (fully_shard) or DeepSpeed ZeRO."
                 )
             if parameter.device != tensors[0][1].device:

@@ -19,7 +19,8 @@ from adalora_scale.errors import UserError
 
 @dataclass(frozen=True)
 class AdapterTensor:
-    """One adapter tensor of the whole model, of shape (rows, r) row-major; `lora_E` is one row."""
+    """One adapter tensor of the whole model: (matrices · rows, r) row-major, matrix by matrix; `lora_E` has one row a
+    matrix."""
 
     layer: int
     """Position of its module among the adapted modules."""
@@ -27,12 +28,31 @@ class AdapterTensor:
     factor: str
     """`lora_A`, `lora_E` or `lora_B`."""
     rows: int
+    """Of one matrix."""
     r: int
+    matrices: int = 1
+    """How many its module stands for: 1, or one for each expert."""
+    matrix: int = 0
+    """Number of the first of them among all adapted matrices."""
+    triplet: int = 0
+    """Number of its first triplet among all that the adapters hold now."""
 
     @property
     def name(self) -> str:
         """Name of the parameter in the unwrapped model."""
         return f"{self.module}.{self.factor}"
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return self.matrices * self.rows * self.r
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole parameter."""
+        if self.factor != "lora_E":
+            return self.matrices * self.rows, self.r
+        return (self.r,) if self.matrices == 1 else (self.matrices, self.r)
 
 
 @dataclass(frozen=True)
@@ -164,12 +184,14 @@ class Sharding(StepFace, StateFace, Protocol):
 def adapter_tensors(model: nn.Module) -> list[tuple[AdapterTensor, nn.Parameter]]:
     """Return every adapter tensor with its parameter, ordered by (layer, factor) with factors as in `FACTORS`."""
     result = []
+    matrix = triplet = 0
     for index, (name, layer) in enumerate(adapter_layers(model)):
-        if layer.r == 0:  # built without triplets after the final allocation
-            continue
-        for factor, rows in zip(FACTORS, (layer.in_features, 1, layer.out_features), strict=True):
-            tensor = AdapterTensor(layer=index, module=name, factor=factor, rows=rows, r=layer.r)
-            result.append((tensor, getattr(layer, factor)))
+        if layer.r:  # else built without triplets after the final allocation
+            for factor, rows in zip(FACTORS, (layer.in_features, 1, layer.out_features), strict=True):
+                tensor = AdapterTensor(index, name, factor, rows, layer.r, layer.matrices, matrix, triplet)
+                result.append((tensor, getattr(layer, factor)))
+        matrix += layer.matrices
+        triplet += layer.matrices * layer.r
     return result
 
 

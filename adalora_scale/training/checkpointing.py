@@ -66,9 +66,9 @@ def compact_for(checkpoint: Checkpoint, model: nn.Module, *, asked: bool | None,
     """
     position = checkpoint.manifest["allocator"]
     masks = masks_of(position)
-    ranks = {name: layer.r for name, layer in adapter_layers(model)}
+    triplets = {name: layer.matrices * layer.r for name, layer in adapter_layers(model)}
     # Otherwise `load` refuses the checkpoint, and says which key differs.
-    fits = ranks == {name: len(mask) for name, mask in masks.items()}
+    fits = triplets == {name: len(mask) for name, mask in masks.items()}
     # Columns that the score keeps cannot be left out.
     possible = position["frozen"] and not score_named(score_of(position)).keeps_columns and fits
     if asked is True and not position["frozen"]:

@@ -37,8 +37,12 @@ def _header(allocator: RankAllocator, every: int) -> dict[str, Any]:
         "unit": allocator.schedule.unit,
         "r": allocator.r,
         "every": every,
-        "modules": allocator.modules,
-        "sides": [[layer.in_features, layer.out_features] for _, layer in adapter_layers(allocator.model)],
+        "modules": allocator.matrices,
+        "sides": [
+            [layer.in_features, layer.out_features]
+            for _, layer in adapter_layers(allocator.model)
+            for _ in range(layer.matrices)
+        ],
     }
 
 

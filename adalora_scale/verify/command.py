@@ -42,6 +42,7 @@ class Request:
     model: str | None = None
     steps: int = 60
     memory: bool = False
+    experts: bool = False
     load_in_4bit: bool = False
     preset: str = "default"
     json_file: Path | None = None
@@ -55,6 +56,8 @@ class Request:
             for name in given:
                 if name not in known:
                     raise UserError(f"{option}: '{name}' is not one of {', '.join(known)}.{nearest(name, known)}")
+        if self.experts and self.model is not None:
+            raise UserError("--experts makes a random mixture of experts; remove it, or remove --model.")
         if self.json_file is not None and not self.json_file.absolute().parent.is_dir():
             raise UserError(f"--json: the folder of '{self.json_file}' does not exist.")
         if self.json_file is not None and self.json_file.is_dir():
@@ -69,7 +72,8 @@ class Request:
             "--json": self.json_file,
         }
         given = [str(part) for name, value in options.items() if value is not None for part in (name, value)]
-        flags = ["--memory"] * self.memory + ["--load-in-4bit"] * self.load_in_4bit
+        flags = ["--memory"] * self.memory + ["--experts"] * self.experts
+        flags += ["--load-in-4bit"] * self.load_in_4bit
         return [*flags, *given, "--engines", *self.engines, "--variants", *self.variants]
 
 
@@ -99,6 +103,7 @@ def verify_engines(request: Request) -> int:
             device=device,
             ranks=dist.get_world_size(),
             steps=request.steps,
+            experts=request.experts,
             load_in_4bit=request.load_in_4bit,
             preset=request.preset,
         )
@@ -107,7 +112,7 @@ def verify_engines(request: Request) -> int:
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "ranks": problem.ranks,
             "versions": _versions(),
-            "model": request.model or "random Llama",
+            "model": request.model or ("random mixture of experts" if request.experts else "random Llama"),
             "load_in_4bit": request.load_in_4bit,
             "preset": request.preset,
             "steps": problem.steps,

@@ -123,7 +123,7 @@ def _parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _adamw(model: nn.Module, problem: Problem) -> torch.optim.AdamW:
-    return torch.optim.AdamW(_parameter_groups(model), lr=problem.lr, weight_decay=problem.weight_decay)
+    return torch.optim.AdamW(_parameter_groups(model), lr=problem.learning_rate, weight_decay=problem.weight_decay)
 
 
 def adapter_elements(model: nn.Module) -> int:

@@ -12,10 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from adalora_scale.adalora.injection import adapter_layers
+from adalora_scale.adalora.matrices import matrix_names
 from adalora_scale.verify.engines import EVALUATED, SINGLE, Outcome, train
 from adalora_scale.verify.engines import why_not as engine_why_not
-from adalora_scale.verify.problem import Problem, adapter_weights, reference_options, token_loss
-from adalora_scale.verify.reference import ReferenceAdaLora
+from adalora_scale.verify.problem import (
+    Problem,
+    adapter_weights,
+    matrix_places,
+    matrix_weights,
+    reference_options,
+    token_loss,
+)
+from adalora_scale.verify.reference import FACTORS, ReferenceAdaLora
 
 ALL_TOLERANCE = 1e-5
 """Largest ‖w − w_ref‖ / ‖w_ref‖ over all adapters together."""
@@ -61,16 +70,17 @@ def expected_outcome(variant: str, problem: Problem) -> Outcome:
     """
     if variant == "bf16":
         return train(SINGLE, "bf16", problem)
-    config = problem.config
+    config, adapted = problem.config, problem.adapted_model()
     reference = ReferenceAdaLora(
-        adapter_weights(problem.adapted_model()),
+        matrix_weights(adapted),
         reference_options(
             config,
             problem.steps,
-            lr=problem.lr,
+            lr=problem.learning_rate,
             weight_decay=problem.weight_decay,
             max_grad_norm=problem.max_grad_norm if variant == "clip" else None,
         ),
+        matrix_places(adapted),
     )
     base = problem.exact_model().requires_grad_(False).to(problem.device)
     batches = problem.batches(base.config.vocab_size)  # type: ignore[union-attr, arg-type]
@@ -81,8 +91,19 @@ def expected_outcome(variant: str, problem: Problem) -> Outcome:
         losses = [
             reference.loss(base, partial(token_loss, batch=batch), weights).item() for batch in batches[:EVALUATED]
         ]
-    on_cpu = {name: {f: w.cpu() for f, w in factors.items()} for name, factors in weights.items()}
-    return Outcome(masks=reference.masks, weights=on_cpu, eval_loss=sum(losses) / len(losses))
+    names = {module: matrix_names(module, layer.matrices) for module, layer in adapter_layers(adapted)}
+    shapes = {module: {f: w.shape for f, w in factors.items()} for module, factors in adapter_weights(adapted).items()}
+    return Outcome(
+        masks={
+            step: {module: [bit for name in own for bit in mask[name]] for module, own in names.items()}
+            for step, mask in reference.masks.items()
+        },
+        weights={
+            module: {f: torch.cat([weights[name][f] for name in own]).view(shapes[module][f]).cpu() for f in FACTORS}
+            for module, own in names.items()
+        },
+        eval_loss=sum(losses) / len(losses),
+    )
 
 
 def expected_outcomes(variants: Sequence[str], problem: Problem) -> dict[str, Outcome]:

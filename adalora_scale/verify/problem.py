@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adalora_scale.adalora.injection import adapter_layers, inject_adalora
+from adalora_scale.adalora.matrices import matrix_names
 from adalora_scale.config import PRESETS, AdaLoraConfig
 from adalora_scale.errors import UserError
+from adalora_scale.experts.modules import split_all_experts
 from adalora_scale.quantization.linear import dequantize_model, quantize_model
 from adalora_scale.quantization.spec import QuantSpec
-from adalora_scale.verify.reference import ReferenceOptions
+from adalora_scale.verify.mixture import mixture
+from adalora_scale.verify.reference import ReferenceOptions, ReferencePlace
 
 ACCUMULATION = 4
 SEED = 0
@@ -51,6 +54,8 @@ class Problem:
     device: torch.device
     ranks: int
     steps: int = 60
+    experts: bool = False
+    """Whether the random model is a mixture of experts (`verify/mixture.py`) and not a Llama."""
     load_in_4bit: bool = False
     """Whether the frozen base is kept in 4 bits (nf4, double quantisation), computed in the run's dtype."""
     length: int = 12
@@ -64,6 +69,11 @@ class Problem:
     """Whose values the method has where this problem does not say."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """More keys of `adalora`."""
+
+    @property
+    def learning_rate(self) -> float:
+        """`lr`; a mixture's is smaller, so that no token comes near a tie between two experts."""
+        return 0.3 * self.lr if self.experts else self.lr
 
     def __post_init__(self) -> None:
         if self.steps < 24:
@@ -105,6 +115,8 @@ class Problem:
         if self.model is not None:
             return AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
         torch.manual_seed(SEED)
+        if self.experts:
+            return mixture().to(dtype)
         shape = LlamaConfig(
             vocab_size=256,
             hidden_size=48,
@@ -120,6 +132,7 @@ class Problem:
     def adapted_model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return the model with fresh adapters in training mode, the same in every process."""
         model = self.base_model(dtype)
+        split_all_experts(model)
         torch.manual_seed(SEED)
         return inject_adalora(model, self.config).to(self.device).train()
 
@@ -173,3 +186,24 @@ def reference_options(config: AdaLoraConfig, total_step: int, **optimizer: Any) 
 def adapter_weights(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """Return every module's factors under the reference's names."""
     return {name: {"A": layer.lora_A, "E": layer.lora_E, "B": layer.lora_B} for name, layer in adapter_layers(model)}
+
+
+def matrix_weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Return every matrix's factors, A (in, r), E (r,) and B (out, r), whole."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for module, factors in adapter_weights(model).items():
+        n = dict(adapter_layers(model))[module].matrices
+        for number, name in enumerate(matrix_names(module, n)):
+            each = {f: w.detach().reshape(n, -1, w.shape[-1])[number] for f, w in factors.items()}
+            found[name] = each | {"E": each["E"][0]}
+    return found
+
+
+def matrix_places(model: nn.Module) -> dict[str, ReferencePlace]:
+    """Return where the experts' matrices are in the model before its experts were split; of dense ones nothing."""
+    return {
+        name: ReferencePlace(module, number, bool(layer.base_layer.transposed))
+        for module, layer in adapter_layers(model)
+        if layer.matrices > 1
+        for number, name in enumerate(matrix_names(module, layer.matrices))
+    }

@@ -65,6 +65,17 @@ class ReferenceAdapter:
 
 
 @dataclass(frozen=True)
+class ReferencePlace:
+    """Where a matrix's weight is in the base model."""
+
+    parameter: str
+    expert: int | None = None
+    """Which of the matrices in a 3-D parameter; None where the parameter is the matrix."""
+    transposed: bool = False
+    """Whether it lies as (in, out)."""
+
+
+@dataclass(frozen=True)
 class ReferenceScore:
     """Sensitivity times uncertainty, and how the presets of it differ."""
 
@@ -131,11 +142,18 @@ class ReferenceAdaLora:
     """Trains the adapters of a base model that knows nothing of them.
 
     Args:
-        adapters: for every module, A (in, r), E (r,) and B (out, r) to begin with.
+        adapters: for every matrix, A (in, r), E (r,) and B (out, r) to begin with.
         options: the method's options, AdamW's, and the clipping threshold.
+        places: where the matrices are; of those that are not named the parameter is `<name>.weight`.
     """
 
-    def __init__(self, adapters: Mapping[str, Mapping[str, Tensor]], options: ReferenceOptions) -> None:
+    def __init__(
+        self,
+        adapters: Mapping[str, Mapping[str, Tensor]],
+        options: ReferenceOptions,
+        places: Mapping[str, ReferencePlace] | None = None,
+    ) -> None:
+        self.places = {name: ReferencePlace(f"{name}.weight") for name in adapters} | dict(places or {})
         self.adapters = {name: ReferenceAdapter(dict(weights)) for name, weights in adapters.items()}
         self.o = options
         self.score = SCORES[options.score]
@@ -155,7 +173,18 @@ class ReferenceAdaLora:
 
     def loss(self, base: nn.Module, loss_of: Callable[[Callable[..., Any]], Tensor], adapters: Tensors) -> Tensor:
         """`loss_of(call)` computes the loss, calling the model with the adapters merged in through `call(**batch)`."""
-        merged = {f"{n}.weight": base.get_parameter(f"{n}.weight") + self.delta(a) for n, a in adapters.items()}
+        merged: dict[str, Tensor] = {}
+        experts: dict[str, list[Tensor]] = {}
+        for name, adapter in adapters.items():
+            place = self.places[name]
+            weight = base.get_parameter(place.parameter)
+            update = self.delta(adapter).T if place.transposed else self.delta(adapter)
+            if place.expert is None:
+                merged[place.parameter] = weight + update
+            else:
+                each = experts.setdefault(place.parameter, list(weight))
+                each[place.expert] = weight[place.expert] + update
+        merged |= {parameter: torch.stack(each) for parameter, each in experts.items()}
         return loss_of(lambda **batch: functional_call(base, merged, (), batch))
 
     def train_step(self, base: nn.Module, loss_of: Callable[[Callable[..., Any]], Tensor]) -> float:

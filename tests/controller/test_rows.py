@@ -23,13 +23,21 @@ def pieces_of(numel, cuts):
     return [(start if end > start else 0, end - start) for start, end in itertools.pairwise(edges)]
 
 
+def tensors_of(factors, matrices):
+    """The adapter tensors whose values `factors` are, each of as many matrices."""
+    return [
+        AdapterTensor(n, f"m{n}", "lora_A", len(f) // matrices, R, matrices, n * matrices, n * matrices * R)
+        for n, f in enumerate(factors)
+    ]
+
+
 class Rank:
     """One fake rank: the arena of its pieces of some factors, (start, length) of each."""
 
-    def __init__(self, factors, own, ranks, multiplier):
+    def __init__(self, factors, own, ranks, multiplier, matrices=1):
         self.spans = [
-            Span(AdapterTensor(n, f"m{n}", "lora_A", len(f), R), start, f.flatten()[start : start + size], (size,))
-            for n, (f, (start, size)) in enumerate(zip(factors, own, strict=True))
+            Span(tensor, start, f.flatten()[start : start + size], (size,))
+            for tensor, f, (start, size) in zip(tensors_of(factors, matrices), factors, own, strict=True)
         ]
         self.cuts = []
         for factor, each in zip(factors, zip(*ranks, strict=True), strict=True):
@@ -44,16 +52,16 @@ class Rank:
         self.multiplier = multiplier
 
 
-def gram_and_gradient(factors, ranks, multiplier):
+def gram_and_gradient(factors, ranks, multiplier, matrices):
     """What fake ranks with these (start, length) of every factor find together."""
-    found = [Rank(factors, own, ranks, multiplier) for own in ranks]
+    found = [Rank(factors, own, ranks, multiplier, matrices) for own in ranks]
     total = torch.stack([rank.buffer for rank in found]).sum(0)
     gradients = [torch.zeros(f.numel()) for f in factors]
     grams = []
     for rank, own in zip(found, ranks, strict=True):
         summed = rank.buffer.copy_(total)
         rank.factors._rows.add_gram(rank.factors._grams, rank.factors._split)
-        grams.append(summed[: len(factors) * R * R].view(-1, R, R))
+        grams.append(summed[: len(multiplier) * R * R].view(-1, R, R))
         rank.factors.multiply_by(multiplier)
         targets = [g[start : start + length] for g, (start, length) in zip(gradients, own, strict=True)]
         rank.factors.add_gradient(rank.indices, targets, 1.0)
@@ -61,13 +69,15 @@ def gram_and_gradient(factors, ranks, multiplier):
     return grams[0], gradients
 
 
-def assert_equals_whole(factors, ranks):
+def assert_equals_whole(factors, ranks, matrices=1):
     # Small integers are exact in float32, whatever the order of a sum.
-    multiplier = integers(len(factors), R, R, seed=1)
-    grams, gradients = gram_and_gradient(factors, ranks, multiplier)
-    for index, factor in enumerate(factors):
-        assert torch.equal(grams[index], factor.T @ factor)
-        assert torch.equal(gradients[index].view_as(factor), factor @ multiplier[index])
+    multiplier = integers(len(factors) * matrices, R, R, seed=1)
+    grams, gradients = gram_and_gradient(factors, ranks, multiplier, matrices)
+    each = [matrix for factor in factors for matrix in factor.chunk(matrices)]
+    found = [matrix for g, f in zip(gradients, factors, strict=True) for matrix in g.view_as(f).chunk(matrices)]
+    for matrix, gram, gradient, own in zip(each, grams, found, multiplier, strict=True):
+        assert torch.equal(gram, matrix.T @ matrix)
+        assert torch.equal(gradient, matrix @ own)
 
 
 def factors_of(*rows):
@@ -95,6 +105,27 @@ def test_every_cut_modulo_r(count, offset):
     assert_equals_whole(factors, cut_at(factors, count, offset))
 
 
+@pytest.mark.parametrize("offset", range(3 * R + 1))
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize(("matrices", "rows"), [(5, (3, 3, 3)), (4, (1, 2, 1)), (7, (2, 3, 2))])
+def test_every_cut_of_experts(count, matrices, rows, offset):
+    """Else the penalty of a layer's experts is wrong where a piece begins or ends inside an expert."""
+    factors = factors_of(*(matrices * each for each in rows))
+    assert_equals_whole(factors, cut_at(factors, count, offset), matrices)
+
+
+@pytest.mark.parametrize(("matrices", "rows"), [(8, 5), (128, 5), (128, 1)])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_tensor_of_experts_is_at_most_three_sections(matrices, rows, count):
+    """Else a step's operations grow with the number of experts."""
+    factors = factors_of(matrices * rows, matrices * rows)
+    for own in (ranks := cut_at(factors, count, 3)):
+        arena = Rank(factors, own, ranks, None, matrices).arena
+        assert len(arena.blocks) == 1
+        assert len(arena.sections) <= 3
+        assert sum(section.matrices for section in arena.sections) >= 2 * (matrices // count - 2)
+
+
 @pytest.mark.parametrize("first", range(1, R))
 @pytest.mark.parametrize("second", range(1, R))
 def test_one_row_between_three_ranks_and_a_piece_within_a_row(first, second):
@@ -118,7 +149,7 @@ def test_ranks_without_a_piece():
 
 def test_whole_rows_use_no_slot():
     """Else the all-reduced buffer grows with the model although nothing is split."""
-    assert SplitRows([torch.tensor([10, 20])], [], R, CPU).slots == 0
+    assert SplitRows([torch.tensor([10, 20])], tensors_of(factors_of(8), 1), [], R, CPU).slots == 0
 
 
 def test_a_piece_that_ends_where_no_cut_is_known_is_an_error():
@@ -132,7 +163,8 @@ def test_bounded_memory_at_many_ranks():
     """96 ranks that split a row of each of 1,120 factors took two temporaries of 1.7 GB at r = 64; 10 ranks 16 here."""
     factors, r = 70, 16
     cuts = [torch.arange(1, 10) * 333] * factors
-    rows = SplitRows(cuts, [], r, CPU)
+    tensors = [AdapterTensor(n, "m", "lora_A", 300, r, 1, n, n * r) for n in range(factors)]
+    rows = SplitRows(cuts, tensors, [], r, CPU)
     split = integers(rows.slots, r, seed=0)
     grams = torch.zeros(factors, r, r)
     sizes = []
@@ -159,13 +191,14 @@ def test_cuts_are_the_multiples_between(step, begin, end):
 
 @pytest.mark.parametrize("offset", range(R + 1))
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_column_sums_of_pieces_add_up_to_the_whole(count, offset):
+@pytest.mark.parametrize(("matrices", "rows"), [(1, (7, 4, 7)), (3, (15, 6, 15)), (4, (4, 8, 4))])
+def test_column_sums_of_pieces_add_up_to_the_whole(count, matrices, rows, offset):
     """ZeRO's flat pieces begin and end inside rows; one wrong offset shifts every triplet's score by one."""
-    factors = factors_of(7, 4, 7)
-    total = torch.zeros(len(factors) * R)
+    factors = factors_of(*rows)
+    total = torch.zeros(len(factors) * matrices * R)
     for own in cut_at(factors, count, offset):
-        rank = Rank(factors, own, cut_at(factors, count, offset), None)
+        rank = Rank(factors, own, cut_at(factors, count, offset), None, matrices)
         flat = rank.arena.weights.flat
         values = [flat[b.offset : b.offset + b.size] for b in rank.arena.blocks]
-        total += ColumnSums(rank.arena, rank.arena.blocks, len(factors), R).of(values)
-    assert torch.equal(total, torch.cat([factor.sum(0) for factor in factors]))
+        total += ColumnSums(rank.arena, rank.arena.blocks, len(factors) * matrices, R).of(values)
+    assert torch.equal(total, torch.cat([matrix.sum(0) for factor in factors for matrix in factor.chunk(matrices)]))

@@ -1,6 +1,6 @@
 """Cells of the equivalence matrix on real ranks, right ones and mutants that the criterion must refuse.
 
-run_ranks(…, args=[MODEL or "random", "4" or "16" bits, EXPECTED or "none", CELL…])    CELL is engine:variant[:mutant]
+run_ranks(…, args=[MODEL or "random" or "experts", "4" or "16" bits, EXPECTED or "none", CELL…])    CELL is engine:variant[:mutant]
 """
 
 import contextlib
@@ -149,7 +149,8 @@ def shapes_seen(shapes):
 def main(model, bits, preset, expected_file, *cells):
     dist.init_process_group("gloo")
     problem = Problem(
-        model=None if model == "random" else model,
+        model=None if model in ("random", "experts") else model,
+        experts=model == "experts",
         device=torch.device("cpu"),
         ranks=dist.get_world_size(),
         load_in_4bit=bits == "4",
