@@ -30,6 +30,7 @@ from adalora_scale.adalora.targets import (
 )
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import UserError
+from adalora_scale.quantization.experts import ExpertLinear4bit
 from adalora_scale.quantization.linear import Linear4bit
 
 # What wrappers put into a module's own name: DDP in front of it, torch.compile and checkpointing anywhere.
@@ -132,7 +133,7 @@ def inject_adalora(
     replace_modules(model, wrappers)
     for name in modules_to_save(model, config):
         saved = model.get_submodule(name)
-        if any(isinstance(module, Linear4bit) for module in saved.modules()):
+        if any(isinstance(module, Linear4bit | ExpertLinear4bit) for module in saved.modules()):
             raise UserError(
                 f"adalora.modules_to_save: '{name}' is in 4 bits and cannot be trained in full; load a checkpoint that "
                 f"keeps it in 16 bits, or adapt it."
@@ -258,6 +259,8 @@ def coverage(model: nn.Module) -> Coverage:
             matrices += module.matrices
         elif isinstance(module, Linear4bit):
             linear += math.prod(sides(module))
+        elif isinstance(module, ExpertLinear4bit):
+            linear += module.experts * math.prod(sides(module))
         elif is_linear(module):  # routers too
             linear += whole_shape(cast(nn.Parameter, module.weight)).numel()
     linear += sum(whole_shape(parameter).numel() for _, _, parameter in expert_tensors(model))
