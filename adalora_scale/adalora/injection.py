@@ -33,6 +33,7 @@ from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import UserError
 from adalora_scale.experts.linear import ExpertLinear
 from adalora_scale.experts.modules import split_all_experts
+from adalora_scale.quantization.experts import ExpertLinear4bit
 from adalora_scale.quantization.linear import Linear4bit
 
 # What wrappers put into a module's own name: DDP in front of it, torch.compile and checkpointing anywhere.
@@ -144,7 +145,7 @@ def inject_adalora(
     replace_modules(model, wrappers)
     for name in modules_to_save(model, config):
         saved = model.get_submodule(name)
-        if any(isinstance(module, Linear4bit) for module in saved.modules()):
+        if any(isinstance(module, Linear4bit | ExpertLinear4bit) for module in saved.modules()):
             raise UserError(
                 f"adalora.modules_to_save: '{name}' is in 4 bits and cannot be trained in full; load a checkpoint that "
                 f"keeps it in 16 bits, or adapt it."
@@ -268,9 +269,11 @@ def coverage(model: nn.Module) -> Coverage:
             adapter += module.matrices * module.r * module.triplet_size
             owned |= {id(getattr(module, factor)) for factor in FACTORS}
             matrices += module.matrices
-            experts += module.matrices if isinstance(module.base_layer, ExpertLinear) else 0
+            experts += module.matrices if isinstance(module.base_layer, ExpertLinear | ExpertLinear4bit) else 0
         elif isinstance(module, Linear4bit):
             linear += math.prod(sides(module))
+        elif isinstance(module, ExpertLinear4bit):
+            linear += module.experts * math.prod(sides(module))
         elif is_linear(module):  # routers too
             linear += whole_shape(cast(nn.Parameter, module.weight)).numel()
     linear += sum(whole_shape(parameter).numel() for _, _, parameter in expert_tensors(model))

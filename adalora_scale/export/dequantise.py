@@ -120,7 +120,10 @@ def _prequantised(base: BaseCheckpoint, heads: list[str]) -> Dequantised:
         if parameter not in names.tensors or parameter not in base.parameters:
             raise UserError(f"{base.directory} holds a 4-bit state of '{parameter}' but not its weight; get it again.")
         key = names.tensors[parameter]
-        spec, shape = stored_spec(checkpoint, parameter, parts, torch.float32)
+        spec, sides = stored_spec(checkpoint, parameter, parts, torch.float32)
+        if len(sides) != 2:
+            raise Unsupported(f"--dequantise: '{parameter}' holds experts in 4 bits; pass the 16-bit model to --base.")
+        shape = (sides[0], sides[1])
         dtype = stored_dtype(checkpoint, parameter, parts)
         check_stored(checkpoint, key, parts, spec, spec.blocks(shape[1], shape[0], parameter))
         transposed = base.transposed(parameter.removesuffix(".weight"))

@@ -17,13 +17,16 @@ def stored_weights(loading: Loading) -> Callable[[str], Tensor | None]:
     """
     names = {id(module): name for name, module in loading.model.named_modules()}
     slots = {f"{names[id(slot.module)]}.{slot.leaf}": slot for slot in loading.plan.slots if id(slot.module) in names}
-    stored = loading.plan.checkpoint.tensors
+    checkpoint = loading.plan.checkpoint
 
     def read(name: str) -> Tensor | None:
         slot = slots.get(name)
         if slot is None or slot.parts:
             return None
-        file = TensorFile(stored[slot.source].file)
-        return file.tensor(slot.source) if file.entries[slot.source].dtype in FLOATING else None
+        stored = checkpoint.stored(slot.source)
+        if stored.dtype not in FLOATING:
+            return None
+        fused = slot.source in checkpoint.fused
+        return checkpoint.whole(slot.source) if fused else TensorFile(stored.file).tensor(slot.source)
 
     return read

@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,7 +20,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from adalora_scale.adalora.adaptables import FACTORS
-from adalora_scale.adalora.fingerprint import LEADING, WeightSample, fingerprint, sample
+from adalora_scale.adalora.fingerprint import WeightSample, fingerprint, sample
 from adalora_scale.adalora.injection import (
     coverage,
     digest_places,
@@ -32,10 +31,13 @@ from adalora_scale.adalora.targets import expert_tensors, find_targets, modules_
 from adalora_scale.config import AdaLoraConfig, ModelConfig, RunConfig
 from adalora_scale.engines.ranks import together
 from adalora_scale.errors import UserError
-from adalora_scale.export.tensor_files import TensorFile
+from adalora_scale.experts.linear import ExpertLinear
+from adalora_scale.experts.modules import split_all_experts
 from adalora_scale.placing.new_rows import draw_rows
 from adalora_scale.placing.progress import note, progress
+from adalora_scale.placing.sampling import Samples, leading
 from adalora_scale.quantization.base_files import FLOATS, BaseFiles
+from adalora_scale.quantization.experts import ExpertLinear4bit
 from adalora_scale.quantization.fill import copy_rows, draw_fresh, fill
 from adalora_scale.quantization.functional import check_kernels
 from adalora_scale.quantization.linear import Linear4bit, quantized_share
@@ -121,7 +123,8 @@ def begin(
     )
     draw_rows(plan, grown, seed=config.training.get("seed", 42))
     if config.model.load_in_4bit and plan.stored_in_4bit:
-        stored = next(slot.module.spec for slot in plan.slots if isinstance(slot.module, Linear4bit))
+        layers = (slot.module for slot in plan.slots)
+        stored = next(layer.spec for layer in layers if isinstance(layer, Linear4bit | ExpertLinear4bit))
         note(f"the checkpoint is in 4 bits already, as {stored}; the run's own bnb_4bit options do not apply")
     if seed is not None:
         torch.manual_seed(seed)
@@ -131,7 +134,10 @@ def begin(
 def build_on_meta(
     config: RunConfig, model_config: PretrainedConfig, dtype: torch.dtype, label_names: list[str] | None = None
 ) -> nn.Module:
-    """Build the run's model with its parameters on the meta device; buffers such as rotary frequencies are real."""
+    """Build the run's model with its parameters on the meta device; buffers such as rotary frequencies are real.
+
+    Experts are split: their projections are layers.
+    """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.model.trust_remote_code}
     if config.model.attn_implementation:
         options["attn_implementation"] = config.model.attn_implementation
@@ -140,6 +146,7 @@ def build_on_meta(
     model = building.build_on_meta(task, model_config, label_names=label_names, **options)
     model.name_or_path = config.model.model_name_or_path  # type: ignore[assignment]  # as from_pretrained does
     _keep_float32(model, dtype)
+    split_all_experts(model)
     return model.eval()
 
 
@@ -191,17 +198,14 @@ def digests(loading: Loading, targets: Iterable[str], saved: Iterable[str]) -> d
     """Do what `digest_base` does, from the files, before injection: weights count as they are before quantisation."""
     model, plan = loading.model, loading.plan
     sources = {(id(slot.module), slot.leaf): slot for slot in plan.slots}
-    files: dict[Path, TensorFile] = {}
+    samples = Samples(plan.checkpoint)
 
     def look(module: nn.Module, leaf: str) -> tuple[tuple[int, ...], Tensor | None]:
         slot = sources.get((id(module), leaf))
         if slot is None or slot.parts:  # tied to another's, or stored in 4 bits
             return (), None
-        stored = plan.checkpoint.tensors[slot.source]
-        if stored.file not in files:
-            files[stored.file] = TensorFile(stored.file)
-        seen = files[stored.file].samples(slot.source)
-        return stored.shape, None if seen is None else seen.to(plan.dtype)
+        seen = samples.of(slot.source)
+        return plan.checkpoint.stored(slot.source).shape, None if seen is None else seen.to(plan.dtype)
 
     names = {name for name, _ in model.named_modules()}
     return digest_places(model, [target for target in targets if target in names], saved, look)
@@ -266,7 +270,8 @@ def describe(model: nn.Module) -> str:
     """Return the line about the share of the base that is kept in 4 bits, and what looks as if it should be."""
     quantized, _ = quantized_share(model)
     line = f"4-bit base: {quantized / max(coverage(model).linear_weights, 1):.1%} of the linear weights quantised"
-    experts = [f"{name}.{leaf}" for name, leaf, _ in expert_tensors(model)]
+    experts = [name for name, module in model.named_modules() if isinstance(module, ExpertLinear)]
+    experts += [f"{name}.{leaf}" for name, leaf, _ in expert_tensors(model)]
     if experts:
         line += f"; tensors of several matrices stay as they are: {experts[0]}{' …' * (len(experts) > 1)}"
     return line
@@ -313,12 +318,12 @@ def _samples(loading: Loading, adalora: AdaLoraConfig) -> Iterator[WeightSample]
         if slot is None:  # tied to another module's, which has been seen
             yield seen
             continue
-        stored = checkpoint.tensors[slot.source]
-        rows = checkpoint.rows(slot.source, 0, min(stored.shape[0], -(-LEADING // stored.shape[1])))
-        kept = rows.to(dtype) if rows.is_floating_point() else rows
-        kind = f"{seen.dtype}" if not isinstance(module, Linear4bit) else f"{dtype} {module.spec}"
-        shape = seen.shape if not isinstance(module, Linear4bit) else stored.shape
-        yield WeightSample(name, shape, kind, kept.flatten()[:LEADING].tolist())
+        first = leading(checkpoint, slot.source)
+        kept = first.to(dtype) if first.is_floating_point() else first
+        in_4bit = isinstance(module, Linear4bit | ExpertLinear4bit)
+        kind = f"{dtype} {module.spec}" if in_4bit else f"{seen.dtype}"
+        shape = checkpoint.stored(slot.source).shape if in_4bit else seen.shape
+        yield WeightSample(name, shape, kind, kept.tolist())
 
 
 def shape_of_base(config: ModelConfig) -> PretrainedConfig:

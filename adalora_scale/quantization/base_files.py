@@ -7,7 +7,7 @@ memory until the map is closed.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from adalora_scale.reading.schemas import Index, checked
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+Parts = tuple[tuple[str, ...], ...]
+"""Of each expert, the tensors whose rows are its rows, in their order."""
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -65,6 +67,8 @@ class BaseFiles:
 
     def __init__(self, files: Iterable[Path], expected: dict[Path, set[str]] | None = None) -> None:
         self.tensors: dict[str, StoredTensor] = {}
+        self.fused: dict[str, Parts] = {}
+        """Tensors over experts that the files hold part by part (`fuse`)."""
         self.bytes_read = 0
         """Bytes of all slices read so far by this process."""
         for file in files:
@@ -130,8 +134,39 @@ class BaseFiles:
             raise UserError(f"'{twice[0]}' is in {first} and in {file.name}; download the model again.")
         self.tensors |= found
 
+    def fuse(self, fused: Mapping[str, Parts]) -> None:
+        """Make tensors over experts readable under names of their own: (experts, rows of all parts, columns).
+
+        Raises:
+            UserError: experts differ in shape or dtype.
+        """
+        for experts in fused.values():
+            first = [self.tensors[part] for part in experts[0]]
+            for parts in experts:
+                for part, like in zip(parts, first, strict=True):
+                    found = self.tensors[part]
+                    if len(found.shape) != 2 or found.dtype != first[0].dtype or found.shape != like.shape:
+                        raise UserError(
+                            f"'{part}' is {found.dtype} {found.shape} in {found.file.name}, '{experts[0][0]}' "
+                            f"{first[0].dtype} {first[0].shape}; experts have one shape. Download the model again."
+                        )
+        self.fused |= fused
+
+    def stored(self, name: str) -> StoredTensor:
+        """Return what a tensor looks like; of a fused one, `file` is its first part's."""
+        if name not in self.fused:
+            return self.tensors[name]
+        experts = self.fused[name]
+        first = [self.tensors[part] for part in experts[0]]
+        shape = (len(experts), sum(part.shape[0] for part in first), first[0].shape[1])
+        return StoredTensor(first[0].file, shape, first[0].dtype)
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read rows start to stop of a tensor, on the CPU, into memory of its own."""
+        if name in self.fused:
+            experts = self.fused[name][start:stop]
+            whole = [torch.cat([self.whole(part) for part in parts]) for parts in experts]
+            return torch.stack(whole) if whole else torch.empty(0, dtype=FLOATS[self.stored(name).dtype])
         stored = self.tensors[name]
         with _opened(stored.file) as reader:
             if not stored.shape or (start == 0 and stop == stored.shape[0]):
@@ -143,7 +178,7 @@ class BaseFiles:
 
     def whole(self, name: str) -> Tensor:
         """Read a whole tensor."""
-        shape = self.tensors[name].shape
+        shape = self.stored(name).shape
         return self.rows(name, 0, shape[0] if shape else 0)
 
     def columns(self, name: str, start: int, stop: int) -> Tensor:
@@ -152,6 +187,40 @@ class BaseFiles:
             part: Tensor = reader.get_slice(name)[:, start:stop]
             self.bytes_read += part.numel() * part.element_size()
             return part.T.clone(memory_format=torch.contiguous_format)
+
+    def expert_rows(self, name: str, expert: int, start: int, stop: int) -> Tensor:
+        """Read rows start to stop of one expert's matrix, as the files hold it, of a tensor over experts."""
+        if name not in self.fused:
+            return self._of_expert(name, expert, slice(start, stop), slice(None))
+        pieces, before = [], 0
+        for part in self.fused[name][expert]:
+            own = self.tensors[part].shape[0]
+            first, last = max(start - before, 0), min(stop - before, own)
+            if first < last:
+                pieces.append(self.rows(part, first, last))
+            before += own
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def expert_weights(
+        self, name: str, expert: int, start: int, stop: int, *, in_features: int, transposed: bool
+    ) -> Tensor:
+        """Do what `weights` does, of one expert's matrix in a tensor over experts."""
+        if start >= stop:
+            return torch.empty(0, dtype=FLOATS[self.stored(name).dtype])
+        first, last = start // in_features, -(-stop // in_features)
+        if not transposed:
+            rows = self.expert_rows(name, expert, first, last)
+        elif name in self.fused:  # nobody's so far
+            rows = self.expert_rows(name, expert, 0, in_features)[:, first:last].T
+        else:
+            rows = self._of_expert(name, expert, slice(None), slice(first, last)).T
+        return rows.reshape(-1)[start - first * in_features : stop - first * in_features]
+
+    def _of_expert(self, name: str, expert: int, rows: slice, columns: slice) -> Tensor:
+        with _opened(self.tensors[name].file) as reader:
+            part: Tensor = reader.get_slice(name)[expert : expert + 1, rows, columns]
+            self.bytes_read += part.numel() * part.element_size()
+            return part[0].clone()
 
     def weights(self, name: str, start: int, stop: int, *, in_features: int, transposed: bool) -> Tensor:
         """Read the weights start to stop of a row-major (out_features, in_features) matrix, flat.

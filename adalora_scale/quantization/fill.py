@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from adalora_scale.errors import Unsupported
 from adalora_scale.quantization import functional
+from adalora_scale.quantization.experts import ExpertLinear4bit
+from adalora_scale.quantization.fill_experts import fill_experts
 from adalora_scale.quantization.linear import Linear4bit
 from adalora_scale.quantization.memory import CPU_PIECE, PIECE, block_pieces, give_back_freed, row_pieces
+from adalora_scale.quantization.own_rows import gathered, own_rows
 from adalora_scale.quantization.plan import LoadingPlan, Slot
 from adalora_scale.quantization.prequantized import stored_blocks, stored_nested
 
@@ -43,7 +42,9 @@ def fill(
         together: runs what a rank does by itself right before ranks meet, and lets one that fails tell the others.
     """
     for slot in slots:
-        if slot.quantized:
+        if isinstance(slot.module, ExpertLinear4bit) and slot.quantized:
+            fill_experts(plan, slot, slot.module, device, together or _alone)
+        elif slot.quantized:
             _fill_quantized(plan, slot, device, together or _alone)
         else:
             target = cast(Tensor, getattr(slot.module, slot.leaf))
@@ -100,22 +101,6 @@ def copy_rows(parameter: Tensor, whole: Tensor, name: str) -> None:
     local.copy_(whole[start:stop] if whole.dim() else whole)
 
 
-def own_rows(tensor: Tensor, name: str) -> tuple[Tensor, int, int, dist.ProcessGroup | None]:
-    """Return (local tensor, first row, row after the last, the ranks that hold the other rows).
-
-    Raises:
-        Unsupported: the tensor is sharded otherwise than by rows.
-    """
-    if not isinstance(tensor, DTensor):
-        return tensor.detach(), 0, tensor.shape[0] if tensor.dim() else 0, None
-    sharded = [index for index, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate)]
-    if len(sharded) > 1 or any(type(tensor.placements[i]) is not Shard or tensor.placements[i].dim for i in sharded):  # type: ignore[attr-defined]
-        raise Unsupported(f"'{name}' is placed as {tensor.placements}; only row shards, Shard(0), can be streamed.")
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    group = tensor.device_mesh.get_group(sharded[0]) if sharded else None
-    return cast(DTensor, tensor.detach()).to_local(), offset[0], offset[0] + shape[0], group
-
-
 def _fill_quantized(
     plan: LoadingPlan, slot: Slot, device: torch.device, together: Callable[[Callable[[], None]], None]
 ) -> None:
@@ -158,16 +143,3 @@ def _fill_quantized(
 
 def _alone(read: Callable[[], None]) -> None:
     read()
-
-
-def gathered(part: Tensor, rows: int, group: dist.ProcessGroup | None) -> Tensor:
-    """Return the whole (rows,) vector of which `group`'s ranks hold consecutive parts, as Shard(0) cuts them."""
-    if group is None or dist.get_world_size(group) == 1:
-        return part
-    ranks = dist.get_world_size(group)
-    chunk = -(-rows // ranks)  # all but the last ranks' parts have this length
-    padded = part.new_zeros(chunk)
-    padded[: part.numel()] = part
-    everything = part.new_empty(ranks * chunk)
-    dist.all_gather_into_tensor(everything, padded, group=group)
-    return everything[:rows]

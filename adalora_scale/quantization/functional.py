@@ -86,13 +86,36 @@ def dequantize(
 ) -> Tensor:
     """Return the (out_features, in_features) matrix in `dtype`."""
     bitsandbytes()
-    absmax = decode_scales(scales, nested)
+    return dequantize_blocks(packed, decode_scales(scales, nested), spec, dtype).view(shape)
+
+
+def dequantize_blocks(packed: Tensor, absmax: Tensor, spec: QuantSpec, dtype: torch.dtype) -> Tensor:
+    """Return whole blocks, (n, blocksize), in `dtype`, of packed (n, blocksize / 2) and absmax (n,) float32."""
+    bitsandbytes()
     # One block a row: the CPU kernel of bitsandbytes 0.50 takes a wrong absmax where rows are no multiple of blocks.
     flat = (absmax.numel(), spec.blocksize)
     weights: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
         packed.reshape(-1, 1), absmax, spec.blocksize, spec.quant_type, flat, dtype
     )
-    return weights.view(shape)
+    return weights
+
+
+def decode_expert_scales(scales: Tensor, level: Tensor | None) -> Tensor:
+    """Return the float32 absmax, (blocks,), of one expert's scales and its row of `ExpertLinear4bit.nested`."""
+    bitsandbytes()
+    if level is None:
+        return scales.reshape(-1).clone().view(torch.float32)
+    values = level.clone().view(torch.float32)  # of its own: engines may lay a row at an address of no float's
+    code = nested_code(scales.device)
+    decode = torch.ops.bitsandbytes.dequantize_blockwise.default
+    return decode(scales, values[:-1], code, NESTED_BLOCK, torch.float32) + values[-1]
+
+
+@functools.cache
+def nested_code(device: torch.device) -> Tensor:
+    """Return the (256,) float32 values that first-level codes stand for; bitsandbytes' constant."""
+    code: Tensor = bitsandbytes().create_dynamic_map().to(device)
+    return code
 
 
 def decode_scales(scales: Tensor, nested: Tensor) -> Tensor:

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adalora_scale.errors import UserError, nearest
+from adalora_scale.experts.linear import ExpertLinear
+from adalora_scale.experts.modules import split_all_experts
 from adalora_scale.quantization import functional
 from adalora_scale.quantization.called import computes_linear, weights_read
+from adalora_scale.quantization.experts import ExpertLinear4bit, empty_4bit, in_16bit
 from adalora_scale.quantization.operators import matmul_4bit
 from adalora_scale.quantization.spec import QuantSpec
 from adalora_scale.quantization.torch_2_11 import let_fsdp2_shard_bytes
@@ -113,17 +116,17 @@ class Linear4bit(nn.Module):
 
 
 def is_quantizable(module: nn.Module) -> bool:
-    """Whether a layer's weight can be kept in 4 bits: nn.Linear, transformers' Conv1D, and what computes as they do."""
-    return computes_linear(module)
+    """Whether a layer's weight can be kept in 4 bits: nn.Linear, Conv1D, what computes as they do, and experts."""
+    return isinstance(module, ExpertLinear) or computes_linear(module)
 
 
 def quantization_targets(model: nn.Module, skip_modules: list[str] | None = None) -> list[str]:
-    """Return the names of the layers to quantise: all linear ones but the output head and what is skipped.
+    """Return the names of the layers to quantise: all linear ones and experts, but the output head and what is skipped.
 
     Layers that are not called as linear ones stay as they are: routers, and those whose weight a module reads itself.
 
     Args:
-        model: a transformers model, on any device.
+        model: a transformers model, on any device, its experts split (`split_all_experts`).
         skip_modules: names (endings) of modules that stay in 16 or 32 bits, with all that is in them.
 
     Raises:
@@ -154,10 +157,16 @@ def quantization_targets(model: nn.Module, skip_modules: list[str] | None = None
 
 
 def replace_linears(model: nn.Module, spec: QuantSpec, targets: list[str]) -> None:
-    """Put uninitialised `Linear4bit` layers in the place of `targets`, in place, on the device of their weights."""
-    replacements: dict[nn.Module, Linear4bit] = {}
+    """Put uninitialised `Linear4bit` layers in the place of `targets`, in place, on the device of their weights.
+
+    Experts become `ExpertLinear4bit` layers.
+    """
+    replacements: dict[nn.Module, nn.Module] = {}
     for name in targets:
         old = model.get_submodule(name)
+        if isinstance(old, ExpertLinear):
+            replacements[old] = empty_4bit(old, spec, name)
+            continue
         transposed = isinstance(old, Conv1D)
         sides = (old.nx, old.nf) if isinstance(old, Conv1D) else (old.in_features, old.out_features)
         bias = old.bias if isinstance(old.bias, Tensor) else None
@@ -180,15 +189,20 @@ def replace_linears(model: nn.Module, spec: QuantSpec, targets: list[str]) -> No
 def quantize_model(model: nn.Module, spec: QuantSpec, skip_modules: list[str] | None = None) -> nn.Module:
     """Quantise a model that is already in memory, in place, and return it; large ones are streamed instead.
 
+    Experts modules are split first.
+
     Raises:
         UserError: as `quantization_targets`, or the block size does not divide a weight.
     """
+    split_all_experts(model)
     targets = quantization_targets(model, skip_modules)
     old = {name: model.get_submodule(name) for name in targets}
     replace_linears(model, spec, targets)
     for name, layer in old.items():
         new = model.get_submodule(name)
-        if isinstance(new, Linear4bit) and isinstance(layer.weight, Tensor):
+        if isinstance(new, ExpertLinear4bit) and isinstance(layer, ExpertLinear):
+            new.quantize_(layer.weight, layer.bias, name)
+        elif isinstance(new, Linear4bit) and isinstance(layer.weight, Tensor):
             weight = layer.weight.T if new.transposed else layer.weight
             new.quantize_(weight, layer.bias if isinstance(layer.bias, Tensor) else None, name)
     return model
@@ -196,10 +210,12 @@ def quantize_model(model: nn.Module, spec: QuantSpec, skip_modules: list[str] | 
 
 @torch.no_grad()
 def dequantize_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Put nn.Linear layers with the dequantised weights in the place of 4-bit ones, in place, and return the model."""
+    """Put layers with the dequantised weights in the place of 4-bit ones, in place, and return the model."""
     for parent in list(model.modules()):
         for leaf, child in list(parent._modules.items()):
-            if isinstance(child, Linear4bit):
+            if isinstance(child, ExpertLinear4bit):
+                setattr(parent, leaf, in_16bit(child, dtype))
+            elif isinstance(child, Linear4bit):
                 biased = child.bias is not None
                 new = nn.Linear(child.in_features, child.out_features, bias=biased, device="meta").requires_grad_(False)
                 new.weight = nn.Parameter(child.dequantize(dtype), requires_grad=False)
@@ -215,6 +231,10 @@ def quantized_share(model: nn.Module) -> tuple[int, int]:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             quantized += module.in_features * module.out_features
+        elif isinstance(module, ExpertLinear4bit):
+            quantized += module.experts * module.in_features * module.out_features
+        elif isinstance(module, ExpertLinear):
+            others += module.experts * module.in_features * module.out_features
         elif isinstance(module, nn.Linear):
             others += module.in_features * module.out_features
         elif isinstance(module, Conv1D):

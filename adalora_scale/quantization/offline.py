@@ -21,9 +21,11 @@ from adalora_scale.errors import UserError
 from adalora_scale.finite import require_finite
 from adalora_scale.quantization import functional
 from adalora_scale.quantization.base_files import FLOATS, INDEX_NAME, SINGLE_NAME
+from adalora_scale.quantization.experts import ExpertLinear4bit, own_level
 from adalora_scale.quantization.linear import Linear4bit
+from adalora_scale.quantization.naming import stored_name
 from adalora_scale.quantization.plan import LoadingPlan, Slot
-from adalora_scale.quantization.prequantized import stored_form
+from adalora_scale.quantization.prequantized import stored_experts_form, stored_form
 from adalora_scale.quantization.spec import QuantSpec
 from adalora_scale.reading.folders import own_file
 
@@ -70,7 +72,7 @@ def quantize_checkpoint(
     """
     if any(slot.parts for slot in plan.slots):
         raise UserError("the checkpoint is in 4 bits already; it loads as it is.")
-    spec = next(slot.module.spec for slot in plan.slots if isinstance(slot.module, Linear4bit))
+    spec = next(slot.module.spec for slot in plan.slots if isinstance(slot.module, Linear4bit | ExpertLinear4bit))
     names: list[list[str]] = []
     written = 0
     for shard in _shards(plan, device, shard_bytes, on_slot):
@@ -127,9 +129,12 @@ def _shards(
 @torch.no_grad()
 def _stored(plan: LoadingPlan, slot: Slot, device: torch.device) -> dict[str, Tensor]:
     layer, checkpoint = slot.module, plan.checkpoint
+    name = stored_name(slot.module, slot.leaf, slot.name)
+    if slot.quantized and isinstance(layer, ExpertLinear4bit):
+        return _stored_experts(plan, slot, layer, name, device)
     if not (slot.quantized and isinstance(layer, Linear4bit)):
         tensor = checkpoint.whole(slot.source)
-        kept = {slot.name: tensor.to(plan.dtype) if _follows_dtype(slot) else tensor}
+        kept = {name: tensor.to(plan.dtype) if _follows_dtype(slot) else tensor}
         require_finite(kept, "the base model")
         return kept
     count = layer.in_features * layer.out_features
@@ -140,6 +145,25 @@ def _stored(plan: LoadingPlan, slot: Slot, device: torch.device) -> dict[str, Te
     packed, scales, nested = functional.quantize(flat.to(device, plan.dtype).view(shape), layer.spec, slot.name)
     dtype = _dtype_name(plan.dtype)
     return stored_form(slot.name, packed.cpu(), scales.cpu(), nested.cpu(), layer.spec, shape, dtype)
+
+
+def _stored_experts(
+    plan: LoadingPlan, slot: Slot, layer: ExpertLinear4bit, name: str, device: torch.device
+) -> dict[str, Tensor]:
+    """Quantise one expert after another; what is held is one in 16 bits and all in 4."""
+    shape = (layer.out_features, layer.in_features)
+    packed, scales, levels = [], [], []
+    for expert in range(layer.experts):
+        flat = plan.checkpoint.expert_weights(
+            slot.source, expert, 0, shape[0] * shape[1], in_features=shape[1], transposed=layer.transposed
+        )
+        codes, first, nested = functional.quantize(flat.to(device, plan.dtype).view(shape), layer.spec, slot.name)
+        packed.append(codes.cpu())
+        scales.append(first.cpu())
+        levels.append(own_level(nested.cpu()))
+    level = torch.stack(levels) if layer.spec.double_quant else None
+    sides, dtype = (layer.experts, *shape), _dtype_name(plan.dtype)
+    return stored_experts_form(name, torch.cat(packed), torch.cat(scales), level, layer.spec, sides, dtype)
 
 
 def _follows_dtype(slot: Slot) -> bool:

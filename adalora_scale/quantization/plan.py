@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.quantization.base_files import FLOATS, BaseFiles
 from adalora_scale.quantization.called import weights_read
+from adalora_scale.quantization.experts import ExpertLinear4bit
 from adalora_scale.quantization.linear import Linear4bit, quantization_targets, replace_linears
 from adalora_scale.quantization.memory import PIECE, row_pieces
 from adalora_scale.quantization.naming import Names, match_names
@@ -31,14 +32,14 @@ class Slot:
     module: nn.Module
     leaf: str
     source: str
-    """Tensor of the checkpoint."""
+    """Tensor of the checkpoint, or of its `fused` ones."""
     parts: dict[str, str] = field(default_factory=dict)
     """bitsandbytes' quantisation state of a weight that is stored in 4 bits."""
 
     @property
     def quantized(self) -> bool:
-        """Whether this is the weight of a Linear4bit (its scales are filled with it)."""
-        return isinstance(self.module, Linear4bit) and self.leaf == "weight"
+        """Whether this is the weight of a 4-bit layer (its scales are filled with it)."""
+        return isinstance(self.module, Linear4bit | ExpertLinear4bit) and self.leaf == "weight"
 
 
 @dataclass
@@ -78,7 +79,8 @@ def make_plan(
     """Put 4-bit layers into `model` and say how every parameter is filled.
 
     Args:
-        model: a transformers model with its parameters on the meta device, without adapters.
+        model: a transformers model with its parameters on the meta device, without adapters; where its experts are to
+            be in 4 bits, split (`split_all_experts`).
         checkpoint: what it is loaded from. Weights stored in 4 bits become Linear4bit whatever `spec` says.
         dtype: of what is not quantised.
         spec: options of the weights to quantise while loading; None quantises nothing.
@@ -92,6 +94,7 @@ def make_plan(
         Unsupported: a tensor would have to be converted while loading.
     """
     names = match_names(model, checkpoint.tensors)
+    checkpoint.fuse(names.fused)
     _put_layers(model, checkpoint, names, spec, compute_dtype, skip_modules or [], new_heads)
     _untie_what_differs(model, checkpoint, names)
     ties = _ties(model)
@@ -101,7 +104,7 @@ def make_plan(
     missing: list[str] = []
     filled: set[str] = set()
     for name, module, leaf, tensor in _own_tensors(model):
-        if leaf == "scales" and isinstance(module, Linear4bit):
+        if leaf in ("scales", "nested") and isinstance(module, Linear4bit | ExpertLinear4bit):
             continue
         if _inside(name, fresh) or filled.intersection(twins.get(name, ())):
             continue
@@ -160,12 +163,19 @@ def _put_layers(
                 raise Unsupported(f"the checkpoint holds '{layer}' in 4 bits, but {read[layer]}; load a 16-bit one.")
             replace_linears(model, own, [layer])
             new = model.get_submodule(layer)
-            if not isinstance(new, Linear4bit) or shape != (new.out_features, new.in_features):
+            if shape != _matrices(new):
                 raise UserError(f"the checkpoint's '{weight}' is {shape}, which does not fit the model; {_fits}.")
         return
     if spec is None:
         return
     replace_linears(model, spec, quantization_targets(model, [*skip, *new_heads]))
+
+
+def _matrices(layer: nn.Module) -> tuple[int, ...] | None:
+    """Return the shape that the state of a 4-bit layer's stored weight has."""
+    if isinstance(layer, ExpertLinear4bit):
+        return layer.experts, layer.out_features, layer.in_features
+    return (layer.out_features, layer.in_features) if isinstance(layer, Linear4bit) else None
 
 
 def _untie_what_differs(model: nn.Module, checkpoint: BaseFiles, names: Names) -> None:
@@ -182,7 +192,7 @@ def _untie_what_differs(model: nn.Module, checkpoint: BaseFiles, names: Names) -
 
 
 def _same_values(checkpoint: BaseFiles, first: str, second: str) -> bool:
-    one, other = checkpoint.tensors[first], checkpoint.tensors[second]
+    one, other = checkpoint.stored(first), checkpoint.stored(second)
     if one.shape != other.shape or not one.shape:
         return one.shape == other.shape
     pieces = row_pieces(0, one.shape[0], math.prod(one.shape[1:]), PIECE)
@@ -217,14 +227,16 @@ def _ties(model: nn.Module) -> list[list[tuple[nn.Module, str]]]:
 
 
 def _check(slot: Slot, tensor: Tensor, checkpoint: BaseFiles, rows: int | None) -> None:
-    stored = checkpoint.tensors[slot.source]
+    stored = checkpoint.stored(slot.source)
     layer = slot.module
-    if slot.parts and isinstance(layer, Linear4bit):
-        check_stored(checkpoint, slot.source, slot.parts, layer.spec, layer.weight.shape[0])
+    if slot.parts and isinstance(layer, Linear4bit | ExpertLinear4bit):
+        experts = layer.experts if isinstance(layer, ExpertLinear4bit) else None
+        check_stored(checkpoint, slot.source, slot.parts, layer.spec, layer.weight.shape[0], experts)
         return
-    if isinstance(layer, Linear4bit) and slot.leaf == "weight":
-        sides = (layer.out_features, layer.in_features)
-        shape: tuple[int, ...] = sides[::-1] if layer.transposed else sides
+    sides = _matrices(layer) if slot.quantized else None
+    if sides is not None:
+        turned = layer.transposed
+        shape: tuple[int, ...] = (*sides[:-2], sides[-1], sides[-2]) if turned else sides
     else:
         shape = tuple(tensor.shape) if rows is None else (rows, *tensor.shape[1:])
     if stored.shape != shape:

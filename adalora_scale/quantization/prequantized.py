@@ -3,6 +3,10 @@
 For a weight ``w``: ``w`` (bytes, 1) with two codes a byte, ``w.absmax``, ``w.quant_map``, with double quantisation
 ``w.nested_absmax`` and ``w.nested_quant_map``, and ``w.quant_state.bitsandbytes__nf4`` (JSON as uint8).
 
+bitsandbytes has no form for a tensor over experts. Ours is that of a matrix with everything expert by expert: ``shape``
+has three sides, ``w.nested_absmax`` is (experts, ⌈blocks of one / 256⌉), and ``w.nested_offset`` (experts,) stands for
+the state's entry of that name. Only this package reads it.
+
 Source: bitsandbytes 0.50 functional.QuantState.as_dict(packed=True).
 """
 
@@ -39,8 +43,8 @@ def stored_dtype(checkpoint: BaseFiles, weight: str, parts: dict[str, str]) -> s
 
 def stored_spec(
     checkpoint: BaseFiles, weight: str, parts: dict[str, str], compute_dtype: torch.dtype
-) -> tuple[QuantSpec, tuple[int, int]]:
-    """Read one weight's options and its (out_features, in_features) shape.
+) -> tuple[QuantSpec, tuple[int, ...]]:
+    """Read one weight's options and its shape, (out_features, in_features) or (experts, out_features, in_features).
 
     Raises:
         UserError: the state is incomplete or unreadable.
@@ -51,15 +55,16 @@ def stored_spec(
         spec = QuantSpec(
             quant_type=state["quant_type"],
             blocksize=int(state["blocksize"]),
-            double_quant="nested_offset" in state,
+            double_quant="nested_offset" in state or "nested_offset" in parts,
             compute_dtype=compute_dtype,
         )
-        out_features, in_features = (int(side) for side in state["shape"])
+        shape = tuple(int(side) for side in state["shape"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"the 4-bit state of '{weight}' is damaged ({error!r}); download the checkpoint again."
         ) from None
     needed = {"absmax", "quant_map"} | ({"nested_absmax", "nested_quant_map"} if spec.double_quant else set())
+    needed |= {"nested_offset"} if spec.double_quant and len(shape) == 3 else set()
     if missing := sorted(needed - parts.keys()):
         raise UserError(f"the checkpoint lacks '{weight}.{missing[0]}' of a 4-bit weight; download it again.")
     table = checkpoint.tensors[parts["quant_map"]]
@@ -73,11 +78,20 @@ def stored_spec(
             f"'{weight}' has a second level of blocks of {state.get('nested_blocksize')}; bitsandbytes' kernels know "
             f"{NESTED_BLOCK}. Quantise it again."
         )
-    return spec, (out_features, in_features)
+    return spec, shape
 
 
-def check_stored(checkpoint: BaseFiles, tensor: str, parts: dict[str, str], spec: QuantSpec, blocks: int) -> None:
+def check_stored(
+    checkpoint: BaseFiles, tensor: str, parts: dict[str, str], spec: QuantSpec, blocks: int, experts: int | None = None
+) -> None:
     """Compare the sizes of a 4-bit weight's tensors with its number of blocks, from headers alone.
+
+    Args:
+        checkpoint: the files.
+        tensor, parts: the weight's packed codes and its state.
+        spec: its options.
+        blocks: of the matrix, or of all experts.
+        experts: how many matrices the tensor holds; None for one that is no tensor over experts.
 
     Raises:
         UserError: one has another size or dtype.
@@ -87,7 +101,12 @@ def check_stored(checkpoint: BaseFiles, tensor: str, parts: dict[str, str], spec
     sizes = {tensor: (math.prod(stored.shape) * width, blocks * spec.blocksize // 2)}
     expected = {"absmax": (blocks, "U8" if spec.double_quant else "F32")}
     if spec.double_quant:
-        expected |= {"nested_absmax": (-(-blocks // NESTED_BLOCK), "F32"), "nested_quant_map": (CODES, "F32")}
+        of = experts or 1
+        expected |= {
+            "nested_absmax": (of * -(-blocks // of // NESTED_BLOCK), "F32"),
+            "nested_quant_map": (CODES, "F32"),
+        }
+        expected |= {"nested_offset": (of, "F32")} if experts is not None else {}
     for part, (count, dtype) in expected.items():
         own = checkpoint.tensors[parts[part]]
         sizes[parts[part]] = (math.prod(own.shape) if own.dtype == dtype else -1, count)
@@ -122,6 +141,20 @@ def stored_nested(checkpoint: BaseFiles, weight: str, parts: dict[str, str], spe
     return functional.join_nested(second.float(), mean, code.float())
 
 
+def stored_levels(checkpoint: BaseFiles, parts: dict[str, str], first: int, last: int) -> Tensor:
+    """Read experts first to last's rows of `ExpertLinear4bit.nested`.
+
+    Raises:
+        Unsupported: codes stand for other values than bitsandbytes'.
+    """
+    code = checkpoint.whole(parts["nested_quant_map"])
+    if not torch.equal(code, functional.nested_code(code.device)):
+        raise Unsupported(f"'{parts['nested_quant_map']}' is a code book of its own; quantise the checkpoint again.")
+    second = checkpoint.rows(parts["nested_absmax"], first, last)
+    mean = checkpoint.rows(parts["nested_offset"], first, last)
+    return torch.cat([second, mean.unsqueeze(1)], dim=1).view(torch.uint8)
+
+
 def stored_form(
     weight: str, packed: Tensor, scales: Tensor, nested: Tensor, spec: QuantSpec, shape: tuple[int, int], dtype: str
 ) -> dict[str, Tensor]:
@@ -149,6 +182,39 @@ def stored_form(
         tensors[f"{weight}.nested_absmax"] = second.clone()
         tensors[f"{weight}.nested_quant_map"] = code.clone()
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": mean.item()}
+    else:
+        tensors[f"{weight}.absmax"] = scales.view(torch.float32).view(-1)
+    tensors[f"{weight}.quant_state.bitsandbytes__{spec.quant_type}"] = _as_tensor(state)
+    return tensors
+
+
+def stored_experts_form(
+    weight: str,
+    packed: Tensor,
+    scales: Tensor,
+    levels: Tensor | None,
+    spec: QuantSpec,
+    shape: tuple[int, int, int],
+    dtype: str,
+) -> dict[str, Tensor]:
+    """Do what `stored_form` does, of a tensor over experts; `levels` as `ExpertLinear4bit.nested`."""
+    state: dict[str, Any] = {
+        "quant_type": spec.quant_type,
+        "blocksize": spec.blocksize,
+        "dtype": dtype,
+        "shape": list(shape),
+    }
+    tensors = {
+        weight: packed.reshape(-1, 1),
+        f"{weight}.quant_map": functional.bitsandbytes().get_4bit_type(spec.quant_type, device="cpu"),
+    }
+    if levels is not None:
+        values = levels.view(torch.float32)
+        tensors[f"{weight}.absmax"] = scales
+        tensors[f"{weight}.nested_absmax"] = values[:, :-1].contiguous()
+        tensors[f"{weight}.nested_offset"] = values[:, -1].contiguous()
+        tensors[f"{weight}.nested_quant_map"] = functional.nested_code(torch.device("cpu")).clone()
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
     else:
         tensors[f"{weight}.absmax"] = scales.view(torch.float32).view(-1)
     tensors[f"{weight}.quant_state.bitsandbytes__{spec.quant_type}"] = _as_tensor(state)

@@ -146,12 +146,12 @@ class Index(_Strict):
 
 
 class QuantState(_Strict):
-    """One weight's `quant_state`, bitsandbytes'."""
+    """One weight's `quant_state`, bitsandbytes'; of a tensor over experts there are three sides."""
 
     quant_type: str
     blocksize: Positive
     dtype: Annotated[str, StringConstraints(pattern=r"^(float32|bfloat16|float16)$")]
-    shape: Annotated[list[Positive], Field(min_length=2, max_length=2)]
+    shape: Annotated[list[Positive], Field(min_length=2, max_length=3)]
     nested_blocksize: Positive | None = None
     nested_dtype: str | None = None
     nested_offset: Finite | None = None

@@ -168,7 +168,7 @@ def test_the_share_counts_experts_that_stay_as_they_are():
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=2,
     )  # fmt: skip
-    model = quantize_model(MixtralForCausalLM(config), QuantSpec())
+    model = quantize_model(MixtralForCausalLM(config), QuantSpec(), ["experts"])
     attention, experts, head = 2 * 64 * 64 + 2 * 64 * 32, 2 * 3 * 64 * 64, 64 * 64
     described = streaming.describe(model)
     assert f"{attention / (attention + experts + head):.1%} of the linear weights quantised" in described
@@ -333,15 +333,3 @@ def test_a_typo_among_skipped_modules_is_an_error(llama, run_config):
     """Else what the user wanted to keep is quantised."""
     with pytest.raises(UserError, match=r"bnb_4bit_skip_modules: 'upproj' matches no module"):
         begin(run_config(llama, load_in_4bit=True, bnb_4bit_skip_modules=["upproj"]))
-
-
-def test_experts(tmp_path, run_config):
-    """Merging experts into one tensor while loading cannot be streamed: refused by name."""
-    torch.manual_seed(0)
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=2,
-    )  # fmt: skip
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "mixtral")
-    with pytest.raises(Unsupported, match=r"experts.*has to be converted while loading.*MixtralForCausalLM"):
-        begin(run_config(tmp_path / "mixtral", load_in_4bit=True))

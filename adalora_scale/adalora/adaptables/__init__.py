@@ -11,6 +11,7 @@ from adalora_scale.adalora.adaptables.conv1d import TransposedLinear
 from adalora_scale.adalora.adaptables.convolution import Convolution
 from adalora_scale.adalora.adaptables.embedding import Embedding
 from adalora_scale.adalora.adaptables.experts import ExpertProjection
+from adalora_scale.adalora.adaptables.experts4bit import QuantisedExpertProjection
 from adalora_scale.adalora.adaptables.linear import Linear
 from adalora_scale.adalora.adaptables.linear4bit import QuantisedLinear
 from adalora_scale.errors import Unsupported
@@ -30,7 +31,8 @@ __all__ = [
 ]
 
 ADAPTABLES: tuple[Adaptable[Any], ...] = (
-    Linear(), TransposedLinear(), QuantisedLinear(), ExpertProjection(), Convolution(), Embedding(),
+    Linear(), TransposedLinear(), QuantisedLinear(), ExpertProjection(), QuantisedExpertProjection(), Convolution(),
+    Embedding(),
 )  # fmt: skip
 
 

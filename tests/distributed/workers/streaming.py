@@ -18,6 +18,7 @@ from adalora_scale.engines.blocks import transformer_blocks
 from adalora_scale.engines.fsdp2_place import shard_fsdp2
 from adalora_scale.engines.zero_place import partition_zero3
 from adalora_scale.placing import streaming
+from adalora_scale.quantization.experts import ExpertLinear4bit
 from adalora_scale.quantization.linear import Linear4bit
 from tests.distributed.launcher import report
 
@@ -64,12 +65,43 @@ def digests(model):
     return found | {name: digest(buffer) for name, buffer in model.named_buffers()}
 
 
+def leaves(layer):
+    return ("weight", "scales", "nested") if isinstance(layer, ExpertLinear4bit) else ("weight", "scales")
+
+
+def held(model):
+    """Bytes of the experts' 4-bit parameters that this rank keeps, and of all of them."""
+    own = every = 0
+    for layer in model.modules():
+        if isinstance(layer, ExpertLinear4bit):
+            for leaf in leaves(layer):
+                parameter = getattr(layer, leaf)
+                every += getattr(parameter, "ds_numel", parameter.numel())
+                own += local(parameter).numel()
+    return own, every
+
+
+def local(parameter):
+    kept = getattr(parameter, "ds_tensor", parameter)
+    return kept.to_local() if isinstance(kept, DTensor) else kept
+
+
+def trained(model):
+    """The loss of a few tokens, and the norm of B's gradients: bytes are gathered for the forward and the backward."""
+    ids = torch.arange(3, 43).view(2, 20)
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    own = [p.grad for name, p in model.named_parameters() if "lora_B" in name]
+    own = [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in own]
+    return loss.item(), torch.stack([grad.norm() for grad in own]).norm().item()
+
+
 def every_byte_survives(model):
     """Fill the shards with all byte values, gather as a forward in bfloat16 does, and compare what is whole then."""
-    own = [layer for layer in model.modules() if isinstance(layer, Linear4bit)]
+    own = [layer for layer in model.modules() if isinstance(layer, Linear4bit | ExpertLinear4bit)]
     expected = {}
     for number, layer in enumerate(own):
-        for leaf in ("weight", "scales"):
+        for leaf in leaves(layer):
             parameter = getattr(layer, leaf)
             values = (torch.arange(parameter.numel()) * 7 + number).to(torch.uint8).view(parameter.shape)
             expected[number, leaf] = values
@@ -81,7 +113,7 @@ def every_byte_survives(model):
     for block in (*transformer_blocks(model), model):
         block.unshard()
     for number, layer in enumerate(own):
-        for leaf in ("weight", "scales"):
+        for leaf in leaves(layer):
             gathered = getattr(layer, leaf)
             same &= not isinstance(gathered, DTensor) and torch.equal(gathered.detach(), expected[number, leaf])
     seen = {int(value) for values in expected.values() for value in values.unique()}
@@ -93,6 +125,10 @@ def main(engine, path, bits):
     model, read = load(engine, path, bits)
     together = digests(model)
     figures = {"digests": together, "read": read, "fingerprint": model.adalora.base_fingerprint}
+    if any(isinstance(layer, ExpertLinear4bit) for layer in model.modules()):
+        figures["held"] = held(model)
+        if engine == "fsdp2":
+            figures["trained"] = trained(model)
     if engine == "fsdp2" and bits == "4":
         figures["bytes_survive"] = every_byte_survives(model)
     report(**figures)
