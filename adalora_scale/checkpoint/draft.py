@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from adalora_scale.checkpoint import format as files
+from adalora_scale.checkpoint.layout import Runs, Totals
 from adalora_scale.checkpoint.state import Gathered, merged_scalars
 from adalora_scale.engines.ranks import rank_and_size
 from adalora_scale.errors import UserError
@@ -35,8 +36,9 @@ class Draft:
     """group → name → whole shape."""
     scalars: Mapping[str, Mapping[str, float]]
     """This rank's, as in `Gathered`."""
-    elements: Mapping[str, Mapping[str, int]]
-    """group → name → how many elements this rank writes."""
+    runs: Runs
+    totals: Totals
+    """Which ranks write what, and how much of each tensor, as in `Gathered`."""
     content: Mapping[str, Any]
     """Rank 0's further entries of the manifest."""
     texts: Mapping[str, str]
@@ -56,13 +58,10 @@ class Draft:
     ) -> Draft:
         """Describe a checkpoint of what this rank has gathered."""
         rank, world_size = rank_and_size()
-        elements: dict[str, dict[str, int]] = {name: {} for name in gathered.groups}
-        for name, group in gathered.groups.items():
-            for tensor, _, length in group.intervals:
-                elements[name][tensor] = elements[name].get(tensor, 0) + length
         return cls(
             output_dir=output_dir, step=step, rank=rank, world_size=world_size, shapes=gathered.shapes,
-            scalars=gathered.scalars, elements=elements, content=content, texts=texts, allowed=allowed,
+            scalars=gathered.scalars, runs=gathered.runs, totals=gathered.totals, content=content, texts=texts,
+            allowed=allowed,
         )  # fmt: skip
 
     @property
@@ -101,7 +100,8 @@ class Draft:
             OSError: the disk is full or the folder cannot be written.
         """
         entry = files.write_tensors(self.own, tensors)
-        return {"entry": entry, "scalars": self.scalars, "elements": self.elements}
+        kinds = {group: sorted(files.kinds_in(tensors, group)) for group in self.shapes}
+        return {"entry": entry, "scalars": self.scalars, "kinds": kinds}
 
     def finish(self, everyone: list[dict[str, Any]]) -> None:
         """Write the manifest over what all ranks have written, and give the folder its name; rank 0 calls it.
@@ -112,7 +112,7 @@ class Draft:
         """
         for group, shapes in self.shapes.items():
             for name, shape in shapes.items():
-                written = sum(part["elements"][group].get(name, 0) for part in everyone)
+                written = self.totals[group][name]
                 if written != math.prod(shape):
                     raise UserError(
                         f"{self.final} would hold {written} of {math.prod(shape)} elements of '{name}': is it trained "
@@ -130,6 +130,10 @@ class Draft:
             **self.content,
             "optimizer": self.content.get("optimizer", {}) | {"scalars": scalars},
             "tensors": self.shapes,
+            "runs": self.runs,
+            "kinds": {
+                group: sorted({kind for part in everyone for kind in part["kinds"][group]}) for group in self.shapes
+            },
             "files": entries,
         }
         files.require_readable(self.final, whole)

@@ -95,12 +95,22 @@ def _verified(path: Path) -> Checkpoint:
 
     def verify() -> Checkpoint:
         checkpoint = Checkpoint(path)
-        checkpoint.verify(checkpoint.files[rank::world_size])
+        checkpoint.verify(share_of(checkpoint, rank, world_size))
         return checkpoint
 
     opened: list[Checkpoint] = []
     agree(lambda: opened.append(verify()), path)
     return opened[0]
+
+
+def share_of(checkpoint: Checkpoint, rank: int, world_size: int) -> list[str]:
+    """Return what a rank verifies: of the ranks' files those that it will read, where worlds divide each other."""
+    saved = checkpoint.world_size
+    pieces = [files.pieces_name(number, saved) for number in range(saved)]
+    own = pieces[rank * saved // world_size : (rank + 1) * saved // world_size]
+    if rank == 0:
+        own += [name for name in checkpoint.files if name not in set(pieces)]
+    return own
 
 
 def _from_rank_0(value: Any) -> Any:

@@ -34,7 +34,8 @@ from torch import Tensor
 
 from adalora_scale.adalora.adaptables import FACTORS
 from adalora_scale.checkpoint.errors import CheckpointError
-from adalora_scale.checkpoint.tables import Places, places
+from adalora_scale.checkpoint.layout import ranks_with
+from adalora_scale.checkpoint.tables import Own, Places, own_places, places
 from adalora_scale.errors import UserError
 from adalora_scale.files import sync
 from adalora_scale.reading.checksums import file_checksum
@@ -104,6 +105,11 @@ def flat_tensors(
         for kind, values in group.values.items():
             tensors[f"{name}.{kind}"] = join(f"{name}.{kind}", values)
     return tensors
+
+
+def kinds_in(keys: Iterable[str], group: str) -> set[str]:
+    """Return the kinds of a group among the names in a file."""
+    return {key[len(group) + 1 :] for key in keys if key.startswith(f"{group}.")} - {_TABLE}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -262,11 +268,17 @@ class Checkpoint:
         self.manifest = read_manifest(directory)
         self._files: dict[str, _Opened] = {}
         self._places: dict[str, Places] = {}
+        self._own: dict[tuple[str, str], Own] = {}
 
     @property
     def files(self) -> list[str]:
         """The files that the manifest lists, in its order."""
         return list(self.manifest["files"])
+
+    @property
+    def opened(self) -> list[str]:
+        """The files of pieces that were opened so far."""
+        return list(self._files)
 
     @property
     def world_size(self) -> int:
@@ -278,10 +290,9 @@ class Checkpoint:
         return {name: tuple(shape) for name, shape in self.manifest["tensors"].get(group, {}).items()}
 
     def kinds(self, group: str) -> set[str]:
-        """Return the kinds that some rank wrote for a group."""
-        prefix = f"{group}."
-        keys = set[str]().union(*(self._open(name).keys for name in self._piece_files()))
-        return {key.removeprefix(prefix) for key in keys if key.startswith(prefix)} - {_TABLE}
+        """Return the kinds that some rank wrote for a group; where the manifest does not say, all files are asked."""
+        told = self.manifest.get("kinds") or {}
+        return set(told.get(group, ())).union(*(kinds_in(self._open(f).keys, group) for f in self._piece_files(told)))
 
     def verify(self, files: Iterable[str] | None = None) -> None:
         """Compare sizes and checksums of `files` (all of them by default) with the manifest.
@@ -316,11 +327,13 @@ class Checkpoint:
         """
         result: Tensor | None = None
         covered = 0
-        for begin, size, file, offset in self._intervals(group).get(name, ()):
+        for begin, size, file, offset in self._intervals(group, name, start, length):
             low, high = max(start, begin), min(start + length, begin + size)
-            opened = self._open(file)
-            if low >= high or f"{group}.{kind}" not in opened.keys:
+            if low >= high or f"{group}.{kind}" not in (opened := self._open(file)).keys:
                 continue
+            if low < start + covered:  # a gap would hide behind it
+                twice = f"the checkpoint {self.directory} holds element {low} of '{name}' twice ({file}); its files do"
+                raise CheckpointError(f"{twice} not belong together.")
             piece = opened.handle.get_slice(f"{group}.{kind}")[offset + low - begin : offset + high - begin]
             if result is None:
                 result = torch.empty(length, dtype=piece.dtype)
@@ -344,8 +357,8 @@ class Checkpoint:
         opened = self._open(pieces_name(rank, self.world_size))
         return opened.handle.get_tensor(f"extra.{key}") if f"extra.{key}" in opened.keys else None
 
-    def _piece_files(self) -> list[str]:
-        return [pieces_name(rank, self.world_size) for rank in range(self.world_size)]
+    def _piece_files(self, told: Mapping[str, Any] | None = None) -> list[str]:
+        return [] if told else [pieces_name(rank, self.world_size) for rank in range(self.world_size)]
 
     def _open(self, name: str) -> _Opened:
         if name not in self._files:
@@ -357,19 +370,31 @@ class Checkpoint:
                 raise CheckpointError(f"{path} cannot be read ({error}); resume from another checkpoint.") from None
         return self._files[name]
 
-    def _intervals(self, group: str) -> Places:
-        """name → (start, length, file, offset in the file's flat tensors), read once from all files and checked."""
-        if group not in self._places:
-            tables: dict[str, Tensor] = {}
-            flat: dict[str, dict[str, int]] = {}
-            key = f"{group}.{_TABLE}"
-            for file in self._piece_files():
-                opened = self._open(file)
-                table = opened.keys.get(key)
-                if table is None or table.dtype != "I64" or len(table.shape) != 2 or table.shape[1] != 3:
-                    raise CheckpointError(f"{self.directory / file} has no table '{key}'; take another checkpoint.")
-                kinds = {name: entry for name, entry in opened.keys.items() if name.startswith(f"{group}.")}
-                flat[file] = {name: math.prod(entry.shape) for name, entry in kinds.items() if name != key}
-                tables[file] = opened.handle.get_tensor(key)
-            self._places[group] = places(self.directory, self.shapes(group), tables, flat)
-        return self._places[group]
+    def _intervals(self, group: str, name: str, start: int, length: int) -> list[tuple[int, int, str, int]]:
+        """(start, length, file, offset in its flat tensors), by start; without a run all tables are read, once."""
+        run = ((self.manifest.get("runs") or {}).get(group) or {}).get(name)
+        if run is None:
+            if group not in self._places:
+                tables = {file: self._table(group, file) for file in self._piece_files()}
+                flat = {file: self._elements(group, file) for file in tables}
+                self._places[group] = places(self.directory, self.shapes(group), tables, flat)
+            return self._places[group].get(name, [])
+        found = []
+        for rank in ranks_with(tuple(run), start, length, self.world_size):
+            file = pieces_name(rank, self.world_size)
+            if (group, file) not in self._own:
+                elements, shapes = self._elements(group, file), self.shapes(group)
+                self._own[group, file] = own_places(self.directory / file, shapes, self._table(group, file), elements)
+            found += [(begin, size, file, offset) for begin, size, offset in self._own[group, file].get(name, [])]
+        return sorted(found)
+
+    def _table(self, group: str, file: str) -> Tensor:
+        opened, key = self._open(file), f"{group}.{_TABLE}"
+        table = opened.keys.get(key)
+        if table is None or table.dtype != "I64" or len(table.shape) != 2 or table.shape[1] != 3:
+            raise CheckpointError(f"{self.directory / file} has no table '{key}'; take another checkpoint.")
+        return opened.handle.get_tensor(key)  # type: ignore[no-any-return]
+
+    def _elements(self, group: str, file: str) -> dict[str, int]:
+        keys = self._open(file).keys
+        return {f"{group}.{kind}": math.prod(keys[f"{group}.{kind}"].shape) for kind in kinds_in(keys, group)}

@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from adalora_scale.adalora.compaction import columns
 from adalora_scale.adalora.scores import score_named
 from adalora_scale.checkpoint.format import Checkpoint, CheckpointError, Group
+from adalora_scale.checkpoint.layout import Runs, Totals, runs_of, usual_alone
 from adalora_scale.controller import RankAllocator
 from adalora_scale.engines import Piece, PieceState, Sharding, adapter_tensors, whole_shape
 from adalora_scale.engines.ranks import together
 
 ADAPTER, OTHER = "adapter", "other"
+WRITERS = 2
+"""Of the ranks that hold the same piece."""
 
 
 @dataclass
@@ -36,11 +39,17 @@ class Gathered:
     shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     """group → name → whole shape; the same on every rank."""
     scalars: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Name of a parameter → its optimizer's numbers (the step count)."""
+    """Name of a parameter → its optimizer's numbers (the step count); the usual ones under the empty name."""
+    runs: Runs = field(default_factory=dict)
+    """Which ranks hold what of each tensor."""
+    totals: Totals = field(default_factory=dict)
+    """How many elements of each tensor the ranks hold together."""
 
 
 def gather(model: nn.Module, sharding: Sharding, allocator: RankAllocator) -> Gathered:
-    """Collect views of what this rank has to write.
+    """Collect views of what this rank has to write, and how all ranks share the tensors; a collective call.
+
+    Of ranks that hold the same piece two at most write: whoever reads it opens no more files, however many hold it.
 
     Raises:
         Unsupported: the optimizer keeps state that cannot be cut.
@@ -53,7 +62,7 @@ def gather(model: nn.Module, sharding: Sharding, allocator: RankAllocator) -> Ga
         kinds[_group(piece, gathered.shapes)].update(piece.state)
     for number, piece in enumerate(pieces):
         which, count = piece.copies
-        if number % count != which:
+        if number % min(count, WRITERS) != which:
             continue
         name = _group(piece, gathered.shapes)
         group = gathered.groups[name]
@@ -69,6 +78,9 @@ def gather(model: nn.Module, sharding: Sharding, allocator: RankAllocator) -> Ga
             group.values.setdefault(kind, []).append(value)
         if piece.scalars:
             gathered.scalars[piece.name] = piece.scalars
+    gathered.scalars = usual_alone(gathered.scalars)
+    own = {name: group.intervals for name, group in gathered.groups.items()}
+    gathered.runs, gathered.totals = runs_of(gathered.shapes, own)
     return gathered
 
 
@@ -175,7 +187,8 @@ def merged_scalars(everyone: list[dict[str, dict[str, float]]]) -> dict[str, dic
     if not merged:
         return {}
     every = list(merged.values())
-    usual = max(every, key=every.count) if len(set(map(str, every))) > 1 else every[0]
+    if (usual := merged.pop("", None)) is None:
+        usual = max(every, key=every.count) if len(set(map(str, every))) > 1 else every[0]
     return {"": usual} | {name: numbers for name, numbers in merged.items() if numbers != usual}
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from adalora_scale.checkpoint.errors import CheckpointError
 
+Own = dict[str, list[tuple[int, int, int]]]
+"""Tensor → (start, length, offset in the file's flat tensors) of one file's intervals."""
 Places = dict[str, list[tuple[int, int, str, int]]]
 """Tensor → (start, length, file, offset in the file's flat tensors), by start."""
 _ROWS_A_TENSOR = 64
@@ -38,29 +40,44 @@ def places(
             other elements than its table says.
     """
     found: Places = {name: [] for name in shapes}
-    names = list(shapes)
     for file, table in tables.items():
-        path, offset = directory / file, 0
-        if len(table) > _ROWS_A_TENSOR * max(len(names), 1):
-            raise CheckpointError(f"{path} has {len(table):,} intervals of {len(names)} tensors; take another.")
-        for index, start, length in table.tolist():
-            whole = math.prod(shapes[names[index]]) if 0 <= index < len(names) else -1
-            if start < 0 or length < 0 or start + length > whole:
-                raise CheckpointError(
-                    f"{path} has an interval ({index}, {start}, {length}) that is none of its tensors'; take another "
-                    f"checkpoint."
-                )
-            if length:
-                found[names[index]].append((start, length, file, offset))
-            offset += length
-        wrong = next((name for name, elements in flat[file].items() if elements != offset), None)
-        if wrong is not None:
-            raise CheckpointError(
-                f"{path} has {flat[file][wrong]:,} elements in '{wrong}', its table {offset:,}; take another."
-            )
+        for name, own in own_places(directory / file, shapes, table, flat[file]).items():
+            found[name] += [(start, length, file, offset) for start, length, offset in own]
     for name, intervals in found.items():
         intervals.sort()
         _require_whole(directory, name, intervals, math.prod(shapes[name]))
+    return found
+
+
+def own_places(path: Path, shapes: Mapping[str, tuple[int, ...]], table: Tensor, flat: Mapping[str, int]) -> Own:
+    """Return where one file holds intervals of a group's tensors, in the order of its table.
+
+    Args:
+        path: the file, for messages.
+        shapes: tensor → shape, in the order that the table counts in.
+        table: (n, 3) int64: index of the tensor, start, length.
+        flat: name of a flat tensor of the group → its elements.
+
+    Raises:
+        CheckpointError: an interval lies outside its tensor, or a flat tensor has other elements than the table says.
+    """
+    found: Own = {}
+    names, offset = list(shapes), 0
+    if len(table) > _ROWS_A_TENSOR * max(len(names), 1):
+        raise CheckpointError(f"{path} has {len(table):,} intervals of {len(names)} tensors; take another.")
+    for index, start, length in table.tolist():
+        whole = math.prod(shapes[names[index]]) if 0 <= index < len(names) else -1
+        if start < 0 or length < 0 or start + length > whole:
+            raise CheckpointError(
+                f"{path} has an interval ({index}, {start}, {length}) that is none of its tensors'; take another "
+                f"checkpoint."
+            )
+        if length:
+            found.setdefault(names[index], []).append((start, length, offset))
+        offset += length
+    wrong = next((name for name, elements in flat.items() if elements != offset), None)
+    if wrong is not None:
+        raise CheckpointError(f"{path} has {flat[wrong]:,} elements in '{wrong}', its table {offset:,}; take another.")
     return found
 
 

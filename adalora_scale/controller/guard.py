@@ -6,6 +6,7 @@ broken link, a flipped bit), would otherwise show only as a worse model.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from adalora_scale.engines import Sharding
-from adalora_scale.engines.ranks import collective_device, everywhere, several_ranks
+from adalora_scale.engines.ranks import agreed, collective_device, everywhere, several_ranks
 from adalora_scale.errors import Unsupported, UserError
 
 
@@ -28,6 +29,10 @@ def require_equal(values: dict[str, Any]) -> None:
     Raises:
         UserError: another rank has another value; the message names the key, the rank and both values.
     """
+    # Of all ranks' values only a digest travels: the names of 560 modules from each of 4,096 ranks are 100 MB a rank.
+    digest = hashlib.sha256(repr(sorted(values.items())).encode()).digest()
+    if agreed(digest):
+        return
     everyone = everywhere(lambda: values)
     for rank, other in enumerate(everyone):
         for key, value in everyone[0].items():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adalora_scale.adalora.injection import adapter_layers
 from adalora_scale.adalora.layer import FACTORS, AdaLoraLayer
-from adalora_scale.engines.ranks import everywhere, several_ranks
+from adalora_scale.engines.ranks import agreed, everywhere, several_ranks, together
 from adalora_scale.engines.span import Span
 from adalora_scale.errors import UserError
 
@@ -41,7 +41,12 @@ def require_one_adapter(model: nn.Module, spans: Sequence[Span]) -> None:
         ends = {name: layers[name].initial_factors() for name in (next(iter(layers)), list(layers)[-1])}
         return _signature(layers, ends), _as_drawn(spans, ends)
 
-    everyone = everywhere(look)
+    own = together(look)
+    draw, drawn = own
+    said = None if drawn is None else hashlib.sha256(repr(draw if drawn else drawn).encode()).digest()
+    if agreed(said):  # what every rank says is gathered only where they differ
+        return
+    everyone = everywhere(lambda: own)
     holders = [(rank, draw, drawn) for rank, (draw, drawn) in enumerate(everyone) if drawn is not None]
     for rank, draw, drawn in holders:
         _, first_draw, first_drawn = holders[0]

@@ -8,6 +8,7 @@ master weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -18,7 +19,8 @@ from adalora_scale.engines.span import Span
 See = Callable[[int, Tensor], None]
 """Takes the index of a span and the whole tensor that the forward computes with."""
 
-_VALUES = 4096
+_BITS = 12
+_VALUES = 1 << _BITS
 _CHUNK = 1 << 22
 
 
@@ -106,7 +108,15 @@ def pattern(first: int, length: int, device: torch.device) -> Tensor:
     All are exact in bfloat16 and float16: 7 bits of mantissa, 16 exponents, 2 signs.
     """
     number = torch.arange(first, first + length, dtype=torch.int64, device=device)
-    code = (number * 2731 + number // _VALUES * 1237) % _VALUES  # 2731 is odd: a permutation of every block
+    block = number >> _BITS
+    code = number.mul_(2731).add_(block, alpha=1237).bitwise_and_(_VALUES - 1)  # 2731 is odd: a permutation of a block
+    return _values(device).index_select(0, code)
+
+
+@cache
+def _values(device: torch.device) -> Tensor:
+    """Return the (4096,) different numbers; computing them for every element took three times the operations."""
+    code = torch.arange(_VALUES, dtype=torch.int64, device=device)
     mantissa, exponent, negative = code % 128, code // 128 % 16, code // 2048
     value = torch.ldexp(1 + mantissa.float() / 128, (exponent - 8).float())
     return torch.where(negative.bool(), -value, value)

@@ -56,7 +56,11 @@ def together(action: Callable[[], T]) -> T:
 
 
 def everywhere(action: Callable[[], Any]) -> list[Any]:
-    """Do as `together`, and return what `action` returned on every rank."""
+    """Do as `together`, and return what `action` returned on every rank.
+
+    One small all-reduce tells whether any rank failed or has something to say; objects are gathered only then: a gather
+    costs every rank a message, and Python, from each of the others.
+    """
     world_size = rank_and_size()[1]
     value: Any = None
     problem: Exception | None = None
@@ -66,6 +70,8 @@ def everywhere(action: Callable[[], Any]) -> list[Any]:
         if getattr(error, "on_all_ranks", False):
             raise
         problem = error
+    if not _largest([int(problem is not None or value is not None)])[0]:
+        return [None] * world_size
     everyone: list[tuple[Any, tuple[type[Exception], str] | None]] = [(value, _told(problem))]
     if world_size > 1:
         everyone = [(None, None)] * world_size
@@ -80,6 +86,29 @@ def everywhere(action: Callable[[], Any]) -> list[Any]:
         raised = kind(message if same else f"{message} (rank {number})")
         raise on_all_ranks(raised) from problem
     return [value for value, _ in everyone]
+
+
+def agreed(digest: bytes | None) -> bool:
+    """Return whether all ranks that have a digest have the same; a collective call.
+
+    The bytes that travel, and the work, are the same for any number of ranks.
+
+    Args:
+        digest: 32 bytes, such as SHA-256's; None: this rank has nothing to compare.
+    """
+    words = [int.from_bytes((digest or b"")[begin : begin + 4]) for begin in range(0, 32, 4)]
+    both = [*words, *(-word for word in words)] if digest is not None else [-(2**40)] * 16
+    largest = _largest(both)
+    return largest[0] == -(2**40) or largest[:8] == [-word for word in largest[8:]]
+
+
+def _largest(numbers: list[int]) -> list[int]:
+    """Return the largest of all ranks' numbers, each by itself; a collective call."""
+    if not several_ranks():
+        return numbers
+    values = torch.tensor(numbers, dtype=torch.int64, device=collective_device())
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return [int(value) for value in values.tolist()]
 
 
 def on_all_ranks(error: E) -> E:

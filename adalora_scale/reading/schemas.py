@@ -98,6 +98,15 @@ def _shape(values: Any) -> Any:
 Shape = Annotated[Any, BeforeValidator(_shape)]
 
 
+def _run(values: Any) -> Any:
+    if _shape(values) is values and len(values) == 3 and max(values) < 2**53:
+        return values
+    raise ValueError("it must be a rank and two lengths")
+
+
+Run = Annotated[Any, BeforeValidator(_run)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=())
 
@@ -207,6 +216,8 @@ class Manifest(_Strict):
     world_size: Annotated[int, Field(gt=0, le=_MAX_RANKS)]
     files: dict[Name, File]
     tensors: dict[str, Annotated[dict[str, Any], _each(Shape)]]
+    runs: dict[str, Annotated[dict[str, Any], _each(Run)]] | None = None
+    kinds: dict[str, Annotated[Names, Field(max_length=100)]] | None = None
     engine: str | None = None
     micro_batch: list[Positive] | None = None
     base_model: str | None = None

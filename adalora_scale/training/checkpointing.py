@@ -205,7 +205,7 @@ class RunCheckpoints:
             said = json.loads((checkpoint.directory / TRAINER_STATE_NAME).read_text("utf-8"))["best_model_checkpoint"]
             return said, best_so_far(said, places)
 
-        said, state.best_model_checkpoint = everywhere(look)[0]
+        said, state.best_model_checkpoint = everywhere(look if rank_and_size()[0] == 0 else lambda: None)[0]
         if said is not None and state.best_model_checkpoint is None:
             state.best_metric = state.best_global_step = None
             if rank_and_size()[0] == 0:
