@@ -7,6 +7,7 @@ from typing import Any
 from transformers import Trainer, set_seed
 
 from adalora_scale.adalora.injection import adapter_layers
+from adalora_scale.adalora.matrices import matrix_names
 from adalora_scale.config import AdaLoraConfig, RunConfig
 from adalora_scale.training.run import Inputs, make_trainer
 from benchmarks.quality.method import Method, Setting
@@ -36,9 +37,13 @@ class Ours(Method):
         return make_trainer(config, inputs)
 
     def parameters(self, trainer: Trainer) -> int:
-        layers = dict(adapter_layers(trainer.model))  # type: ignore[arg-type]
         ranks = trainer.allocator.ranks()  # type: ignore[attr-defined]
-        return sum(ranks[name] * layer.triplet_size for name, layer in layers.items())
+        layers = adapter_layers(trainer.model)  # type: ignore[arg-type]
+        return sum(
+            ranks[matrix] * layer.triplet_size
+            for name, layer in layers
+            for matrix in matrix_names(name, layer.matrices)
+        )
 
 
 _SVD_START: dict[str, Any] = {
