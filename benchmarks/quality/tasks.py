@@ -220,7 +220,7 @@ TASKS = {
             32,
             _SMALL,
             reference="no_allocation",  # PEFT has no method that gives every expert of every layer a rank of its own
-            methods=("no_allocation", "default"),
+            methods=("no_allocation", "default", "lora_attention"),
         ),
         QualityTask(
             "banking77",

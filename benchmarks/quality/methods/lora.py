@@ -1,11 +1,13 @@
-"""PEFT's LoRA: on every linear layer, with rsLoRA's scale, and on the MLP alone at the same number of parameters.
+"""PEFT's LoRA: on every linear layer, with rsLoRA's scale, and on some layers alone at the same number of parameters.
 
-The last is the placement that PEFT's own comparison favours. A whole rank seldom meets the budget there, so some
-matrices have one more than others (`rank_pattern`), the first layers first.
+The MLP alone is the placement that PEFT's own comparison favours; attention alone is what is usual beside experts. A
+whole rank seldom meets the budget there, so some matrices have one more than others (`rank_pattern`), the first layers
+first.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -48,11 +50,20 @@ class Lora(Method):
         return sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
 
 
-class MlpLora(Lora):
-    """LoRA on the MLP alone."""
+class PlacedLora(Lora):
+    """LoRA on some of the linear layers, at the parameters of LoRA on all of them.
+
+    Args:
+        name, label: of the row.
+        chosen: which layers, by name.
+    """
+
+    def __init__(self, name: str, label: str, chosen: Callable[[str], bool]) -> None:
+        super().__init__(name, label)
+        self._chosen = chosen
 
     def options(self, model: nn.Module, config: RunConfig, setting: Setting) -> dict[str, Any]:
-        sides = {name: side for name, side in sides_of(model, config).items() if is_mlp(name)}
+        sides = {name: side for name, side in sides_of(model, config).items() if self._chosen(name)}
         budget = budget_of(model, config, setting.target_r)
         r = budget // sum(sides.values())
         left = budget - r * sum(sides.values())
@@ -80,5 +91,6 @@ def is_mlp(name: str) -> bool:
 METHODS = (
     Lora(),
     Lora("rslora", "rsLoRA", rank_stabilised=True),
-    MlpLora("lora_mlp", "LoRA, MLP only"),
+    PlacedLora("lora_mlp", "LoRA, MLP only", is_mlp),
+    PlacedLora("lora_attention", "LoRA, attention only", lambda name: "attn" in name),
 )
