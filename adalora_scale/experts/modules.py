@@ -70,6 +70,20 @@ def split_all_experts(model: nn.Module) -> None:
             split_experts(module)
 
 
+def join_all_experts(model: nn.Module) -> None:
+    """Undo `split_all_experts`, in place: transformers' classes, with the same parameters under their own names."""
+    for module in list(model.modules()):
+        if not isinstance(module, Routed | Repeated):
+            continue
+        for leaf in projections(module):
+            layer = cast(ExpertLinear, getattr(module, leaf))
+            delattr(module, leaf)
+            setattr(module, leaf, layer.weight)
+            if layer.bias is not None:
+                setattr(module, f"{leaf}_bias", layer.bias)
+        module.__class__ = type(module).__mro__[2]
+
+
 def why_not_split(module: nn.Module) -> str | None:
     """Say why an experts module cannot be split, and what would help; None where it can, or is no experts module."""
     if isinstance(module, Routed | Repeated) or _mixin(module) is None:

@@ -10,6 +10,7 @@ wanted. An operator of torch's own, forward and backward, so that `torch.compile
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -97,15 +98,14 @@ def _is_fast(x: Tensor, loop: bool) -> bool:
 
 def _slices(ends: Tensor) -> list[slice]:
     places = [0, *ends.tolist()]
-    return [slice(start, end) for start, end in zip(places, places[1:], strict=False)]
+    return [slice(start, end) for start, end in itertools.pairwise(places)]
 
 
 def _rows_by_matrices(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     # The side that is summed over may be padded by zeros on both operands; the other one is cut off again.
-    if weight.stride(-1) == 1:
-        padded = _padded(_aligned(weight, 2), 1)
-    else:  # a transposed view: pad where it is contiguous
-        padded = _padded(_aligned(weight.mT, 2), 1).mT
+    turned = weight.stride(-1) != 1  # a transposed view: pad where it is contiguous
+    padded = _padded(_aligned(weight.mT if turned else weight, 2), 1)
+    padded = padded.mT if turned else padded
     return F.grouped_mm(_aligned(x, 1), padded, offs=ends)[:, : weight.shape[2]]
 
 
