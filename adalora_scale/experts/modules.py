@@ -49,7 +49,7 @@ def split_experts(module: nn.Module) -> None:
         raise ValueError(f"{type(module).__name__} is no experts module of a known kind.")
     if (reason := why_not_split(module)) is not None:
         raise Unsupported(f"cannot adapt the experts in {type(module).__name__}: {reason}.")
-    transposed = bool(getattr(module, "is_transposed", mixin is Repeated))
+    transposed = lies_input_first(module)
     for leaf in projections(module):
         weight = cast(nn.Parameter, getattr(module, leaf))
         bias = getattr(module, f"{leaf}_bias", None)
@@ -105,6 +105,11 @@ def why_not_split(module: nn.Module) -> str | None:
 @functools.cache
 def _split_kind(mixin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Split{kind.__name__}", (mixin, kind), {"__module__": kind.__module__})
+
+
+def lies_input_first(module: nn.Module) -> bool:
+    """Return whether an experts module's tensors are (experts, in, out); Llama 4's are, and it does not say so."""
+    return bool(getattr(module, "is_transposed", isinstance(module, Repeated) or _mixin(module) is Repeated))
 
 
 def _implementation(module: nn.Module) -> str | None:

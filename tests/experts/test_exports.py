@@ -1,0 +1,88 @@
+"""Adapters on experts in the forms of others: PEFT's own LoRA, and the base's checkpoint with the update in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from adalora_scale import save_adapter
+from adalora_scale.errors import Unsupported
+from adalora_scale.export.exporting import export_adapter
+from adalora_scale.export.request import Request
+from tests.experts.models import tiny
+from tests.experts.test_saving import logits, trained
+
+# Per-expert checkpoints of gated and ungated experts; fused ones, as they are, transposed, renamed.
+KINDS = ["mixtral", "nemotron_h", "gpt_oss", "llama4_text", "granitemoe"]
+
+
+@pytest.fixture
+def run(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[nn.Module, Path]:
+    """The live model, and a folder with its base and its adapter."""
+    kind = request.param
+    tiny(kind, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    model = trained(kind)
+    save_adapter(model, tmp_path / "adapter", named=False)
+    return model, tmp_path
+
+
+def export(folder: Path, form: str, **options: Any) -> Path:
+    report = export_adapter(
+        Request(
+            adapter=folder / "adapter", output=folder / form, base=str(folder / "base"), format=form, fidelity=False,
+            **options,
+        )
+    )  # fmt: skip
+    (folder / f"{form}.json").write_text(json.dumps(report, default=str))
+    return folder / form
+
+
+def opened(folder: Path) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("run", KINDS, indirect=True)
+def test_merged_it_has_the_bases_names_and_the_adapters_logits(run: tuple[nn.Module, Path]) -> None:
+    """Fused or one tensor an expert, as the base has it; else transformers cannot load it, or experts are exchanged."""
+    model, folder = run
+    merged = export(folder, "merged")
+    names, others = (
+        {key for file in (where).glob("*.safetensors") for key in safe_open(file, "pt").keys()}  # noqa: SIM118
+        for where in (merged, folder / "base")
+    )
+    assert names == others
+    before = logits(opened(folder / "base"))
+    after, expected = logits(opened(merged)), logits(model)
+    assert (before - expected).norm() > 0.01 * expected.norm()
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("run", KINDS, indirect=True)
+def test_peft_opens_what_was_trained(run: tuple[nn.Module, Path]) -> None:
+    """PEFT has its own order of experts and ranks in a stack, and its own nesting of wrappers."""
+    model, folder = run
+    lora = export(folder, "peft-lora")
+    there = PeftModel.from_pretrained(opened(folder / "base"), lora)
+    expected = logits(model)
+    torch.testing.assert_close(logits(there), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    config = json.loads((lora / "adapter_config.json").read_text())
+    assert all("experts." in name for name in config["target_parameters"])
+    assert "one rank for all experts" in (folder / "peft-lora.json").read_text()
+
+
+@pytest.mark.parametrize("run", ["mixtral"], indirect=True)
+def test_what_peft_cannot_hold_is_refused(run: tuple[nn.Module, Path]) -> None:
+    """By the name of a tensor of experts, with the form that can."""
+    _, folder = run
+    with pytest.raises(Unsupported, match=r"experts\.gate_up_proj.*peft-lora"):
+        export(folder, "peft-adalora")
+    with pytest.raises(Unsupported, match=r"one rank for all experts of '.*experts\.gate_up_proj'.*peft-lora"):
+        export(folder, "rank-pattern")
