@@ -162,6 +162,21 @@ class BaseCheckpoint:
             return None
         return next((f"{name}.weight" for name, module in self.model.named_modules() if module is embedding), None)
 
+    def expert_tensors(self) -> dict[str, dict[int, list[str]]]:
+        """Return tensor of experts → number → the checkpoint's own tensors, without `.weight`, by their parts.
+
+        Only where the checkpoint has tensors of each expert's own.
+        """
+        found: dict[str, dict[int, dict[int, str]]] = {}
+        for source in self.sources:
+            if source.parameter is not None and (own := source.expert) is not None:
+                parts = found.setdefault(source.parameter, {}).setdefault(own.number, {})
+                parts[own.part] = source.key.removesuffix(".weight")
+        return {
+            layer: {number: [parts[part] for part in sorted(parts)] for number, parts in each.items()}
+            for layer, each in found.items()
+        }
+
     def keeps_name(self, parameter: str) -> bool:
         """Return whether a tensor stored under the parameter's own name is loaded into it."""
         return self._rename([parameter])[parameter] == (parameter, False)

@@ -8,6 +8,12 @@ folded in. For a tensor of E experts that PEFT takes for (E, out, in) the file h
 
 Source: peft/tuners/lora/layer.py, ParamWrapper (0.21). Where a module has two such tensors PEFT nests its wrappers, the
 one that comes first in the module innermost, under `base_layer`.
+
+vLLM reads the same stack for models whose experts lie in one tensor in the checkpoint, and else a LoRA of one rank for
+each tensor that the checkpoint has, under that tensor's name: `….experts.5.gate_proj.lora_A.weight` (r, in) and
+`….lora_B.weight` (out, r). Gate and up are rows of one matrix here, so they have the same A and each its rows of B.
+Source: vllm/lora/model_manager.py `_create_merged_loras_inplace`, `_stack_moe_lora_weights` and
+`_convert_3d_to_2d_moe_lora`; vllm/lora/lora_weights.py `pack_moe`.
 """
 
 from __future__ import annotations
@@ -42,6 +48,19 @@ def peft_stack(updates: Sequence[Update], r: int, *, turned: bool) -> tuple[Tens
     a = torch.cat([F.pad(a, (0, 0, 0, r - a.shape[0])) for a, _ in each])
     b = torch.stack([F.pad(b, (0, r - b.shape[1])) for _, b in each], dim=-1)
     return a.contiguous(), b.flatten(1).contiguous()
+
+
+def plain_loras(update: Update, names: Sequence[str], r: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the checkpoint's tensor → (lora_A (r, in), lora_B (rows, r)) of one expert.
+
+    Args:
+        update: of the expert's matrix.
+        names: of the checkpoint's tensors that its rows are, in equal parts.
+        r: the rank, at least the update's.
+    """
+    a, b = folded(update)
+    a, b = F.pad(a, (0, 0, 0, r - a.shape[0])), F.pad(b, (0, r - b.shape[1]))
+    return {name: (a.clone(), rows.contiguous()) for name, rows in zip(names, b.chunk(len(names)), strict=True)}
 
 
 def peft_places(parameters: Iterable[str]) -> Mapping[str, str]:

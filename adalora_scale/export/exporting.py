@@ -176,8 +176,9 @@ def _rearrange(
     else:
         _refuse_other_function(adapter, base)
         report |= write_peft_lora(
-            adapter, folder, base=request.base, uniform=request.uniform, rank=request.rank, names=names, model=model
-        )
+            adapter, folder, base=request.base, uniform=request.uniform, rank=request.rank, names=names, model=model,
+            own_tensors=base.expert_tensors() if base else None,
+        )  # fmt: skip
         what = "plain LoRA, zero-padded to one rank" if request.uniform else "plain LoRA, a rank for every matrix"
     if "left_out" in report:  # a pruned plain LoRA does not name them any more
         report["left_out"] += [name for name in pruned if name not in adapter.modules]
@@ -192,6 +193,10 @@ def _notes(request: Request, adapter: AdapterFile, report: dict[str, Any]) -> li
     if left_out := report.get("left_out"):
         names = f": {', '.join(left_out)}" if request.format == "rank-pattern" else ""
         notes.append(f"{len(left_out)} matrices have rank 0 and are left out, PEFT's LoRA has none{names}")
+    if served := report.get("served"):
+        notes.append(
+            f"{served} tensors of experts have a LoRA each, as vLLM reads it; PEFT opens the form without --uniform"
+        )
     if stacks := report.get("experts"):
         dropout = ", and PEFT has no lora_dropout for those, in any layer" if adapter.config.get("lora_dropout") else ""
         notes.append(

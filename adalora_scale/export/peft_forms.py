@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adalora_scale.adalora.adaptables import MATRIX
+from adalora_scale.adalora.matrices import layer_of_matrix
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.experts.modules import lies_input_first
 from adalora_scale.export.adapter_file import (
@@ -20,7 +21,7 @@ from adalora_scale.export.adapter_file import (
     peft_scale,
 )
 from adalora_scale.export.adapter_record import PEFT_SCALE, RECORD_KEY, save_adapter_file
-from adalora_scale.export.expert_forms import folded, peft_places, peft_stack
+from adalora_scale.export.expert_forms import folded, peft_places, peft_stack, plain_loras
 from adalora_scale.export.lora_config import kept_ranks, lora_config, write_config
 from adalora_scale.export.output import copy_tokenizer
 from adalora_scale.export.peft_targets import parameter_targets
@@ -65,6 +66,7 @@ def write_peft_lora(
     rank: int | None = None,
     names: Collection[str] = (),
     model: nn.Module | None = None,
+    own_tensors: Mapping[str, Mapping[int, Sequence[str]]] | None = None,
 ) -> dict[str, Any]:
     """Write the adapter as plain LoRA whose scaling is 1: ΔW = B' A' with A' = √|s λ| Aᵀ and B' = B sign(λ) √|s λ|.
 
@@ -78,6 +80,8 @@ def write_peft_lora(
         rank: that rank; the largest one by default.
         names: modules of the base, as far as they are known.
         model: the base on the meta device, if it is at hand.
+        own_tensors: tensor of experts → expert → names of the checkpoint's own tensors for it; with `uniform` they get
+            a LoRA each, as servers read it.
 
     Raises:
         UserError: a matrix has a larger rank than `rank`, or no triplet is left in any.
@@ -102,7 +106,14 @@ def write_peft_lora(
         form = adapter.modules[name].form
         for factor, value in zip(form.lora, form.stored(a, b), strict=True):
             tensors[f"{PREFIX}{name}.{factor}"] = value
-    for layer, place in peft_places(stacks).items():
+    served = {layer: own_tensors[layer] for layer in stacks if uniform and own_tensors and layer in own_tensors}
+    of_servers = [name for layer, each in served.items() for parts in each.values() for name in parts]
+    for layer, each in served.items():
+        for matrix in adapter.stacks[layer]:
+            _, number = layer_of_matrix(matrix) or (layer, 0)
+            for name, values in plain_loras(adapter.update(matrix), each[number], common).items():
+                tensors |= {f"{PREFIX}{name}.{f}": v for f, v in zip(MATRIX.lora, values, strict=True)}
+    for layer, place in peft_places(layer for layer in stacks if layer not in served).items():
         updates = [adapter.update(name) for name in adapter.stacks[layer]]
         values = peft_stack(updates, stacks[layer], turned=_is_turned(layer, model))
         for factor, value in zip(MATRIX.lora, values, strict=True):
@@ -115,13 +126,16 @@ def write_peft_lora(
     if uniform:
         ranks = dict.fromkeys(ranks, common)
     # With every alpha equal to its rank PEFT's alpha / r is 1, and so is what tools make of it that ignore patterns.
-    scalings = dict.fromkeys([*ranks, *stacks], 1.0)
-    config = lora_config(adapter, ranks, scalings, base=base, names=names, model=model, experts=stacks)
+    scalings = dict.fromkeys([*ranks, *stacks, *of_servers], 1.0)
+    in_peft = {layer: r for layer, r in stacks.items() if layer not in served}
+    if served:  # a form of servers' own: PEFT is not asked whether it would do the same
+        model, ranks = None, ranks | dict.fromkeys(of_servers, common)
+    config = lora_config(adapter, ranks, scalings, base=base, names=names, model=model, experts=in_peft)
     save_adapter_file(tensors, folder / WEIGHTS_NAME, record_of_part(adapter, complete=not left_out))
     write_config(folder, config)
     copy_tokenizer(adapter.directory, folder)
-    said = {"ranks": ranks | stacks, "left_out": left_out, "as_parameters": parameter_targets(config)}
-    return said | ({"experts": stacks} if stacks else {})
+    said = {"ranks": ranks | in_peft, "left_out": left_out, "as_parameters": parameter_targets(config)}
+    return said | ({"experts": in_peft} if in_peft else {}) | ({"served": len(of_servers)} if served else {})
 
 
 def _is_turned(layer: str, model: nn.Module | None) -> bool:

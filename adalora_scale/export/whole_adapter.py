@@ -168,7 +168,8 @@ def _saved_names(model: nn.Module, config: AdaLoraConfig) -> list[str] | None:
 
 
 def _fan_in_fan_out(layer: AdaLoraLayer) -> bool:
-    return layer.adaptable.linear and layer.adaptable.is_transposed(layer.base_layer)
+    # Of experts PEFT knows how their tensor lies.
+    return layer.matrices == 1 and layer.adaptable.linear and layer.adaptable.is_transposed(layer.base_layer)
 
 
 def _record(base: nn.Module, injection: Injection, pattern: dict[str, list[bool]]) -> dict[str, Any]:

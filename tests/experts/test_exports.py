@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -86,3 +88,45 @@ def test_what_peft_cannot_hold_is_refused(run: tuple[nn.Module, Path]) -> None:
         export(folder, "peft-adalora")
     with pytest.raises(Unsupported, match=r"one rank for all experts of '.*experts\.gate_up_proj'.*peft-lora"):
         export(folder, "rank-pattern")
+
+
+def served(base: Path, lora: Path, out: Path) -> nn.Module:
+    """Read a LoRA as vLLM does, one rank and alpha for all, and add it to the checkpoint's own tensors.
+
+    Written after vllm/lora/model_manager.py: `_stack_moe_lora_weights` for models whose experts are one tensor (in the
+    file `experts.base_layer` is gate_up_proj and `experts` down_proj); else every tensor of the checkpoint is a module.
+    Its models map the checkpoint's prefix to their own (Nemotron-H: backbone to model), so both names do.
+    """
+    config = json.loads((lora / "adapter_config.json").read_text())
+    scaling = config["lora_alpha"] / config["r"]
+    factors, weights = load_file(lora / "adapter_model.safetensors"), load_file(base / "model.safetensors")
+    for key in [key for key in factors if key.endswith(".lora_A.weight")]:
+        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        a, b = factors[key], factors[key.replace("lora_A", "lora_B")]
+        if module.endswith(("experts", "experts.base_layer")):
+            leaf = "gate_up_proj" if module.endswith("base_layer") else "down_proj"
+            name = f"{module.removesuffix('.base_layer')}.{leaf}"
+            experts = weights[name].shape[0]
+            assert a.shape[0] == b.shape[1] == experts * config["r"]
+            of_a = a.reshape(experts, -1, a.shape[-1])
+            of_b = b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+            weights[name] += scaling * (of_b @ of_a).mT  # GPT-OSS has (experts, in, out)
+        else:
+            assert a.shape[0] == b.shape[1] == config["r"]
+            name = f"{module}.weight"
+            weights[name if name in weights else name.replace("model.", "backbone.", 1)] += scaling * b @ a
+    shutil.copytree(base, out)
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    return opened(out)
+
+
+@pytest.mark.parametrize("run", ["mixtral", "nemotron_h", "gpt_oss"], indirect=True)
+def test_servers_read_a_lora_an_expert(run: tuple[nn.Module, Path]) -> None:
+    """Under the checkpoint's own names, w1 and w3 or gate and up apart; else vLLM drops the experts' update."""
+    model, folder = run
+    lora = export(folder, "peft-lora", uniform=True)
+    expected = logits(model)
+    there = logits(served(folder / "base", lora, folder / "served"))
+    torch.testing.assert_close(there, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    if "gpt" not in type(model).__name__.lower():
+        assert "LoRA each, as vLLM reads it" in (folder / "peft-lora.json").read_text()
