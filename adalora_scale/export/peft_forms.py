@@ -38,6 +38,7 @@ def write_peft_adalora(adapter: AdapterFile, folder: Path, *, base: str | None) 
     """
     if adapter.method != "ADALORA":
         raise Unsupported(f"{adapter.directory} holds plain LoRA, which has no λ; export it with --format peft-lora.")
+    _refuse_part_of_experts(adapter)
     of_experts = next(iter(adapter.stacks), None)
     if other := of_experts or next((name for name, shape in adapter.modules.items() if shape.form != MATRIX), None):
         raise Unsupported(
@@ -86,6 +87,7 @@ def write_peft_lora(
     Raises:
         UserError: a matrix has a larger rank than `rank`, or no triplet is left in any.
     """
+    _refuse_part_of_experts(adapter)
     every = kept_ranks(adapter)
     largest = max(every, key=lambda name: every[name])
     common = rank or every[largest]
@@ -136,6 +138,16 @@ def write_peft_lora(
     copy_tokenizer(adapter.directory, folder)
     said = {"ranks": ranks | in_peft, "left_out": left_out, "as_parameters": parameter_targets(config)}
     return said | ({"experts": in_peft} if in_peft else {}) | ({"served": len(of_servers)} if served else {})
+
+
+def _refuse_part_of_experts(adapter: AdapterFile) -> None:
+    """PEFT trains modules in full; a projection of experts is a module here and a parameter of one there."""
+    for named in adapter.config.get("modules_to_save") or []:
+        if any(name == named or name.endswith(f".{named}") for name in adapter.others):
+            raise Unsupported(
+                f"modules_to_save names '{named}', which is a parameter to PEFT and no module, so it does not open it; "
+                f"use --format merged, or train the module around it in full."
+            )
 
 
 def _is_turned(layer: str, model: nn.Module | None) -> bool:

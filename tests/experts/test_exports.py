@@ -90,6 +90,21 @@ def test_what_peft_cannot_hold_is_refused(run: tuple[nn.Module, Path]) -> None:
         export(folder, "rank-pattern")
 
 
+def test_a_projection_trained_in_full_is_no_module_to_peft(tmp_path: Path) -> None:
+    """PEFT would look for a module of that name, find none, and leave the weights out; merged they arrive."""
+    tiny("gpt_oss", dtype=torch.float32).save_pretrained(tmp_path / "base")
+    model = trained("gpt_oss", modules_to_save=["experts.down_proj"])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "down_proj" in name and "lora" not in name:
+            parameter.data *= 1.5
+    save_adapter(model, tmp_path / "adapter", named=False)
+    with pytest.raises(Unsupported, match=r"'experts\.down_proj'.*a parameter to PEFT.*merged"):
+        export(tmp_path, "peft-lora")
+    expected = logits(model)
+    after = logits(opened(export(tmp_path, "merged")))
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 def served(base: Path, lora: Path, out: Path) -> nn.Module:
     """Read a LoRA as vLLM does, one rank and alpha for all, and add it to the checkpoint's own tensors.
 
