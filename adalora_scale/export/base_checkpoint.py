@@ -22,7 +22,7 @@ from adalora_scale.adalora.base_digest import WeightsDigest
 from adalora_scale.adalora.injection import is_digested
 from adalora_scale.adalora.targets import is_inside
 from adalora_scale.errors import UserError
-from adalora_scale.export.base_experts import ExpertPart, expert_part
+from adalora_scale.export.base_experts import ExpertPart, expert_part, stacked_samples
 from adalora_scale.export.tensor_files import DTYPES, FLOATING, TensorFile
 from adalora_scale.quantization.base_files import INDEX_NAME, SINGLE_NAME, BaseFiles
 from adalora_scale.reading.base_config import check_base, foreign
@@ -152,8 +152,17 @@ class BaseCheckpoint:
             # A source may lack: what the checkpoint does not hold is newly initialised at loading.
             source = next((found[alias] for alias in (name, *self.aliases.get(name, [])) if alias in found), None)
             said = f"{name}.weight" if part == "adapted" and name in targets else name  # as once experts are split
-            parts[part].add(said, self.parameters[name], source.file.samples(source.key) if source else None)
+            samples = source.file.samples(source.key) if source else self._stacked_samples(name)
+            parts[part].add(said, self.parameters[name], samples)
         return {name: result for name, digest in parts.items() if (result := digest.result())}
+
+    def _stacked_samples(self, parameter: str) -> Tensor | None:
+        pieces = {
+            (source.expert.number, source.expert.part): (source.file, source.key)
+            for source in self.sources
+            if source.parameter == parameter and source.expert is not None
+        }
+        return stacked_samples(pieces, self.parameters[parameter]) if pieces else None
 
     def _embedding(self) -> str | None:
         try:

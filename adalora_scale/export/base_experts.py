@@ -8,14 +8,17 @@ the projection's rows.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
+from adalora_scale.adalora.base_digest import sample_positions
 from adalora_scale.adalora.matrices import layer_of_matrix
 from adalora_scale.experts.modules import is_experts, lies_input_first, projections
+from adalora_scale.export.tensor_files import FLOATING, TensorFile
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,33 @@ class ExpertPart:
     """Of the expert."""
     part: int
     """Which of the equal parts of the projection's rows: 0 the gate's, 1 up's."""
+
+
+def stacked_samples(
+    parts: Mapping[tuple[int, int], tuple[TensorFile, str]], shape: Sequence[int]
+) -> torch.Tensor | None:
+    """Return what `tensor_samples` would of a stack of experts that the checkpoint holds in parts.
+
+    Args:
+        parts: (expert, part) → the file and the tensor's name in it.
+        shape: (experts, out, in) of the stack.
+
+    Returns:
+        Its elements at `sample_positions`; None where a part is missing or no floating point.
+    """
+    experts, rows, columns = shape
+    each = 1 + max(part for _, part in parts)
+    whole = all(file.entries[key].dtype in FLOATING for file, key in parts.values())
+    if not whole or len(parts) != experts * each or rows % each:
+        return None
+    height = rows // each
+    found = []
+    for position in sample_positions(experts * rows * columns):
+        number, inside = divmod(position, rows * columns)
+        row, column = divmod(inside, columns)
+        file, key = parts[number, row // height]
+        found.append(file.elements(key, [row % height * columns + column]))
+    return torch.cat(found)
 
 
 def expert_place(model: nn.Module, matrix: str) -> ExpertPlace | None:

@@ -21,7 +21,7 @@ from adalora_scale.adalora.matrices import layer_of_matrix
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.base_checkpoint import BaseCheckpoint, Source
-from adalora_scale.export.base_experts import expert_place
+from adalora_scale.export.base_experts import ExpertPart, expert_place
 from adalora_scale.export.dequantise import Dequantised, Stored
 from adalora_scale.export.tensor_files import DTYPES, FLOATING
 from adalora_scale.finite import is_finite, require_finite
@@ -79,6 +79,11 @@ def plan_merge(adapter: AdapterFile, base: BaseCheckpoint, quantised: Dequantise
         if name in stacks:
             plan.tensors.append(_merged_experts(source, adapter, stacks[name], base, quantised))
             plan.merged += [] if name in done else stacks[name]
+            done.add(name)
+            continue
+        if name in adapter.others and source.expert is not None:
+            plan.tensors.append(_replaced_expert(source, adapter, name))
+            plan.replaced += [] if name in done else [name]
             done.add(name)
             continue
         if (module or other) and source.converted:
@@ -215,6 +220,19 @@ def _merged_experts(
                 continue
             delta = adapter.update(numbers[number]).delta(begin, begin + len(weight), transposed=input_first)
             yield added(weight, delta, entry.dtype, numbers[number])
+
+    return Planned(source.key, entry.dtype, entry.shape, entry.size, pieces)
+
+
+def _replaced_expert(source: Source, adapter: AdapterFile, name: str) -> Planned:
+    """Plan one expert's own tensor of a projection that was trained in full, in the base's dtype."""
+    entry, part = source.file.entries[source.key], source.expert or ExpertPart(0, 0)
+
+    def pieces() -> list[Tensor]:
+        begin = part.part * entry.shape[0]
+        value = adapter.other(name)[part.number, begin : begin + entry.shape[0]].to(DTYPES[entry.dtype])
+        require_finite({name: value}, f"the adapter in {DTYPES[entry.dtype]}")
+        return [value.contiguous()]
 
     return Planned(source.key, entry.dtype, entry.shape, entry.size, pieces)
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from adalora_scale import save_adapter
-from adalora_scale.errors import Unsupported
+from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.exporting import export_adapter
 from adalora_scale.export.request import Request
 from tests.experts.models import tiny
@@ -88,6 +88,35 @@ def test_what_peft_cannot_hold_is_refused(run: tuple[nn.Module, Path]) -> None:
         export(folder, "peft-adalora")
     with pytest.raises(Unsupported, match=r"one rank for all experts of '.*experts\.gate_up_proj'.*peft-lora"):
         export(folder, "rank-pattern")
+
+
+@pytest.mark.parametrize("run", ["mixtral", "gpt_oss"], indirect=True)
+def test_another_base_is_refused(run: tuple[nn.Module, Path]) -> None:
+    """By its experts' weights, which a checkpoint may hold in pieces; else they are merged into strangers."""
+    model, folder = run
+    kind = model.config.model_type
+    stranger = tiny(kind, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in stranger.named_parameters():
+            if name.endswith("layers.1.mlp.experts.gate_up_proj"):
+                parameter[0, 0, 0] += 1
+    stranger.save_pretrained(folder / "base")
+    with pytest.raises(UserError, match="another base"):
+        export(folder, "merged")
+
+
+def test_experts_trained_in_full_are_merged_in_pieces(tmp_path: Path) -> None:
+    """The checkpoint has a tensor for each, gate and up apart."""
+    tiny("mixtral", dtype=torch.float32).save_pretrained(tmp_path / "base")
+    model = trained("mixtral", modules_to_save=["experts"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora" not in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    save_adapter(model, tmp_path / "adapter", named=False)
+    expected = logits(model)
+    after = logits(opened(export(tmp_path, "merged")))
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_a_projection_trained_in_full_is_no_module_to_peft(tmp_path: Path) -> None:
