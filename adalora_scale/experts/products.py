@@ -24,15 +24,17 @@ _ALIGNMENT = 16
 """Bytes that the strides of `grouped_mm`'s operands must be a multiple of."""
 
 
-def grouped_product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+def grouped_product(x: Tensor, weight: Tensor, groups: Groups, *, turned: bool = False) -> Tensor:
     """Return (S, out): row i of x times the matrix of row i's expert.
 
     Args:
         x: (S, in), rows by expert.
-        weight: (experts, in, out) in the dtype of `x`; any strides.
+        weight: (experts, in, out) in the dtype of `x`; any strides. It is kept for the backward as it is given: a
+            parameter, which an engine may put away meanwhile, and no view that would hold its values.
         groups: which rows are whose.
+        turned: the weight is (experts, out, in).
     """
-    return _product(x, weight, groups.ends, groups.loop)
+    return _product(x, weight, groups.ends, groups.loop, turned)
 
 
 def looped_product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
@@ -41,8 +43,9 @@ def looped_product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
 
 
 @torch.library.custom_op("adalora_scale::grouped_product", mutates_args=())
-def _product(x: Tensor, weight: Tensor, ends: Tensor, loop: bool) -> Tensor:
-    """Return (S, out) for x (S, in), weight (experts, in, out) and ends (experts,) int32."""
+def _product(x: Tensor, weight: Tensor, ends: Tensor, loop: bool, turned: bool) -> Tensor:
+    """Return (S, out) for x (S, in), weight (experts, in, out), or turned, and ends (experts,) int32."""
+    weight = weight.mT if turned else weight
     with torch.autocast(x.device.type, enabled=False):
         if _is_fast(x, loop):
             return _rows_by_matrices(x, weight, ends)
@@ -66,8 +69,8 @@ def _outer(x: Tensor, dy: Tensor, ends: Tensor, loop: bool) -> Tensor:
 
 
 @_product.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor, loop: bool) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[2])
+def _(x: Tensor, weight: Tensor, ends: Tensor, loop: bool, turned: bool) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1 if turned else 2])
 
 
 @_outer.register_fake
@@ -76,24 +79,28 @@ def _(x: Tensor, dy: Tensor, ends: Tensor, loop: bool) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ends, ctx.loop = inputs
+    x, weight, ends, ctx.loop, ctx.turned = inputs
     # What no gradient needs is not kept: a frozen weight's input, a first layer's factor.
     wants_dx, wants_dw, *_ = ctx.needs_input_grad
     ctx.save_for_backward(x if wants_dw else None, weight if wants_dx else None, ends)
 
 
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     x, weight, ends = ctx.saved_tensors
-    dx = None if weight is None else _product(dy, weight.mT, ends, ctx.loop)
-    dw = None if x is None else _outer(x, dy, ends, ctx.loop)
-    return dx, dw, None, None
+    dx = None if weight is None else _product(dy, weight, ends, ctx.loop, not ctx.turned)
+    dw = None
+    if x is not None:
+        dw = _outer(dy, x, ends, ctx.loop) if ctx.turned else _outer(x, dy, ends, ctx.loop)
+    return dx, dw, None, None, None
 
 
 _product.register_autograd(_differentiate, setup_context=_save)
 
 
 def _is_fast(x: Tensor, loop: bool) -> bool:
-    return not loop and x.dtype in _FAST and x.shape[0] > 0  # grouped_mm refuses an empty operand
+    if loop or x.dtype not in _FAST or not x.shape[0]:  # grouped_mm refuses an empty operand
+        return False
+    return x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _slices(ends: Tensor) -> list[slice]:

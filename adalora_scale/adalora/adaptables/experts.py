@@ -41,4 +41,4 @@ class ExpertProjection(Adaptable[ExpertLinear]):
         right, left = (factor.view(base.experts, -1, factor.shape[-1]) for factor in (a, b))
         scale = e.view(base.experts, -1).index_select(0, groups.expert_of_row)
         inner = grouped_product(dropout(x), right, groups) * scale
-        return grouped_product(inner, left.mT, groups)
+        return grouped_product(inner, left, groups, turned=True)
