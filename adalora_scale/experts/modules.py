@@ -21,6 +21,7 @@ from adalora_scale.experts.linear import ExpertLinear
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 """Names of an experts module's 3-D parameters; one has `gate_up_proj` or, without a gate, `up_proj`."""
+_COMPUTED_IN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 LOOP, KERNEL = "eager", "grouped_mm"
 """The values of transformers' `experts_implementation` that a split module follows."""
 
@@ -95,6 +96,10 @@ def why_not_split(module: nn.Module) -> str | None:
         )
     if getattr(module, "_is_expert_parallel", False):
         return "they are spread over ranks by expert parallelism; load the model without ep_size and an expert plan"
+    stored = {getattr(module, leaf).dtype for leaf in projections(module)} - _COMPUTED_IN
+    if stored:
+        kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in stored))
+        return f"their weights are quantised by the checkpoint ({kinds}); load one that has them in 16 bits"
     if any(hasattr(parameter, "placements") for parameter in module.parameters()):
         return "their weights are sharded already; put adapters on before sharding"
     if "forward" in vars(module):
