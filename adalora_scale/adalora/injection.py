@@ -257,7 +257,8 @@ def coverage(model: nn.Module) -> Coverage:
 
     Returns:
         Numbers of elements: `linear_weights`, `adapted_weights` of them, `other_adapted` of no linear layer,
-        `adapter_parameters`, `other_trainable`; and `matrices`, how many are adapted. As a string, one line.
+        `adapter_parameters`, `other_trainable`; `matrices`, how many are adapted, `expert_matrices` of them experts';
+        `routers`, how many of a mixture's are left frozen. As a string, one line.
     """
     adapted = other_adapted = linear = adapter = matrices = experts = 0
     owned: set[int] = set()

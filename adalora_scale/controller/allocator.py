@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from adalora_scale.adalora.allocation import Allocation, mask_digest
 from adalora_scale.adalora.compaction import held_triplets, is_compact
 from adalora_scale.adalora.injection import adapter_layers, injection_of
-from adalora_scale.adalora.matrices import Matrices
+from adalora_scale.adalora.numbering import Matrices
 from adalora_scale.adalora.scores import score_named
 from adalora_scale.adalora.spending import Spending
 from adalora_scale.config import AdaLoraConfig

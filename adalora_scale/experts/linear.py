@@ -29,8 +29,7 @@ class ExpertLinear(nn.Module):
         self.bias: Tensor | None
 
     def forward(self, x: Tensor, groups: Groups) -> Tensor:  # (S, in_features) -> (S, out_features), rows by expert
-        weight = self.weight if self.transposed else self.weight.mT
-        y = grouped_product(x.to(weight.dtype), weight, groups)
+        y = grouped_product(x.to(self.weight.dtype), self.weight, groups, turned=not self.transposed)
         return y if self.bias is None else y + self.bias.index_select(0, groups.expert_of_row)
 
     def extra_repr(self) -> str:

@@ -21,6 +21,7 @@ from adalora_scale.experts.linear import ExpertLinear
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 """Names of an experts module's 3-D parameters; one has `gate_up_proj` or, without a gate, `up_proj`."""
+_COMPUTED_IN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 LOOP, KERNEL = "eager", "grouped_mm"
 """The values of transformers' `experts_implementation` that a split module follows."""
 
@@ -49,7 +50,7 @@ def split_experts(module: nn.Module) -> None:
         raise ValueError(f"{type(module).__name__} is no experts module of a known kind.")
     if (reason := why_not_split(module)) is not None:
         raise Unsupported(f"cannot adapt the experts in {type(module).__name__}: {reason}.")
-    transposed = bool(getattr(module, "is_transposed", mixin is Repeated))
+    transposed = lies_input_first(module)
     for leaf in projections(module):
         weight = cast(nn.Parameter, getattr(module, leaf))
         bias = getattr(module, f"{leaf}_bias", None)
@@ -70,6 +71,20 @@ def split_all_experts(model: nn.Module) -> None:
             split_experts(module)
 
 
+def join_all_experts(model: nn.Module) -> None:
+    """Undo `split_all_experts`, in place: transformers' classes, with the same parameters under their own names."""
+    for module in list(model.modules()):
+        if not isinstance(module, Routed | Repeated):
+            continue
+        for leaf in projections(module):
+            layer = cast(ExpertLinear, getattr(module, leaf))
+            delattr(module, leaf)
+            setattr(module, leaf, layer.weight)
+            if layer.bias is not None:
+                setattr(module, f"{leaf}_bias", layer.bias)
+        module.__class__ = type(module).__mro__[2]
+
+
 def why_not_split(module: nn.Module) -> str | None:
     """Say why an experts module cannot be split, and what would help; None where it can, or is no experts module."""
     if isinstance(module, Routed | Repeated) or _mixin(module) is None:
@@ -81,6 +96,10 @@ def why_not_split(module: nn.Module) -> str | None:
         )
     if getattr(module, "_is_expert_parallel", False):
         return "they are spread over ranks by expert parallelism; load the model without ep_size and an expert plan"
+    stored = {getattr(module, leaf).dtype for leaf in projections(module)} - _COMPUTED_IN
+    if stored:
+        kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in stored))
+        return f"their weights are quantised by the checkpoint ({kinds}); load one that has them in 16 bits"
     if any(hasattr(parameter, "placements") for parameter in module.parameters()):
         return "their weights are sharded already; put adapters on before sharding"
     if "forward" in vars(module):
@@ -91,6 +110,11 @@ def why_not_split(module: nn.Module) -> str | None:
 @functools.cache
 def _split_kind(mixin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
     return type(f"Split{kind.__name__}", (mixin, kind), {"__module__": kind.__module__})
+
+
+def lies_input_first(module: nn.Module) -> bool:
+    """Return whether an experts module's tensors are (experts, in, out); Llama 4's are, and it does not say so."""
+    return bool(getattr(module, "is_transposed", isinstance(module, Repeated) or _mixin(module) is Repeated))
 
 
 def _implementation(module: nn.Module) -> str | None:

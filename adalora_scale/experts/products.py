@@ -10,6 +10,7 @@ wanted. An operator of torch's own, forward and backward, so that `torch.compile
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -23,15 +24,17 @@ _ALIGNMENT = 16
 """Bytes that the strides of `grouped_mm`'s operands must be a multiple of."""
 
 
-def grouped_product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+def grouped_product(x: Tensor, weight: Tensor, groups: Groups, *, turned: bool = False) -> Tensor:
     """Return (S, out): row i of x times the matrix of row i's expert.
 
     Args:
         x: (S, in), rows by expert.
-        weight: (experts, in, out) in the dtype of `x`; any strides.
+        weight: (experts, in, out) in the dtype of `x`; any strides. It is kept for the backward as it is given: a
+            parameter, which an engine may put away meanwhile, and no view that would hold its values.
         groups: which rows are whose.
+        turned: the weight is (experts, out, in).
     """
-    return _product(x, weight, groups.ends, groups.loop)
+    return _product(x, weight, groups.ends, groups.loop, turned)
 
 
 def looped_product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
@@ -40,8 +43,9 @@ def looped_product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
 
 
 @torch.library.custom_op("adalora_scale::grouped_product", mutates_args=())
-def _product(x: Tensor, weight: Tensor, ends: Tensor, loop: bool) -> Tensor:
-    """Return (S, out) for x (S, in), weight (experts, in, out) and ends (experts,) int32."""
+def _product(x: Tensor, weight: Tensor, ends: Tensor, loop: bool, turned: bool) -> Tensor:
+    """Return (S, out) for x (S, in), weight (experts, in, out), or turned, and ends (experts,) int32."""
+    weight = weight.mT if turned else weight
     with torch.autocast(x.device.type, enabled=False):
         if _is_fast(x, loop):
             return _rows_by_matrices(x, weight, ends)
@@ -65,8 +69,8 @@ def _outer(x: Tensor, dy: Tensor, ends: Tensor, loop: bool) -> Tensor:
 
 
 @_product.register_fake
-def _(x: Tensor, weight: Tensor, ends: Tensor, loop: bool) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[2])
+def _(x: Tensor, weight: Tensor, ends: Tensor, loop: bool, turned: bool) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1 if turned else 2])
 
 
 @_outer.register_fake
@@ -75,37 +79,40 @@ def _(x: Tensor, dy: Tensor, ends: Tensor, loop: bool) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ends, ctx.loop = inputs
+    x, weight, ends, ctx.loop, ctx.turned = inputs
     # What no gradient needs is not kept: a frozen weight's input, a first layer's factor.
     wants_dx, wants_dw, *_ = ctx.needs_input_grad
     ctx.save_for_backward(x if wants_dw else None, weight if wants_dx else None, ends)
 
 
-def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
     x, weight, ends = ctx.saved_tensors
-    dx = None if weight is None else _product(dy, weight.mT, ends, ctx.loop)
-    dw = None if x is None else _outer(x, dy, ends, ctx.loop)
-    return dx, dw, None, None
+    dx = None if weight is None else _product(dy, weight, ends, ctx.loop, not ctx.turned)
+    dw = None
+    if x is not None:
+        dw = _outer(dy, x, ends, ctx.loop) if ctx.turned else _outer(x, dy, ends, ctx.loop)
+    return dx, dw, None, None, None
 
 
 _product.register_autograd(_differentiate, setup_context=_save)
 
 
 def _is_fast(x: Tensor, loop: bool) -> bool:
-    return not loop and x.dtype in _FAST and x.shape[0] > 0  # grouped_mm refuses an empty operand
+    if loop or x.dtype not in _FAST or not x.shape[0]:  # grouped_mm refuses an empty operand
+        return False
+    return x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _slices(ends: Tensor) -> list[slice]:
     places = [0, *ends.tolist()]
-    return [slice(start, end) for start, end in zip(places, places[1:], strict=False)]
+    return [slice(start, end) for start, end in itertools.pairwise(places)]
 
 
 def _rows_by_matrices(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     # The side that is summed over may be padded by zeros on both operands; the other one is cut off again.
-    if weight.stride(-1) == 1:
-        padded = _padded(_aligned(weight, 2), 1)
-    else:  # a transposed view: pad where it is contiguous
-        padded = _padded(_aligned(weight.mT, 2), 1).mT
+    turned = weight.stride(-1) != 1  # a transposed view: pad where it is contiguous
+    padded = _padded(_aligned(weight.mT if turned else weight, 2), 1)
+    padded = padded.mT if turned else padded
     return F.grouped_mm(_aligned(x, 1), padded, offs=ends)[:, : weight.shape[2]]
 
 

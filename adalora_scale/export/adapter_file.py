@@ -6,6 +6,7 @@ Only JSON and safetensors are read. Pickled weights can run code when they are o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from adalora_scale.adalora.adaptables import MATRIX, FileForm, block, module_of_factor, namings
+from adalora_scale.adalora.matrices import layer_of_matrix
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_keys import refuse_more, require_plain
 from adalora_scale.export.adapter_record import BEFORE_FINAL, PEFT_SCALE, checked_record
@@ -110,6 +112,24 @@ class AdapterFile:
         if not self.modules:
             first = MATRIX.names(self.method)[0]
             raise UserError(f"{self._file.path} holds no {self.method} tensors (no key ends in .{first}).")
+
+    @functools.cached_property
+    def stacks(self) -> dict[str, list[str]]:
+        """Layer of experts → its matrices, by number."""
+        targets = self.config.get("target_modules")
+        layers = set(targets) if isinstance(targets, list) else set()
+        found: dict[str, dict[int, str]] = {}
+        for name in self.modules:
+            place = layer_of_matrix(name)
+            if place is not None and name not in layers and place[0] in layers:
+                found.setdefault(place[0], {})[place[1]] = name
+        return {layer: [own[number] for number in sorted(own)] for layer, own in found.items()}
+
+    @property
+    def layers(self) -> list[str]:
+        """Adapted layers; of experts one for all of them."""
+        stacked = {name: layer for layer, own in self.stacks.items() for name in own}
+        return list(dict.fromkeys(stacked.get(name, name) for name in self.modules))
 
     @property
     def base(self) -> str | None:
@@ -243,7 +263,7 @@ class AdapterFile:
     def _own_parameters(self) -> frozenset[str]:
         """Return the weights that an export named in target_parameters; in files of others they may be experts'."""
         named = self.config.get("target_parameters") or []
-        if named and not self.record:
+        if named and (not self.record or not all(name.endswith(".weight") for name in named)):
             refuse_more("target_parameters", named, self.directory / CONFIG_NAME)
         return frozenset(named)
 

@@ -22,6 +22,7 @@ from adalora_scale.adalora.base_digest import WeightsDigest
 from adalora_scale.adalora.injection import is_digested
 from adalora_scale.adalora.targets import is_inside
 from adalora_scale.errors import UserError
+from adalora_scale.export.base_experts import ExpertPart, expert_part, stacked_samples
 from adalora_scale.export.tensor_files import DTYPES, FLOATING, TensorFile
 from adalora_scale.quantization.base_files import INDEX_NAME, SINGLE_NAME, BaseFiles
 from adalora_scale.reading.base_config import check_base, foreign
@@ -45,6 +46,8 @@ class Source:
     """The model's parameter it becomes; None for tensors that the model ignores."""
     converted: bool
     """Whether transformers computes the parameter from this tensor (and others) instead of taking it over."""
+    expert: ExpertPart | None = None
+    """What it is of a stack of experts, where it is converted to one."""
 
 
 class BaseCheckpoint:
@@ -131,11 +134,16 @@ class BaseCheckpoint:
         return self.model.get_submodule(first.rpartition(".")[0]) is self.model.get_submodule(second.rpartition(".")[0])
 
     def digests(self, targets: list[str], saved: list[str]) -> dict[str, dict[str, str]]:
-        """Return what `digest_base` returns for the loaded model, from single elements of the files."""
+        """Return what `digest_base` returns for the loaded model, from single elements of the files.
+
+        Args:
+            targets: adapted layers; of experts the tensor's name.
+            saved: modules that were trained in full.
+        """
         embedding = self._embedding()
         found: dict[str, Source] = {s.parameter: s for s in self.sources if s.parameter and not s.converted}
         parts = {"adapted": WeightsDigest(), "rest": WeightsDigest()}
-        looked_at = [("adapted", f"{module}.weight") for module in targets]
+        looked_at = [("adapted", name if name in self.parameters else f"{name}.weight") for name in targets]
         for name, parameter in self.model.named_parameters():
             is_embedding = embedding in (name, *self.aliases.get(name, []))
             if is_digested(name, parameter.dim(), saved) or (is_embedding and not is_inside(name, saved)):
@@ -143,8 +151,18 @@ class BaseCheckpoint:
         for part, name in looked_at:
             # A source may lack: what the checkpoint does not hold is newly initialised at loading.
             source = next((found[alias] for alias in (name, *self.aliases.get(name, [])) if alias in found), None)
-            parts[part].add(name, self.parameters[name], source.file.samples(source.key) if source else None)
+            said = f"{name}.weight" if part == "adapted" and name in targets else name  # as once experts are split
+            samples = source.file.samples(source.key) if source else self._stacked_samples(name)
+            parts[part].add(said, self.parameters[name], samples)
         return {name: result for name, digest in parts.items() if (result := digest.result())}
+
+    def _stacked_samples(self, parameter: str) -> Tensor | None:
+        pieces = {
+            (source.expert.number, source.expert.part): (source.file, source.key)
+            for source in self.sources
+            if source.parameter == parameter and source.expert is not None
+        }
+        return stacked_samples(pieces, self.parameters[parameter]) if pieces else None
 
     def _embedding(self) -> str | None:
         try:
@@ -153,13 +171,31 @@ class BaseCheckpoint:
             return None
         return next((f"{name}.weight" for name, module in self.model.named_modules() if module is embedding), None)
 
+    def expert_tensors(self) -> dict[str, dict[int, list[str]]]:
+        """Return tensor of experts → number → the checkpoint's own tensors, without `.weight`, by their parts.
+
+        Only where the checkpoint has tensors of each expert's own.
+        """
+        found: dict[str, dict[int, dict[int, str]]] = {}
+        for source in self.sources:
+            if source.parameter is not None and (own := source.expert) is not None:
+                parts = found.setdefault(source.parameter, {}).setdefault(own.number, {})
+                parts[own.part] = source.key.removesuffix(".weight")
+        return {
+            layer: {number: [parts[part] for part in sorted(parts)] for number, parts in each.items()}
+            for layer, each in found.items()
+        }
+
     def keeps_name(self, parameter: str) -> bool:
         """Return whether a tensor stored under the parameter's own name is loaded into it."""
         return self._rename([parameter])[parameter] == (parameter, False)
 
     def _sources(self, where: dict[str, TensorFile]) -> list[Source]:
         found = self._rename(where)
-        return [Source(key, file, *found[key]) for key, file in where.items()]
+        mapping = get_model_conversion_mapping(self.model)  # type: ignore[arg-type]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        experts = {key: expert_part(key, converters) if found[key][1] else None for key in where}
+        return [Source(key, file, *found[key], experts[key]) for key, file in where.items()]
 
     def _rename(self, keys: Iterable[str]) -> dict[str, tuple[str | None, bool]]:
         mapping = get_model_conversion_mapping(self.model)  # type: ignore[arg-type]

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from adalora_scale.adalora.base_digest import same_base
 from adalora_scale.adalora.injection import adapter_layers, digest_base, injection_of
+from adalora_scale.adalora.matrices import Triplets, layer_among, matrix_names, stacked
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import AdapterFile
-
-Triplets = tuple[Tensor, Tensor, Tensor]
 
 
 def check_start(directory: str | Path, config: AdaLoraConfig) -> AdapterFile:
@@ -71,8 +70,11 @@ def start_from_adapter(
         raise UserError("the model has no AdaLoRA layers; call inject_adalora(model, config) first.")
     adapter = check_start(directory, injection.config)
     layers = dict(adapter_layers(model))
+    held: dict[str, list[str]] = {}
     for name, shape in adapter.modules.items():
-        layer = layers.get(name)
+        layer_name = layer_among(layers, name)
+        held.setdefault(layer_name, []).append(name)
+        layer = layers.get(layer_name)
         if layer is None:
             raise UserError(
                 f"model.adapter_path={directory} adapts '{name}', which this run does not: its update would be lost. "
@@ -83,7 +85,7 @@ def start_from_adapter(
                 f"model.adapter_path={directory} has ({shape.in_features}, {shape.out_features}) features for "
                 f"'{name}', the model ({layer.in_features}, {layer.out_features}); it belongs to another base."
             )
-    digests = digest_base(model, adapter.modules, adapter.saved) if base is None else base
+    digests = digest_base(model, held, adapter.saved) if base is None else base
     if not same_base(adapter.record.get("base") or {}, digests):
         raise UserError(
             f"model.adapter_path={directory} was trained on another base model (shapes agree, weights differ); set "
@@ -91,9 +93,9 @@ def start_from_adapter(
         )
     adapter.require_own_copies(own or partial(_own_weight, model))
     heads = _heads(model, adapter)
-    for name in adapter.modules:
+    for name in held:
         layer = layers[name]
-        layer.earlier = partial(starting_triplets, adapter, name, layer.scaling)
+        layer.earlier = partial(_of_layer, adapter, matrix_names(name, layer.matrices), layer.scaling)
         layer.reset_adapter()
     for module, values in heads:
         for leaf, value in values.items():
@@ -101,6 +103,17 @@ def start_from_adapter(
             if not parameter.is_meta:
                 parameter.copy_(value)
     return heads
+
+
+def _of_layer(adapter: AdapterFile, matrices: list[str], scaling: float) -> Triplets:
+    """Return A, E and B of a layer; a matrix of experts that the adapter leaves out has none."""
+    found = {name: starting_triplets(adapter, name, scaling) for name in matrices if name in adapter.modules}
+    if len(matrices) == 1:
+        return found[matrices[0]]
+    a, e, b = next(iter(found.values()))
+    none = a[:, :0], e[:0], b[:, :0]
+    each = [found.get(name, none) for name in matrices]
+    return stacked(each, max(e.numel() for _, e, _ in each))
 
 
 def starting_triplets(adapter: AdapterFile, module: str, scaling: float) -> Triplets:

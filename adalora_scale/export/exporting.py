@@ -176,8 +176,9 @@ def _rearrange(
     else:
         _refuse_other_function(adapter, base)
         report |= write_peft_lora(
-            adapter, folder, base=request.base, uniform=request.uniform, rank=request.rank, names=names, model=model
-        )
+            adapter, folder, base=request.base, uniform=request.uniform, rank=request.rank, names=names, model=model,
+            own_tensors=base.expert_tensors() if base else None,
+        )  # fmt: skip
         what = "plain LoRA, zero-padded to one rank" if request.uniform else "plain LoRA, a rank for every matrix"
     if "left_out" in report:  # a pruned plain LoRA does not name them any more
         report["left_out"] += [name for name in pruned if name not in adapter.modules]
@@ -192,6 +193,16 @@ def _notes(request: Request, adapter: AdapterFile, report: dict[str, Any]) -> li
     if left_out := report.get("left_out"):
         names = f": {', '.join(left_out)}" if request.format == "rank-pattern" else ""
         notes.append(f"{len(left_out)} matrices have rank 0 and are left out, PEFT's LoRA has none{names}")
+    if served := report.get("served"):
+        notes.append(
+            f"{served} tensors of experts have a LoRA each, as vLLM reads it; PEFT opens the form without --uniform"
+        )
+    if stacks := report.get("experts"):
+        dropout = ", and PEFT has no lora_dropout for those, in any layer" if adapter.config.get("lora_dropout") else ""
+        notes.append(
+            f"{len(stacks)} tensors of experts stand in target_parameters, where PEFT has one rank for all experts of "
+            f"one: the largest, the others padded with zeros{dropout}"
+        )
     if as_parameters := report.get("as_parameters"):
         dropout = " and without lora_dropout" if adapter.config.get("lora_dropout") else ""
         notes.append(
@@ -215,7 +226,8 @@ def _refuse_other_function(adapter: AdapterFile, base: BaseCheckpoint | None) ->
     """Refuse settings of an adapted layer under which PEFT's LoRA would compute something else."""
     if base is None:
         return
-    for name in adapter.modules:
+    of_experts = {name for matrices in adapter.stacks.values() for name in matrices}
+    for name in adapter.modules.keys() - of_experts:
         layer = base.model.get_submodule(name)
         if (reason := adaptable_of(layer).why_not_peft(layer)) is not None:
             raise Unsupported(f"'{name}' cannot be exported for PEFT: {reason}. Use --format merged.")

@@ -10,17 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from adalora_scale.adalora.adaptables import FACTORS, MATRIX, FileForm
+from adalora_scale.adalora.matrices import kept_columns, matrix_names, parts
 from adalora_scale.checkpoint.format import MANIFEST_NAME, Checkpoint
 from adalora_scale.checkpoint.identity import saved_identity
 from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
 from adalora_scale.errors import UserError
+from adalora_scale.experts.names import joined_name
 from adalora_scale.export.adapter_file import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from adalora_scale.export.adapter_record import BEFORE_FINAL, RECORD_KEY, save_adapter_file
 from adalora_scale.export.output import copy_tokenizer
+from adalora_scale.export.whole_adapter import stored_matrix
 from adalora_scale.files import writing
 from adalora_scale.tasks.registry import TASKS
 
@@ -72,17 +74,17 @@ def write_adapter(checkpoint: Checkpoint, folder: Path) -> None:
     forms: dict[str, Any] = checkpoint.manifest.get("forms", {})
     for module, mask in kept.items():
         a, e, b = (_whole(checkpoint, "adapter", f"{module}.{factor}") for factor in FACTORS)
-        if position["frozen"] and e.numel() == len(mask):
-            keep = torch.tensor(mask)
-            a, e, b = a[:, keep], e[keep], b[:, keep]
+        matrices = e.shape[0] if e.dim() > 1 else 1
+        columns = kept_columns(matrices, e.shape[-1], mask if position["frozen"] else None)
         form = FileForm.of_record(forms[module]) if module in forms else MATRIX
-        a, b = form.stored(a.T, b)
-        for factor, value in zip(form.adalora, (a, e.unsqueeze(1).contiguous(), b), strict=True):
-            tensors[f"{PREFIX}{module}.{factor}"] = value
-    saved = dict.fromkeys(checkpoint.shapes("other"))
-    for name in list(saved):
-        tensors[PREFIX + name] = _whole(checkpoint, "other", name)
-        for twin in (checkpoint.manifest.get("ties") or {}).get(name, []):  # a head tied to its embedding
+        for name, keep, own in zip(matrix_names(module, matrices), columns, parts(a, e, b, matrices), strict=True):
+            tensors |= stored_matrix(name, form, *(factor[..., keep] for factor in own))
+    saved: dict[str, None] = {}
+    for key, shape in checkpoint.shapes("other").items():
+        name = joined_name(key, len(shape))
+        saved[name] = None
+        tensors[PREFIX + name] = _whole(checkpoint, "other", key)
+        for twin in (checkpoint.manifest.get("ties") or {}).get(key, []):  # a head tied to its embedding
             tensors[PREFIX + twin] = tensors[PREFIX + name].clone()
             saved[twin] = None
     task = TASKS.get(str(_part(checkpoint, "identity").get("task")))

@@ -17,8 +17,10 @@ from torch.distributed.tensor import DTensor
 from adalora_scale.adalora.adaptables import block
 from adalora_scale.adalora.injection import adapter_layers, injected_module, injection_of, replace_modules
 from adalora_scale.adalora.layer import AdaLoraLayer
+from adalora_scale.adalora.matrices import parts
 from adalora_scale.adalora.targets import modules_to_save
 from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.experts.modules import join_all_experts
 from adalora_scale.export.merge import BLOCK, added
 from adalora_scale.export.tensor_files import DTYPE_NAMES
 
@@ -73,10 +75,10 @@ def merge_adapters(model: nn.Module) -> nn.Module:
     require_no_training(model, "merge_adapters")
     _refuse_4bit(layers)
     root = injected_module(model) or model
-    parts = {name for name, layer in layers.items() if layer.r and _is_shared(root, layer)}
+    parting = {name for name, layer in layers.items() if layer.r and _is_shared(root, layer)}
     try:
         for name, layer in layers.items():
-            _merge(name, layer, parts_from=root if name in parts else None)
+            _merge(name, layer, parts_from=root if name in parting else None)
     except UserError:
         _unmerge(root, layers)
         raise
@@ -241,15 +243,19 @@ def _unmerge(root: nn.Module, layers: dict[str, AdaLoraLayer]) -> None:
 def _sum(name: str, layer: AdaLoraLayer) -> Tensor:
     """Return W + ΔW, a block of rows at a time, as the exporter sums it."""
     weight = layer.weight.detach()
-    a, e, b = layer.lora_A.T.contiguous(), layer.lora_E * layer.scaling, layer.lora_B
-    rows, *rest = weight.shape
-    step = max(1, BLOCK // math.prod(rest))
-    parts = []
-    for start in range(0, rows, step):
-        part = weight[start : start + step]
-        delta = block(a, e, b, start, start + len(part), transposed=layer.adaptable.is_transposed(layer.base_layer))
-        parts.append(added(part, delta.view_as(part), DTYPE_NAMES[weight.dtype], name))
-    return torch.cat(parts)
+    total = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    wholes = weight.unbind(0) if layer.matrices > 1 else [weight]
+    sums = total.unbind(0) if layer.matrices > 1 else [total]
+    triplets = parts(layer.lora_A, layer.lora_E * layer.scaling, layer.lora_B, layer.matrices)
+    for own, result, (a, e, b) in zip(wholes, sums, triplets, strict=True):
+        rows, *rest = own.shape
+        step = max(1, BLOCK // math.prod(rest))
+        for start in range(0, rows, step):
+            part = own[start : start + step]
+            transposed = layer.adaptable.is_transposed(layer.base_layer)
+            delta = block(a.T.contiguous(), e, b, start, start + len(part), transposed=transposed)
+            result[start : start + step] = added(part, delta.view_as(part), DTYPE_NAMES[weight.dtype], name)
+    return total
 
 
 def _is_shared(root: nn.Module, layer: AdaLoraLayer) -> bool:
@@ -284,5 +290,6 @@ def _take_out(model: nn.Module) -> None:
     root = injected_module(model) or model
     layers = [layer for _, layer in adapter_layers(root)]
     replace_modules(root, {layer: layer.base_layer for layer in layers})
+    join_all_experts(root)
     for attribute in ("adalora", "adalora_adapters", "save_pretrained"):
         vars(root).pop(attribute, None)

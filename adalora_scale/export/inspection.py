@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from adalora_scale.adalora.matrices import matrix_names
 from adalora_scale.checkpoint.format import MANIFEST_NAME, Checkpoint, checkpoints
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import CONFIG_NAME, AdapterFile
@@ -15,8 +17,9 @@ from adalora_scale.export.from_checkpoint import adalora_options, masks
 from adalora_scale.messages import printable
 from adalora_scale.reading.folders import own_file
 from adalora_scale.reading.json_text import read_object
+from adalora_scale.report.grid import place_of
 
-_LAYER = re.compile(r"^(?P<before>.*?)\.(?P<index>\d+)\.(?P<type>.+)$")
+_SPREAD = ("experts", "min", "median", "max")
 _NO_LAYER = "–"
 
 
@@ -47,10 +50,16 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     checkpoint.verify()
     manifest, options = checkpoint.manifest, adalora_options(checkpoint)
     position = manifest["allocator"]
-    ranks = {module: sum(mask) for module, mask in masks(checkpoint).items()}
+    ranks, sides = {}, {}
     shapes, others = checkpoint.shapes("adapter"), checkpoint.shapes("other")
-    # Adapters that were built at their pruned ranks are not there where no triplet is left.
-    sides = {name: shapes[f"{name}.lora_A"][0] + shapes[f"{name}.lora_B"][0] + 1 for name in ranks if ranks[name]}
+    for module, mask in masks(checkpoint).items():
+        matrices = max(len(mask) // options.init_r, 1)
+        each = len(mask) // matrices
+        for number, name in enumerate(matrix_names(module, matrices)):
+            ranks[name] = sum(mask[number * each : (number + 1) * each])
+            # Adapters that were built at their pruned ranks are not there where no triplet is left.
+            if ranks[name]:
+                sides[name] = (shapes[f"{module}.lora_A"][0] + shapes[f"{module}.lora_B"][0]) // matrices + 1
     total = position["total_step"]
     # As the adapter saved from it says it: in PEFT's form, where lora_alpha / init_r is the scale.
     method = options.peft_fields(total)
@@ -62,6 +71,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "final": position["frozen"],
         "unfinished": None if position["frozen"] else BEFORE_FINAL,
         "ranks": ranks,
+        "experts": experts_summary(ranks),
         "triplets": sum(ranks.values()),
         "parameters": sum(ranks[name] * side for name, side in sides.items()),
         "stored_parameters": sum(prod(shape) for shape in shapes.values()),
@@ -102,6 +112,7 @@ def inspect_adapter(adapter: AdapterFile) -> dict[str, Any]:
         "final": adapter.final,
         "unfinished": adapter.unfinished,
         "ranks": ranks,
+        "experts": experts_summary(ranks),
         "triplets": sum(ranks.values()),
         "parameters": sum(shape.parameters for shape in adapter.modules.values()) + lambdas,
         "trained_in_full": {name: list(shape) for name, shape in adapter.others.items()},
@@ -151,14 +162,51 @@ def described(found: dict[str, Any]) -> list[str]:
 def rank_table(ranks: dict[str, int]) -> str:
     """Return ranks as a table, a row a layer, a column a type, with sums.
 
-    Layers of one index in different stacks (an encoder's and a decoder's) stand in tables of their own.
+    Layers of one index in different stacks (an encoder's and a decoder's) stand in tables of their own. Experts of one
+    layer and projection share a cell, which has their sum; a table below says how it is spread over them.
     """
     stacks: dict[str, dict[str, dict[str, int]]] = {}
     for name, rank in ranks.items():
-        match = _LAYER.match(name := printable(name))
-        before, index, kind = (match["before"], match["index"], match["type"]) if match else ("", _NO_LAYER, name)
-        stacks.setdefault(before, {}).setdefault(index, {})[kind] = rank
-    return "\n\n".join(_stack_table(before, rows) for before, rows in stacks.items())
+        place = place_of(printable(name))
+        index = _NO_LAYER if place.layer is None else str(place.layer)
+        row = stacks.setdefault(place.stack, {}).setdefault(index, {})
+        row[place.type] = row.get(place.type, 0) + rank
+    tables = [_stack_table(before, rows) for before, rows in stacks.items()]
+    if summary := experts_summary(ranks):
+        head = ["experts of", "number", "min", "median", "max", "at 0"]
+        rows = [
+            [printable(layer), *(f"{own[key]:g}" for key in _SPREAD), f"{own['share_at_0']:.0%}"]
+            for layer, own in summary.items()
+        ]
+        tables.append("\n".join(["ranks of experts", *aligned([head, *rows])]))
+    return "\n\n".join(tables)
+
+
+def experts_summary(ranks: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """Return layer's projection → how many experts it has, the lowest, median and highest rank, the share at rank 0.
+
+    Args:
+        ranks: matrix → rank; matrices that are no experts' are left out.
+    """
+    found: dict[str, list[int]] = {}
+    for name, rank in ranks.items():
+        place = place_of(name)
+        if "*" in place.type.split("."):
+            found.setdefault(f"{place.stack}.{place.layer}.{place.type}", []).append(rank)
+    return {
+        layer: {
+            "experts": len(own), "min": min(own), "median": median(own), "max": max(own),
+            "share_at_0": own.count(0) / len(own),
+        }
+        for layer, own in found.items()
+        if len(own) > 1
+    }  # fmt: skip
+
+
+def aligned(table: list[list[str]]) -> list[str]:
+    """Return a table's rows as lines, its columns flush right."""
+    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
 
 
 def _stack_table(before: str, rows: dict[str, dict[str, int]]) -> str:
@@ -171,9 +219,7 @@ def _stack_table(before: str, rows: dict[str, dict[str, int]]) -> str:
         table.append([index, *(str(row.get(kind, "")) for kind in kinds), str(sum(row.values()))])
     sums = [sum(row.get(kind, 0) for row in rows.values()) for kind in kinds]
     table.append(["sum", *map(str, sums), str(sum(sums))])
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-    return "\n".join([f"ranks in {before}" if before else "ranks", *lines])
+    return "\n".join([f"ranks in {before}" if before else "ranks", *aligned(table)])
 
 
 def _schedule(adapter: AdapterFile) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def lora_config(
     base: str | None,
     names: Collection[str] = (),
     model: nn.Module | None = None,
+    experts: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return PEFT's LoraConfig, as JSON values, that gives every matrix its rank and the scaling alpha / rank.
 
@@ -36,15 +37,18 @@ def lora_config(
         base: the base model's name, if it shall differ from the adapter's.
         names: modules of the base, as far as they are known: none but those in `ranks` must be adapted.
         model: the base on the meta device, for PEFT to show that it adapts what the config names.
+        experts: tensor of experts → rank, in `scalings` too.
 
     Raises:
         Unsupported: PEFT adapts something else.
 
     Source: peft/utils/other.py `get_pattern_key`, peft/tuners/tuners_utils.py `check_target_module_exists`.
     """
-    largest = max(ranks, key=lambda name: ranks[name])
+    stacks = dict(experts or {})
+    all_ranks = dict(ranks) | stacks
+    largest = max(all_ranks, key=lambda name: all_ranks[name])
     unclear = _endings({*adapter.modules, *names}) & ranks.keys()
-    alphas = {name: _alpha(scalings[name], rank) for name, rank in ranks.items()}
+    alphas = {name: _alpha(scalings[name], rank) for name, rank in all_ranks.items()}
     config = {
         "peft_type": "LORA",
         "task_type": adapter.task_type,
@@ -54,15 +58,15 @@ def lora_config(
         "target_modules": _target_modules(list(ranks), unclear),
         "modules_to_save": adapter.config.get("modules_to_save"),
         "fan_in_fan_out": adapter.fan_in_fan_out,
-        "r": ranks[largest],
+        "r": all_ranks[largest],
         "lora_alpha": alphas[largest],
-        "lora_dropout": adapter.config.get("lora_dropout") or 0.0,
-        "rank_pattern": {_exact(name, unclear): r for name, r in ranks.items() if r != ranks[largest]},
+        "lora_dropout": 0.0 if stacks else adapter.config.get("lora_dropout") or 0.0,  # PEFT has none for tensors
+        "rank_pattern": {_exact(name, unclear): r for name, r in all_ranks.items() if r != all_ranks[largest]},
         "alpha_pattern": {_exact(name, unclear): a for name, a in alphas.items() if a != alphas[largest]},
         "use_rslora": False,
         "use_dora": False,
-    }
-    wanted = {name: (rank, scalings[name]) for name, rank in ranks.items()}
+    } | ({"target_parameters": list(stacks)} if stacks else {})
+    wanted = {name: (rank, scalings[name]) for name, rank in all_ranks.items()}
     return config if model is None else placed_config(config, wanted, model, adapter.others)
 
 

@@ -47,6 +47,8 @@ def why_not_measured(request: Request, adapter: AdapterFile, base: BaseCheckpoin
         return "the base model is not at hand; name it with --base"
     if (request.format != "merged" or adapter.method == "LORA") and importlib.util.find_spec("peft") is None:
         return "PEFT is not installed"
+    if request.uniform and adapter.stacks and base.expert_tensors():
+        return "the form is a LoRA an expert, which servers open and PEFT does not"
     inputs = getattr(base.model, "main_input_name", "input_ids")
     if inputs != "input_ids":
         return f"the model takes {inputs}, the samples are text"

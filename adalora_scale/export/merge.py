@@ -17,9 +17,11 @@ from torch import Tensor
 
 from adalora_scale.adalora.adaptables import adaptable_of, sides
 from adalora_scale.adalora.base_digest import same_base
+from adalora_scale.adalora.matrices import layer_of_matrix
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.base_checkpoint import BaseCheckpoint, Source
+from adalora_scale.export.base_experts import ExpertPart, expert_place
 from adalora_scale.export.dequantise import Dequantised, Stored
 from adalora_scale.export.tensor_files import DTYPES, FLOATING
 from adalora_scale.finite import is_finite, require_finite
@@ -63,7 +65,9 @@ def plan_merge(adapter: AdapterFile, base: BaseCheckpoint, quantised: Dequantise
         Unsupported: transformers converts an adapted weight while loading, so it cannot be summed in the checkpoint.
     """
     check_same_base(adapter, base)
-    targets = {f"{module}.weight": module for module in adapter.modules}
+    stacks = adapter.stacks
+    of_experts = {name for matrices in stacks.values() for name in matrices}
+    targets = {f"{module}.weight": module for module in adapter.modules if module not in of_experts}
     plan = Plan([], [], [])
     done: set[str] = set()
     stored = quantised.weights if quantised else {}
@@ -72,6 +76,16 @@ def plan_merge(adapter: AdapterFile, base: BaseCheckpoint, quantised: Dequantise
             continue
         module, other = _touched(source, base, targets, adapter)
         name = source.parameter or ""
+        if name in stacks:
+            plan.tensors.append(_merged_experts(source, adapter, stacks[name], base, quantised))
+            plan.merged += [] if name in done else stacks[name]
+            done.add(name)
+            continue
+        if name in adapter.others and source.expert is not None:
+            plan.tensors.append(_replaced_expert(source, adapter, name))
+            plan.replaced += [] if name in done else [name]
+            done.add(name)
+            continue
         if (module or other) and source.converted:
             _refuse_converted(module or other or "", source)
         if source.key in stored and other is None:
@@ -89,6 +103,8 @@ def plan_merge(adapter: AdapterFile, base: BaseCheckpoint, quantised: Dequantise
             plan.replaced.append(other)
         elif source.parameter is not None or not _other_head(adapter, base):
             plan.tensors.append(copied(source))
+    if (lacking := next((layer for layer in stacks if layer not in done), None)) is not None:
+        _refuse_unsaved(lacking, base)
     _plan_the_rest(plan, done, targets, adapter, base)
     _refuse_missing(plan, base)
     return plan
@@ -100,7 +116,15 @@ def check_same_base(adapter: AdapterFile, base: BaseCheckpoint) -> None:
     Raises:
         UserError: the adapter belongs to another base.
     """
+    places = {name: expert_place(base.model, name) for matrices in adapter.stacks.values() for name in matrices}
     for module, shape in adapter.modules.items():
+        if (place := places.get(module)) is not None:
+            if place.sides != (shape.in_features, shape.out_features):
+                raise UserError(
+                    f"the adapter in {adapter.directory} has {(shape.out_features, shape.in_features)} for '{module}', "
+                    f"the base in {base.directory} {place.sides[::-1]}; pass the base it was trained on to --base."
+                )
+            continue
         own = base.parameters.get(f"{module}.weight")
         if own is None:
             raise UserError(
@@ -128,7 +152,7 @@ def check_same_base(adapter: AdapterFile, base: BaseCheckpoint) -> None:
                 f"rows of '{name}' for them; save that module with the adapter too (modules_to_save)."
             )
     adapter.require_own_copies(base.tensor)
-    if not same_base(adapter.record.get("base") or {}, base.digests(list(adapter.modules), adapter.saved)):
+    if not same_base(adapter.record.get("base") or {}, base.digests(adapter.layers, adapter.saved)):
         raise UserError(
             f"the adapter in {adapter.directory} was trained on another base than {base.directory} (shapes agree, "
             f"weights differ); pass the base it was trained on to --base."
@@ -166,6 +190,51 @@ def merged(source: Source, key: str, adapter: AdapterFile, module: str, transpos
             yield added(weight, delta, entry.dtype, module)
 
     return Planned(key, entry.dtype, entry.shape, entry.size, pieces)
+
+
+def _merged_experts(
+    source: Source, adapter: AdapterFile, matrices: list[str], base: BaseCheckpoint, quantised: Dequantised | None
+) -> Planned:
+    """Plan W + ΔW of a tensor of experts, an expert at a time, or of one expert's own tensor."""
+    entry, part = source.file.entries[source.key], source.expert
+    if quantised and source.key in quantised.weights:
+        raise Unsupported(
+            f"'{source.key}' is of experts, which --dequantise does not reach; merge into 16-bit weights."
+        )
+    if entry.dtype not in FLOATING:
+        raise Unsupported(f"'{source.key}' is stored as {entry.dtype}; merge into the original 16-bit weights.")
+    if source.converted and part is None:
+        _refuse_converted(matrices[0], source)
+    place = expert_place(base.model, matrices[0])
+    input_first = place is not None and place.input_first
+    numbers = {found[1]: name for name in matrices if (found := layer_of_matrix(name)) is not None}
+
+    def pieces() -> Iterator[Tensor]:
+        for number in range(entry.shape[0]) if part is None else [part.number]:
+            weight = (
+                source.file.rows(source.key, number, number + 1)[0] if part is None else source.file.tensor(source.key)
+            )
+            begin = 0 if part is None else part.part * len(weight)
+            if number not in numbers:  # not adapted
+                yield weight
+                continue
+            delta = adapter.update(numbers[number]).delta(begin, begin + len(weight), transposed=input_first)
+            yield added(weight, delta, entry.dtype, numbers[number])
+
+    return Planned(source.key, entry.dtype, entry.shape, entry.size, pieces)
+
+
+def _replaced_expert(source: Source, adapter: AdapterFile, name: str) -> Planned:
+    """Plan one expert's own tensor of a projection that was trained in full, in the base's dtype."""
+    entry, part = source.file.entries[source.key], source.expert or ExpertPart(0, 0)
+
+    def pieces() -> list[Tensor]:
+        begin = part.part * entry.shape[0]
+        value = adapter.other(name)[part.number, begin : begin + entry.shape[0]].to(DTYPES[entry.dtype])
+        require_finite({name: value}, f"the adapter in {DTYPES[entry.dtype]}")
+        return [value.contiguous()]
+
+    return Planned(source.key, entry.dtype, entry.shape, entry.size, pieces)
 
 
 def dequantised(key: str, stored: Stored, adapter: AdapterFile, module: str | None, base: BaseCheckpoint) -> Planned:

@@ -28,11 +28,14 @@ from adalora_scale.adalora.injection import (
 )
 from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.adalora.masters import keep_in_float32
+from adalora_scale.adalora.matrices import Triplets, kept_columns, layer_among, matrix_names, stacked
 from adalora_scale.adalora.targets import modules_to_save
 from adalora_scale.config import AdaLoraConfig, adalora_config_from_dict
 from adalora_scale.engines.full import full_parameter, settle
 from adalora_scale.engines.ranks import rank_and_size, together
 from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.experts.modules import split_all_experts
+from adalora_scale.experts.names import split_name
 from adalora_scale.export.adapter_file import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -126,12 +129,18 @@ def load_adapter(
 def _load_onto(model: nn.Module, directory: Path, trainable: bool, *, beside: bool = False) -> None:
     saved = read_adapter_config(directory)
     tensors, record = _read_weights(directory)
+    split_all_experts(model)
     found = {key: module_of_factor(key.removeprefix(_PREFIX), "ADALORA") for key in tensors}
-    layers = dict.fromkeys(module for module in found.values() if module is not None)
-    if not layers:
+    modules = dict.fromkeys(module for module in found.values() if module is not None)
+    if not modules:
         raise UserError(f"{directory / WEIGHTS_NAME} holds no AdaLoRA tensors (no key ends in .lora_E).")
-    checked = {name: _checked_factors(name, _base_of(model, name, directory), tensors, directory) for name in layers}
-    others = {k.removeprefix(_PREFIX): v for k, v in tensors.items() if found[k] is None}
+    own = dict(model.named_modules())
+    layers = dict.fromkeys(layer_among(own, name) for name in modules)
+    checked = {name: _checked_layer(name, _base_of(model, name, directory), tensors, directory) for name in layers}
+    there = {matrix for name, each in checked.items() for matrix in matrix_names(name, len(each))}
+    if (lacking := next((name for name in modules if name not in there), None)) is not None:
+        raise _no_such_module(lacking, directory)
+    others = {split_name(model, k.removeprefix(_PREFIX)): v for k, v in tensors.items() if found[k] is None}
     copies = {name.replace(BASE_LAYER, "."): partial(others.pop, name) for name in list(others) if BASE_LAYER in name}
     require_own_copies(copies, dict(model.named_parameters(remove_duplicate=False)).get, directory)
     if beside and others:
@@ -160,17 +169,15 @@ def _load_onto(model: nn.Module, directory: Path, trainable: bool, *, beside: bo
     wrappers: dict[nn.Module, AdaLoraLayer] = {}
     scaling = saved["lora_alpha"] / saved["init_r"]
     lowered = 1 / peft_scale(saved["init_r"]) if record.get(PEFT_SCALE) else 1.0
-    for name, (a, e, b) in checked.items():
-        layer = AdaLoraLayer(
-            model.get_submodule(name), r=e.numel(), scaling=scaling, dropout=saved.get("lora_dropout", 0.0)
-        )
-        for factor, value in zip(FACTORS, (a.flatten(1).T, e.flatten() * lowered, b.flatten(1)), strict=True):
+    for name, triplets in checked.items():
+        base, mask = model.get_submodule(name), pattern.get(f"{name}.lora_E")
+        r = max(e.numel() for _, e, _ in triplets)
+        columns = _columns(name, triplets, mask, r, directory)
+        layer = AdaLoraLayer(base, r=r, scaling=scaling, dropout=saved.get("lora_dropout", 0.0))
+        for factor, value in zip(FACTORS, stacked(triplets, r, columns), strict=True):
             parameter: nn.Parameter = getattr(layer, factor)
-            parameter.copy_(value)
+            parameter.copy_(value * lowered if factor == "lora_E" else value)
             parameter.requires_grad_(trainable)
-        mask = pattern.get(f"{name}.lora_E")
-        if mask is not None and e.numel() not in (len(mask), sum(mask)):
-            raise UserError(f"{directory / CONFIG_NAME}: the mask of '{name}' does not fit its {e.numel()} triplets.")
         layer.keep_mask = mask
         wrappers[layer.base_layer] = layer
     replace_modules(model, wrappers)
@@ -208,24 +215,21 @@ def saved_values(model: nn.Module, directory: str | Path) -> list[tuple[nn.Param
     for name, layer in adapter_layers(model):
         if pattern.get(f"{name}.lora_E") != layer.keep_mask:
             raise Unsupported(f"the adapter in {directory} was saved under another mask of '{name}' than the model's.")
-        compacted = layer.keep_mask is not None and layer.r == sum(layer.keep_mask)
-        keep = torch.ones(layer.r, dtype=torch.bool) if compacted else torch.tensor(layer.keep_mask or [True] * layer.r)
-        a, e, b = _checked_factors(name, layer.base_layer, tensors, directory)
-        if e.numel() != int(keep.sum()):
-            raise UserError(
-                f"{directory / WEIGHTS_NAME} holds {e.numel()} triplets of '{name}', not {int(keep.sum())}."
-            )
-        for factor, saved in zip(FACTORS, (a.flatten(1).T, e.flatten(), b.flatten(1)), strict=True):
-            whole = torch.zeros(*saved.shape[:-1], layer.r, dtype=torch.float32)
-            whole[..., keep] = saved
-            if layer.r:
-                values.append((getattr(layer, factor), whole))
-        for factor in layer.form.adalora:
-            del tensors[f"{_PREFIX}{name}.{factor}"]
+        columns = kept_columns(layer.matrices, layer.r, layer.keep_mask)
+        triplets = _checked_layer(name, layer.base_layer, tensors, directory)
+        for matrix, (_, e, _), keep in zip(matrix_names(name, layer.matrices), triplets, columns, strict=True):
+            if e.numel() != keep.numel():
+                raise UserError(
+                    f"{directory / WEIGHTS_NAME} holds {e.numel()} triplets of '{matrix}', not {keep.numel()}."
+                )
+            for factor in layer.form.adalora:
+                del tensors[f"{_PREFIX}{matrix}.{factor}"]
+        if layer.r:
+            values += zip((getattr(layer, f) for f in FACTORS), stacked(triplets, layer.r, columns), strict=True)
     own = dict(unwrapped(model).named_parameters(remove_duplicate=False))
     seen: set[int] = set()
     for key, value in tensors.items():
-        parameter = own.get(key.removeprefix(_PREFIX))
+        parameter = own.get(split_name(unwrapped(model), key.removeprefix(_PREFIX)))
         if parameter is not None and parameter.requires_grad and id(parameter) not in seen:
             seen.add(id(parameter))  # a tied one is there under each of its names
             values.append((parameter, value))
@@ -248,9 +252,47 @@ def _base_of(model: nn.Module, name: str, directory: Path) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        raise UserError(
-            f"the adapter in {directory} adapts '{name}', which this model does not have; load its own base model."
-        ) from None
+        raise _no_such_module(name, directory) from None
+
+
+def _no_such_module(name: str, directory: Path) -> UserError:
+    return UserError(
+        f"the adapter in {directory} adapts '{name}', which this model does not have; load its own base model."
+    )
+
+
+def _columns(
+    name: str, triplets: list[Triplets], mask: list[bool] | None, r: int, directory: Path
+) -> list[Tensor] | None:
+    """Return where a file's triplets go in the layer; None: in order.
+
+    Raises:
+        UserError: the mask is of others.
+    """
+    if mask is None:
+        return None
+    ranks = [e.numel() for _, e, _ in triplets]
+    if len(mask) % len(ranks):
+        raise UserError(f"{directory / CONFIG_NAME}: the mask of '{name}' does not fit its {len(ranks)} matrices.")
+    columns = kept_columns(len(ranks), r, mask)
+    for rank, kept in zip(ranks, columns, strict=True):
+        if rank not in (len(mask) // len(ranks), kept.numel()):
+            raise UserError(f"{directory / CONFIG_NAME}: the mask of '{name}' does not fit its {rank} triplets.")
+    # A file may hold every triplet beside a mask, as PEFT's own do.
+    return [kept if rank == kept.numel() else torch.arange(rank) for rank, kept in zip(ranks, columns, strict=True)]
+
+
+def _checked_layer(name: str, base: nn.Module, tensors: dict[str, Tensor], directory: Path) -> list[Triplets]:
+    """Return A (in, k), E (k,) and B (out, k) of every matrix of a layer.
+
+    Raises:
+        UserError: some are missing, or of other sides.
+    """
+    found = []
+    for matrix in matrix_names(name, adaptable_of(base).matrices(base)):
+        a, e, b = _checked_factors(matrix, base, tensors, directory)
+        found.append((a.flatten(1).T, e.flatten(), b.flatten(1)))
+    return found
 
 
 def _checked_factors(

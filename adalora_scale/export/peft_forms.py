@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from adalora_scale.adalora.adaptables import MATRIX
+from adalora_scale.adalora.matrices import layer_of_matrix
 from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.experts.modules import lies_input_first
 from adalora_scale.export.adapter_file import (
     PREFIX,
     WEIGHTS_NAME,
     AdapterFile,
-    Update,
     peft_scale,
 )
 from adalora_scale.export.adapter_record import PEFT_SCALE, RECORD_KEY, save_adapter_file
+from adalora_scale.export.expert_forms import folded, peft_places, peft_stack, plain_loras
 from adalora_scale.export.lora_config import kept_ranks, lora_config, write_config
 from adalora_scale.export.output import copy_tokenizer
 from adalora_scale.export.peft_targets import parameter_targets
@@ -36,7 +38,9 @@ def write_peft_adalora(adapter: AdapterFile, folder: Path, *, base: str | None) 
     """
     if adapter.method != "ADALORA":
         raise Unsupported(f"{adapter.directory} holds plain LoRA, which has no λ; export it with --format peft-lora.")
-    if other := next((name for name, shape in adapter.modules.items() if shape.form != MATRIX), None):
+    _refuse_part_of_experts(adapter)
+    of_experts = next(iter(adapter.stacks), None)
+    if other := of_experts or next((name for name, shape in adapter.modules.items() if shape.form != MATRIX), None):
         raise Unsupported(
             f"PEFT's AdaLoRA has linear layers only, and {adapter.directory} adapts '{other}'; export it with --format "
             f"peft-lora, or merged."
@@ -63,6 +67,7 @@ def write_peft_lora(
     rank: int | None = None,
     names: Collection[str] = (),
     model: nn.Module | None = None,
+    own_tensors: Mapping[str, Mapping[int, Sequence[str]]] | None = None,
 ) -> dict[str, Any]:
     """Write the adapter as plain LoRA whose scaling is 1: ΔW = B' A' with A' = √|s λ| Aᵀ and B' = B sign(λ) √|s λ|.
 
@@ -76,17 +81,24 @@ def write_peft_lora(
         rank: that rank; the largest one by default.
         names: modules of the base, as far as they are known.
         model: the base on the meta device, if it is at hand.
+        own_tensors: tensor of experts → expert → names of the checkpoint's own tensors for it; with `uniform` they get
+            a LoRA each, as servers read it.
 
     Raises:
         UserError: a matrix has a larger rank than `rank`, or no triplet is left in any.
     """
-    ranks = kept_ranks(adapter)
-    largest = max(ranks, key=lambda name: ranks[name])
-    common = rank or ranks[largest]
-    if common < ranks[largest]:
-        raise UserError(f"--rank {common} is smaller than the rank of '{largest}' ({ranks[largest]}); raise it.")
+    _refuse_part_of_experts(adapter)
+    every = kept_ranks(adapter)
+    largest = max(every, key=lambda name: every[name])
+    common = rank or every[largest]
+    if common < every[largest]:
+        raise UserError(f"--rank {common} is smaller than the rank of '{largest}' ({every[largest]}); raise it.")
+    stacks = {layer: max(every.get(name, 0) for name in matrices) for layer, matrices in adapter.stacks.items()}
+    stacks = {layer: common if uniform else r for layer, r in stacks.items() if r}
+    stacked = {name for matrices in adapter.stacks.values() for name in matrices}
+    ranks = {name: r for name, r in every.items() if name not in stacked}
     if uniform:  # padding gives a matrix of rank 0 a place too
-        ranks = {name: shape.rank for name, shape in adapter.modules.items()}
+        ranks = {name: shape.rank for name, shape in adapter.modules.items() if name not in stacked}
     tensors: dict[str, Tensor] = {}
     for name in ranks:
         a, b = folded(adapter.update(name))
@@ -96,24 +108,55 @@ def write_peft_lora(
         form = adapter.modules[name].form
         for factor, value in zip(form.lora, form.stored(a, b), strict=True):
             tensors[f"{PREFIX}{name}.{factor}"] = value
+    served = {layer: own_tensors[layer] for layer in stacks if uniform and own_tensors and layer in own_tensors}
+    of_servers = [name for layer, each in served.items() for parts in each.values() for name in parts]
+    for layer, each in served.items():
+        for matrix in adapter.stacks[layer]:
+            _, number = layer_of_matrix(matrix) or (layer, 0)
+            for name, values in plain_loras(adapter.update(matrix), each[number], common).items():
+                tensors |= {f"{PREFIX}{name}.{f}": v for f, v in zip(MATRIX.lora, values, strict=True)}
+    for layer, place in peft_places(layer for layer in stacks if layer not in served).items():
+        updates = [adapter.update(name) for name in adapter.stacks[layer]]
+        values = peft_stack(updates, stacks[layer], turned=_is_turned(layer, model))
+        for factor, value in zip(MATRIX.lora, values, strict=True):
+            tensors[f"{PREFIX}{place}.{factor}"] = value
     for name in adapter.others:
         tensors[PREFIX + name] = adapter.other(name)
     tensors |= adapter.copied(ranks)
-    left_out = [name for name in adapter.modules if name not in ranks]
+    held = ranks.keys() | {name for layer in stacks for name in adapter.stacks[layer]}
+    left_out = [name for name in adapter.modules if name not in held]
     if uniform:
         ranks = dict.fromkeys(ranks, common)
     # With every alpha equal to its rank PEFT's alpha / r is 1, and so is what tools make of it that ignore patterns.
-    config = lora_config(adapter, ranks, dict.fromkeys(ranks, 1.0), base=base, names=names, model=model)
+    scalings = dict.fromkeys([*ranks, *stacks, *of_servers], 1.0)
+    in_peft = {layer: r for layer, r in stacks.items() if layer not in served}
+    if served:  # a form of servers' own: PEFT is not asked whether it would do the same
+        model, ranks = None, ranks | dict.fromkeys(of_servers, common)
+    config = lora_config(adapter, ranks, scalings, base=base, names=names, model=model, experts=in_peft)
     save_adapter_file(tensors, folder / WEIGHTS_NAME, record_of_part(adapter, complete=not left_out))
     write_config(folder, config)
     copy_tokenizer(adapter.directory, folder)
-    return {"ranks": ranks, "left_out": left_out, "as_parameters": parameter_targets(config)}
+    said = {"ranks": ranks | in_peft, "left_out": left_out, "as_parameters": parameter_targets(config)}
+    return said | ({"experts": in_peft} if in_peft else {}) | ({"served": len(of_servers)} if served else {})
 
 
-def folded(update: Update) -> tuple[Tensor, Tensor]:
-    """Return (A', B') of shapes (r, in_features) and (out_features, r) with B' A' = ΔW."""
-    root = update.e.abs().sqrt()
-    return update.a * root[:, None], update.b * (update.e.sign() * root)
+def _refuse_part_of_experts(adapter: AdapterFile) -> None:
+    """PEFT trains modules in full; a projection of experts is a module here and a parameter of one there."""
+    for named in adapter.config.get("modules_to_save") or []:
+        if any(name == named or name.endswith(f".{named}") for name in adapter.others):
+            raise Unsupported(
+                f"modules_to_save names '{named}', which is a parameter to PEFT and no module, so it does not open it; "
+                f"use --format merged, or train the module around it in full."
+            )
+
+
+def _is_turned(layer: str, model: nn.Module | None) -> bool:
+    if model is None:
+        raise UserError(
+            f"'{layer}' is of experts, and PEFT's form of them depends on the base model; name it with --base."
+        )
+    module = model.get_submodule(layer.rpartition(".")[0])
+    return lies_input_first(module) and not getattr(module, "is_transposed", False)
 
 
 def record_of_part(adapter: AdapterFile, *, complete: bool, settled: bool = False) -> dict[str, str] | None:

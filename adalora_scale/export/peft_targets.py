@@ -46,11 +46,14 @@ def placed_config(
     if importlib.util.find_spec("peft") is None or _difference(config, wanted, model, others) is None:
         return dict(config)
     by_leaf: dict[str, dict[str, tuple[int, float]]] = {}
+    tensors = set(config.get("target_parameters") or [])
     for name, value in wanted.items():
+        if name in tensors:
+            continue
         by_leaf.setdefault(name.rpartition(".")[2], {})[name] = value
     moved: list[str] = []
     for group in by_leaf.values():
-        alone = dict(config) | {"target_modules": list(group)}
+        alone = dict(config) | {"target_modules": list(group), "target_parameters": None}
         if _difference(alone, group, model) is not None:
             moved += group
     settled = _as_parameters(config, wanted, moved)
@@ -62,24 +65,31 @@ def placed_config(
 
 
 def parameter_targets(config: Mapping[str, Any]) -> list[str]:
-    """Return the matrices that a config names by their weights."""
-    return [name.removesuffix(WEIGHT) for name in config.get("target_parameters") or []]
+    """Return the matrices that a config names by their weights; experts' tensors are none."""
+    named = config.get("target_parameters") or []
+    return [name.removesuffix(WEIGHT) for name in named if name.endswith(WEIGHT)]
 
 
 def _as_parameters(config: Mapping[str, Any], wanted: Wanted, moved: Iterable[str]) -> dict[str, Any]:
     """Name the matrices in `moved` by their weights; PEFT has no dropout for those, in any layer of the adapter."""
-    there = set(moved)
+    there, tensors = set(moved), list(config.get("target_parameters") or [])
 
     def renamed(pattern: Mapping[str, Any]) -> dict[str, Any]:
         return {f"{name}{WEIGHT}" if name.removeprefix("^") in there else name: v for name, v in pattern.items()}
 
     return dict(config) | {
-        "target_modules": [name for name in wanted if name not in there],
-        "target_parameters": [f"{name}{WEIGHT}" for name in wanted if name in there],
+        "target_modules": [name for name in wanted if name not in there and name not in tensors],
+        "target_parameters": [*tensors, *(f"{name}{WEIGHT}" for name in wanted if name in there)],
         "rank_pattern": renamed(config["rank_pattern"]),
         "alpha_pattern": renamed(config["alpha_pattern"]),
         "lora_dropout": 0.0,
     }
+
+
+def _adapted(name: str, layer: object) -> str:
+    """Return what a LoRA layer of PEFT's adapts: a module, or a tensor of one, which may be wrapped several times."""
+    parameter = getattr(layer, "parameter_name", "weight")
+    return name if parameter == "weight" else f"{name.replace('.base_layer', '')}.{parameter}"
 
 
 def _difference(
@@ -101,7 +111,7 @@ def _difference(
         return cause(error)
     adapted = opened.get_base_model()
     found = {
-        name: (layer.r[_NAME], layer.scaling[_NAME])
+        _adapted(name, layer): (layer.r[_NAME], layer.scaling[_NAME])
         for name, layer in adapted.named_modules()
         if isinstance(layer, LoraLayer) and _NAME in layer.r
     }

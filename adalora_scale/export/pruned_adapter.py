@@ -133,7 +133,12 @@ def _write(adapter: AdapterFile, cuts: dict[str, Cut], folder: Path) -> None:
     else:
         init_r: int = adapter.config["init_r"]
         places = {name: cut.places or range(cut.update.e.numel()) for name, cut in cuts.items()}
-        pattern = {f"{name}.lora_E": [place in kept for place in range(init_r)] for name, kept in places.items()}
+        masks = {name: [place in kept for place in range(init_r)] for name, kept in places.items()}
+        own = adapter.stacks
+        pattern = {
+            f"{layer}.lora_E": [bit for name in own.get(layer, [layer]) for bit in masks[name]]
+            for layer in adapter.layers
+        }
         config = adapter.config | {"rank_pattern": pattern}
         metadata = record_of_part(adapter, complete=True, settled=True)
     save_adapter_file(tensors, folder / WEIGHTS_NAME, metadata)

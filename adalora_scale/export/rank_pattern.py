@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from adalora_scale.errors import UserError
+from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.adapter_record import UNFINISHED
 from adalora_scale.export.lora_config import kept_ranks, lora_config, write_config
@@ -34,11 +34,17 @@ def write_rank_pattern(
 
     Raises:
         UserError: the ranks are not settled yet, or no triplet is left in any matrix.
+        Unsupported: experts have ranks of their own.
     """
     if (state := adapter.unfinished) is not None:
         raise UserError(
             f"{adapter.directory}: the ranks are not settled, {UNFINISHED[state]}. Export one from after the final "
             f"allocation, or settle them with --prune-to."
+        )
+    if (layer := next(iter(adapter.stacks), None)) is not None:
+        raise Unsupported(
+            f"PEFT has one rank for all experts of '{layer}', so it cannot train their ranks; export the adapter with "
+            f"--format peft-lora, or leave experts out with adalora.exclude_modules."
         )
     ranks = kept_ranks(adapter)
     scalings = {name: _own_scaling(adapter, name) for name in ranks}

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from adalora_scale.adalora.matrices import matrix_names
 from adalora_scale.adalora.score import ScoredPiece
 from adalora_scale.adalora.scores import score_named
 from adalora_scale.checkpoint.format import MANIFEST_NAME, Checkpoint, CheckpointError
@@ -17,7 +18,7 @@ from adalora_scale.export.from_checkpoint import adalora_options, masks
 
 
 def saved_scores(directory: Path) -> dict[str, Tensor]:
-    """Return module → (r,) float32 score of every triplet, as the run's next allocation would have begun with.
+    """Return matrix → (r,) float32 score of every triplet, as the run's next allocation would have begun with.
 
     Raises:
         UserError: the folder holds no scores: an adapter never does, a checkpoint only until the final allocation.
@@ -37,9 +38,10 @@ def saved_scores(directory: Path) -> dict[str, Tensor]:
 def _scores(checkpoint: Checkpoint) -> dict[str, Tensor]:
     options = adalora_options(checkpoint)
     score = score_named(score_of(checkpoint.manifest["allocator"]))(options)
-    scores = {}
+    scores: dict[str, Tensor] = {}
     for module, mask in masks(checkpoint).items():
-        r = len(mask)
+        matrices = e[0] if len(e := checkpoint.shapes("adapter")[f"{module}.lora_E"]) > 1 else 1
+        r = len(mask) // matrices
         weights, pieces = [], []
         for factor in score.factors:
             name = f"{module}.{factor}"
@@ -50,8 +52,9 @@ def _scores(checkpoint: Checkpoint) -> dict[str, Tensor]:
                     raise CheckpointError(f"the checkpoint {checkpoint.directory} holds no '{kind}' of '{name}'.")
                 flat[kind] = value.flatten()
             weights.append(flat.pop("weight"))
-            pieces.append(ScoredPiece(factor, weights[-1].numel() // r, flat))
-        scores[module] = torch.zeros(r, dtype=torch.float32)
+            pieces.append(ScoredPiece(factor, weights[-1].numel() // (matrices * r), flat))
+        each = torch.zeros(matrices, r, dtype=torch.float32)
         for value in score.contributions(pieces, weights):
-            scores[module] += value.view(-1, r).sum(0)
+            each += value.view(matrices, -1, r).sum(1)
+        scores |= zip(matrix_names(module, matrices), each.unbind(0), strict=True)
     return scores

@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adalora_scale.adalora.adaptables import FACTORS
+from adalora_scale.adalora.adaptables import FACTORS, FileForm
 from adalora_scale.adalora.injection import Injection, adapter_layers, injected_module, injection_of
 from adalora_scale.adalora.layer import AdaLoraLayer
+from adalora_scale.adalora.matrices import kept_columns, matrix_names, parts
 from adalora_scale.adalora.targets import modules_to_save
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import UserError
+from adalora_scale.experts.names import joined_name
 from adalora_scale.export.adapter_file import CONFIG_NAME, PREFIX, WEIGHTS_NAME
 from adalora_scale.export.adapter_record import BEFORE_FINAL, NO_ALLOCATOR, RECORD_KEY, UNFINISHED, save_adapter_file
 from adalora_scale.export.dequantise import quantised_base
@@ -90,22 +92,33 @@ def collected(model: nn.Module, whole: Callable[[Tensor], Tensor | None]) -> Who
             continue
         if layer.keep_mask is not None:
             pattern[f"{name}.lora_E"] = layer.keep_mask
-            if len(layer.keep_mask) == layer.r:
-                keep = torch.tensor(layer.keep_mask)
-                a, e, b = a[:, keep], e[keep], b[:, keep]
-        stored_a, stored_b = layer.form.stored(a.T, b)
-        for factor, part in zip(layer.form.adalora, (stored_a, e.unsqueeze(1), stored_b), strict=True):
-            tensors[f"{PREFIX}{name}.{factor}"] = part
+        columns = kept_columns(layer.matrices, layer.r, layer.keep_mask)
+        each = parts(a, e, b, layer.matrices)
+        for matrix, keep, own in zip(matrix_names(name, layer.matrices), columns, each, strict=True):
+            tensors |= stored_matrix(matrix, layer.form, *(factor[..., keep] for factor in own))
     base = unwrapped(model)
     for name in modules_to_save(base, injection.config):
         for key, tensor in _whole_tensors(base.get_submodule(name)):
             if (value := whole(tensor)) is not None:
-                tensors[f"{PREFIX}{name}.{key}"] = value
+                tensors[PREFIX + joined_name(f"{name}.{key}", value.dim())] = value
     if not tensors:
         return None
     tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
     record = _record(base, injection, pattern)
     return WholeAdapter(tensors, _peft_config(base, injection, layers, pattern), record)
+
+
+def stored_matrix(name: str, form: FileForm, a: Tensor, e: Tensor, b: Tensor) -> dict[str, Tensor]:
+    """Return one matrix's tensors by their keys in a file.
+
+    Args:
+        name: of the matrix.
+        form: of its layer.
+        a, e, b: A (in, k), E (k,) and B (out, k).
+    """
+    stored_a, stored_b = form.stored(a.T, b)
+    factors = zip(form.adalora, (stored_a, e.unsqueeze(1).contiguous(), stored_b), strict=True)
+    return {f"{PREFIX}{name}.{factor}": part for factor, part in factors}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -155,7 +168,8 @@ def _saved_names(model: nn.Module, config: AdaLoraConfig) -> list[str] | None:
 
 
 def _fan_in_fan_out(layer: AdaLoraLayer) -> bool:
-    return layer.adaptable.linear and layer.adaptable.is_transposed(layer.base_layer)
+    # Of experts PEFT knows how their tensor lies.
+    return layer.matrices == 1 and layer.adaptable.linear and layer.adaptable.is_transposed(layer.base_layer)
 
 
 def _record(base: nn.Module, injection: Injection, pattern: dict[str, list[bool]]) -> dict[str, Any]:

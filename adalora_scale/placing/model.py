@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.utils import logging as hf_logging
 
 from adalora_scale.adalora.injection import inject_adalora
+from adalora_scale.adalora.matrices import layer_among
 from adalora_scale.adalora.targets import is_inside, modules_to_save
 from adalora_scale.config import AdaLoraConfig, RunConfig
 from adalora_scale.engines.blocks import transformer_blocks
@@ -205,7 +206,9 @@ def _inject_streamed(config: RunConfig, started: streaming.Loading, *, continues
         streaming.inject(started, adalora)
         return
     earlier = check_start(path, adalora)
-    base = streaming.digests(started, earlier.modules, earlier.saved)  # before layers are wrapped
+    own_modules = dict(started.model.named_modules())
+    adapted = dict.fromkeys(layer_among(own_modules, matrix) for matrix in earlier.modules)
+    base = streaming.digests(started, adapted, earlier.saved)  # before layers are wrapped
     own = stored_weights(started)
     streaming.inject(started, adalora)
     started.fresh += start_from_adapter(started.model, path, base=base, own=own)

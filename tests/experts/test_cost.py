@@ -80,6 +80,19 @@ def test_operations_do_not_grow_with_experts(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_the_backward_keeps_the_parameter_and_no_view_of_it(kind: str) -> None:
+    """Under ZeRO-3 a view would hold each layer's gathered weights until the backward: all of the model on a rank."""
+    model = model_of(kind, experts=8)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        model(inputs_embeds=torch.randn(1, 4, 16, requires_grad=True))
+    for layer in (module for module in model.modules() if isinstance(module, ExpertLinear)):
+        same = [t for t in kept if t.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()]
+        assert same
+        assert all(t is layer.weight for t in same)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
 def test_a_step_needs_the_bases_memory_the_adapters_and_two_experts(kind: str) -> None:
     """Else ΔW, or a copy of all experts' weights, is made in every forward."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}

@@ -66,6 +66,11 @@ def test_one_product_for_all_experts_is_a_product_for_each(inside: int, outside:
     for fast, plain in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-5)
     assert not results[0][2][2].any()  # the gradient of an expert without a token
+    a, b = x.clone().requires_grad_(), weight.mT.clone().requires_grad_()
+    y = grouped_product(a, b, groups, turned=True)
+    turned = (y.detach(), *torch.autograd.grad(y, (a, b), slope))
+    for own, plain in zip((turned[0], turned[1], turned[2].mT), results[1], strict=True):
+        torch.testing.assert_close(own, plain, rtol=1e-5, atol=1e-5)
 
 
 def test_no_row_at_all() -> None:

@@ -119,6 +119,15 @@ def test_expert_parallelism_and_replaced_forwards_are_refused() -> None:
             inject_adalora(model, CONFIG)
 
 
+def test_experts_that_a_checkpoint_quantised_are_refused() -> None:
+    """transformers' FP8Experts has the interface's attributes and scales beside its weights: wrong products."""
+    model = tiny("mixtral", dtype=torch.bfloat16)
+    experts = model.get_submodule(LAYER)
+    experts.down_proj.data = experts.down_proj.data.to(torch.float8_e4m3fn)
+    with pytest.raises(UserError, match=r"experts\.gate_up_proj.*float8_e4m3fn.*16 bits"):
+        inject_adalora(model, CONFIG)
+
+
 def test_eager_is_the_loop_and_grouped_mm_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """The key stays what decides, adapters included."""
     from adalora_scale.experts import products

@@ -39,5 +39,6 @@ class ExpertProjection(Adaptable[ExpertLinear]):
     ) -> Tensor:  # x: (S, rows of A), by expert -> (S, rows of B)
         (groups,) = more
         right, left = (factor.view(base.experts, -1, factor.shape[-1]) for factor in (a, b))
-        inner = grouped_product(dropout(x), right, groups) * e.index_select(0, groups.expert_of_row)
-        return grouped_product(inner, left.mT, groups)
+        scale = e.view(base.experts, -1).index_select(0, groups.expert_of_row)
+        inner = grouped_product(dropout(x), right, groups) * scale
+        return grouped_product(inner, left, groups, turned=True)
