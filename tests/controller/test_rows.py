@@ -105,9 +105,9 @@ def test_every_cut_modulo_r(count, offset):
     assert_equals_whole(factors, cut_at(factors, count, offset))
 
 
-@pytest.mark.parametrize("offset", range(3 * R + 1))
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-@pytest.mark.parametrize(("matrices", "rows"), [(5, (3, 3, 3)), (4, (1, 2, 1)), (7, (2, 3, 2))])
+@pytest.mark.parametrize("offset", [0, 1, R - 1, R, 2 * R + 3])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(("matrices", "rows"), [(5, (3, 3)), (7, (2, 1, 2))])
 def test_every_cut_of_experts(count, matrices, rows, offset):
     """Else the penalty of a layer's experts is wrong where a piece begins or ends inside an expert."""
     factors = factors_of(*(matrices * each for each in rows))
@@ -191,7 +191,7 @@ def test_cuts_are_the_multiples_between(step, begin, end):
 
 @pytest.mark.parametrize("offset", range(R + 1))
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-@pytest.mark.parametrize(("matrices", "rows"), [(1, (7, 4, 7)), (3, (15, 6, 15)), (4, (4, 8, 4))])
+@pytest.mark.parametrize(("matrices", "rows"), [(1, (7, 4, 7)), (3, (15, 6, 15))])
 def test_column_sums_of_pieces_add_up_to_the_whole(count, matrices, rows, offset):
     """ZeRO's flat pieces begin and end inside rows; one wrong offset shifts every triplet's score by one."""
     factors = factors_of(*rows)
