@@ -22,7 +22,7 @@ def test_everything_public_is_on_one_page():
     text = "".join(pages().values())
     expected = (
         "### RankAllocator.attach", "- `total_step`: optimizer steps", "- `max_skipped_steps`: steps in a row",
-        "- `adalora_config`: the method", "- `mask`: (modules · r,) bool", "guard_every: int = 100",
+        "- `adalora_config`: the method", "- `mask`: (matrices · r,) bool", "guard_every: int = 100",
     )  # fmt: skip
     for words in expected:
         assert words in text

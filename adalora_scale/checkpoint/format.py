@@ -242,8 +242,13 @@ def _require_factors(tree: dict[str, Any], path: Path) -> None:
     """See that every module of the mask has its factors among the tensors; one without a triplet may have none."""
     shapes = tree["tensors"].get("adapter", {})
     for module, bits in (tree.get("allocator") or {}).get("mask", {}).items():
-        found = [len(shapes.get(f"{module}.{factor}", ())) for factor in FACTORS]
-        if found != [2, 1, 2] and ("1" in bits or any(found)):
+        a, e, b = (tuple(shapes.get(f"{module}.{factor}", ())) for factor in FACTORS)
+        found = [len(a), len(e), len(b)]
+        # Of several matrices E has a row each; A, B and the mask are divided evenly among them.
+        fits = found == [2, 1, 2] or (
+            found == [2, 2, 2] and e[0] > 0 and all(whole % e[0] == 0 for whole in (a[0], b[0], len(bits)))
+        )
+        if not fits and ("1" in bits or any(found)):
             raise CheckpointError(f"{path} has no A, E and B of {shown(module)}; resume from another checkpoint.")
 
 

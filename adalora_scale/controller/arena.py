@@ -56,27 +56,29 @@ class Section:
             flat: (elements,) contiguous.
             offset: where the block's first element lies in it.
         """
-        cut, n, r = self.cut, len(self.members), self.r
-        shape, strides = (n, cut.count, cut.rows, r), (self.length, cut.rows * r, r, 1)
-        view = flat.as_strided(shape, strides, flat.storage_offset() + offset + cut.begin)
-        merges = n == 1 or cut.count == 1 or cut.count * cut.rows * r == self.length
-        return view.flatten(0, 1) if merges else view
+        cut, n, r, each = self.cut, len(self.members), self.r, self.cut.rows * self.r
+        shape: tuple[int, ...] = (n, cut.count, cut.rows, r)
+        strides: tuple[int, ...] = (self.length, each, r, 1)
+        if n == 1 or cut.count == 1 or cut.count * each == self.length:
+            apart = self.length if cut.count == 1 else each
+            shape, strides = (n * cut.count, cut.rows, r), (apart, r, 1)
+        return flat.as_strided(shape, strides, flat.storage_offset() + offset + cut.begin)
 
     @property
     def matrices(self) -> int:
         """Matrices of all members."""
         return len(self.members) * self.cut.count
 
-    def numbers(self, first: Callable[[int], int], step: int = 1) -> Tensor:
-        """Number the matrices, (members · matrices,) int64 on the CPU.
+    def numbers(self, first: Callable[[int], int], step: int = 1) -> list[int]:
+        """Number the matrices of all members.
 
         Args:
             first: span → the number of its tensor's first matrix.
             step: between one matrix and the next.
         """
-        begins = [first(span) + own * step for span, own in zip(self.members, self.firsts, strict=True)]
-        steps = torch.arange(self.cut.count, device="cpu") * step
-        return (torch.tensor(begins, dtype=torch.long, device="cpu").unsqueeze(1) + steps).view(-1)
+        own = range(self.cut.count)
+        pairs = zip(self.members, self.firsts, strict=True)
+        return [first(span) + (begin + n) * step for span, begin in pairs for n in own]
 
 
 @dataclass(frozen=True)

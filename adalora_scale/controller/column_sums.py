@@ -26,7 +26,7 @@ class ColumnSums:
         rows_of: list[list[int]] = [[] for _ in range(matrices)]  # rows of the table below that are a matrix's
         for block in self._blocks:
             for section in block.sections:
-                for number, matrix in enumerate(section.numbers(lambda span: arena.tensors[span].matrix).tolist()):
+                for number, matrix in enumerate(section.numbers(lambda span: arena.tensors[span].matrix)):
                     rows_of[matrix].append(first_row + number)
                 first_row += section.matrices
         elements: list[int] = []
@@ -57,8 +57,12 @@ class ColumnSums:
         if self._pieces:
             zeros.view(-1).index_copy_(0, self._places, torch.cat(list(values)).index_select(0, self._elements))
         sums = [
-            section.rows_in(value, 0).sum(-2).view(-1, self._r)
+            _flat(section.rows_in(value, 0).sum(-2))
             for block, value in zip(self._blocks, values, strict=True)
             for section in block.sections
         ]
         return torch.cat([*sums, zeros])[self._table].sum(1).view(-1)
+
+
+def _flat(sums: Tensor) -> Tensor:
+    return sums if sums.dim() == 2 else sums.flatten(0, 1)

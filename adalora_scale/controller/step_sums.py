@@ -76,8 +76,8 @@ class _Factors:
         self._members = [section.members for section in sections]
         self._counts = [section.matrices for section in sections]
         self._rows_of = [(arena.weight_columns[n], arena.weight_rows[n], arena.work_rows[n]) for n in own_sections]
-        numbers = [section.numbers(lambda span: begins[self._number[span]]) for section in sections]
-        self._factors = torch.cat([torch.empty(0, dtype=torch.long, device="cpu"), *numbers]).to(arena.device)
+        numbers = [n for section in sections for n in section.numbers(lambda span: begins[self._number[span]])]
+        self._factors = torch.tensor(numbers, dtype=torch.long, device=arena.device)
         own = [(self._number[piece.span], piece) for piece in arena.row_pieces if piece.span in self._number]
         self._split_spans = {piece.span for _, piece in own}
         self._rows = SplitRows([sharding.cuts[i] for i in indices], tensors, own, r, arena.device)

@@ -83,5 +83,6 @@ class Triplets:
 
 def _columns(section: Section, arena: Arena) -> Tensor:
     """Return (matrices · r,) int64 on the CPU: which triplet each column of a section's matrices is of."""
-    firsts = section.numbers(lambda span: arena.tensors[span].triplet, section.r)
+    numbers = section.numbers(lambda span: arena.tensors[span].triplet, section.r)
+    firsts = torch.tensor(numbers, dtype=torch.long, device="cpu")
     return (firsts.unsqueeze(1) + torch.arange(section.r, device="cpu")).view(-1)

@@ -6,7 +6,7 @@ The first line names the matrices, each further one is an allocation:
      "sides": [[in_features, out_features], …]}
     {"step": …, "budget": …, "spent": …, "gap": …, "scores": base64, "kept": base64}
 
-`scores` are little-endian float32 values, ordered by (module, k), bit for bit those that were ranked; `kept` is one bit
+`scores` are little-endian float32 values, ordered by (matrix, k), bit for bit those that were ranked; `kept` is one bit
 a triplet in the same order, the first in the highest bit.
 """
 
@@ -45,7 +45,7 @@ def encode(scores: NDArray[np.float32], kept: NDArray[np.bool_]) -> dict[str, st
     """Return the two texts of an allocation's line.
 
     Args:
-        scores, kept: (triplets,), ordered by (module, k).
+        scores, kept: (triplets,), ordered by (matrix, k).
     """
     return {
         "scores": base64.b64encode(scores.astype("<f4").tobytes()).decode(),

@@ -71,6 +71,7 @@ def expected_outcome(variant: str, problem: Problem) -> Outcome:
     if variant == "bf16":
         return train(SINGLE, "bf16", problem)
     config, adapted = problem.config, problem.adapted_model()
+    base = problem.exact_model().requires_grad_(False).to(problem.device)
     reference = ReferenceAdaLora(
         matrix_weights(adapted),
         reference_options(
@@ -80,9 +81,8 @@ def expected_outcome(variant: str, problem: Problem) -> Outcome:
             weight_decay=problem.weight_decay,
             max_grad_norm=problem.max_grad_norm if variant == "clip" else None,
         ),
-        matrix_places(adapted),
+        matrix_places(adapted, base),
     )
-    base = problem.exact_model().requires_grad_(False).to(problem.device)
     batches = problem.batches(base.config.vocab_size)  # type: ignore[union-attr, arg-type]
     for batch in batches:
         reference.train_step(base, partial(token_loss, batch=batch))

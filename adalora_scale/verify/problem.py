@@ -199,10 +199,18 @@ def matrix_weights(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def matrix_places(model: nn.Module) -> dict[str, ReferencePlace]:
-    """Return where the experts' matrices are in the model before its experts were split; of dense ones nothing."""
+def matrix_places(model: nn.Module, base: nn.Module) -> dict[str, ReferencePlace]:
+    """Return where the matrices of experts are in a base whose experts are split or not; of dense ones nothing.
+
+    Args:
+        model: with adapters.
+        base: without.
+    """
+    whole = {name for name, _ in base.named_parameters()}
     return {
-        name: ReferencePlace(module, number, bool(layer.base_layer.transposed))
+        name: ReferencePlace(
+            module if module in whole else f"{module}.weight", number, bool(layer.base_layer.transposed)
+        )
         for module, layer in adapter_layers(model)
         if layer.matrices > 1
         for number, name in enumerate(matrix_names(module, layer.matrices))

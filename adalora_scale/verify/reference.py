@@ -18,7 +18,7 @@ from torch.func import functional_call
 FACTORS = ("A", "E", "B")
 
 Tensors = dict[str, dict[str, Tensor]]
-"""One tensor for every module and factor."""
+"""One tensor for every matrix and factor."""
 
 
 @dataclass

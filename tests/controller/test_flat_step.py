@@ -13,6 +13,7 @@ from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator
 from adalora_scale.controller.arena import Scratch, full_float32
 from adalora_scale.engines.direct import DirectSharding
+from adalora_scale.experts.linear import ExpertLinear
 from benchmarks.pricing.counting import Counter, hooks_counted
 
 SHAPES = ((16, 16), (16, 8), (16, 8), (16, 16), (16, 40), (16, 40), (40, 16))
@@ -23,10 +24,15 @@ LIMITS = {"default": 40, "paper": 120}
 AT_AN_ALLOCATION = 300
 
 
-def attached(layers: int, preset: str):
-    """(parameters, optimizer, allocator) of a model of 7 · layers matrices that has no forward."""
+def attached(layers: int, preset: str, experts: int = 0):
+    """(parameters, optimizer, allocator) of a model of 7 · layers matrices that has no forward.
+
+    With experts each layer has two projections of these more.
+    """
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Linear(*shape, bias=False) for _ in range(layers) for shape in SHAPES])
+    for _ in range(layers if experts else 0):
+        model.extend(ExpertLinear(nn.Parameter(torch.randn(experts, *sides))) for sides in ((24, 16), (16, 12)))
     config = AdaLoraConfig(
         target_modules="all-linear", init_r=4, target_r=2, tinit=2, tfinal=3, deltaT=3, preset=preset
     )
@@ -42,11 +48,11 @@ def step(trained, optimizer):
     optimizer.step()
 
 
-def counts(layers: int, preset: str):
+def counts(layers: int, preset: str, experts: int = 0):
     """What steps 2 … 12 dispatch: kind of step → counters. The first step has the optimizer's state to find."""
     kinds: dict[str, list[Counter]] = {}
     with hooks_counted() as counters:
-        trained, optimizer, allocator = attached(layers, preset)
+        trained, optimizer, allocator = attached(layers, preset, experts)
         for number in range(1, STEPS + 1):
             counters.append(Counter())
             step(trained, optimizer)
@@ -83,6 +89,18 @@ def test_operations_do_not_grow_with_matrices(preset, layers):
         expected = max(counter.operations for counter in few[kind])
         assert max(counter.operations for counter in counters) <= 1.05 * expected, kind
         assert min(counter.operations for counter in counters) > 5
+
+
+@pytest.mark.parametrize("preset", LIMITS)
+def test_operations_do_not_grow_with_experts(preset):
+    """Else a mixture of 128 experts a layer pays for each of them at every step."""
+    few, many = once(2, preset, 8), once(2, preset, 128)
+    for kind, counters in many.items():
+        expected = max(counter.operations for counter in few[kind])
+        assert 0.95 * expected <= max(counter.operations for counter in counters) <= 1.05 * expected, kind
+        assert max(counter.reads for counter in counters) <= 1
+        if kind in ("allocation", "final"):
+            assert expected <= AT_AN_ALLOCATION
 
 
 def test_a_loop_over_tensors_is_seen(monkeypatch):

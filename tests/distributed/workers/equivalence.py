@@ -1,6 +1,9 @@
 """Cells of the equivalence matrix on real ranks, right ones and mutants that the criterion must refuse.
 
-run_ranks(…, args=[MODEL or "random" or "experts", "4" or "16" bits, EXPECTED or "none", CELL…])    CELL is engine:variant[:mutant]
+run_ranks(…, args=[MODEL, "4" or "16" bits, PRESET, EXPECTED or "none", CELL…])
+
+MODEL is a folder, "random" or "experts", the latter with ":" and a number of steps or not; CELL is
+engine:variant[:mutant].
 """
 
 import contextlib
@@ -88,8 +91,9 @@ def lambda_zeroed_in_the_copy_only():
 
     def zero(self, mask):
         layers = attached[-1]._layers
-        for layer, row in zip(layers, mask.view(len(layers), -1), strict=True):
-            layer.lora_E.mul_(row)
+        rows = mask.split([layer.lora_E.numel() for layer in layers])
+        for layer, row in zip(layers, rows, strict=True):
+            layer.lora_E.mul_(row.view(layer.lora_E.shape))
 
     with (
         mock.patch.object(RankAllocator, "attach", attach),
@@ -148,9 +152,11 @@ def shapes_seen(shapes):
 
 def main(model, bits, preset, expected_file, *cells):
     dist.init_process_group("gloo")
+    experts, _, steps = model.partition(":") if model.startswith("experts") else ("", "", "")
     problem = Problem(
-        model=None if model in ("random", "experts") else model,
-        experts=model == "experts",
+        model=None if model == "random" or experts else model,
+        experts=bool(experts),
+        steps=int(steps or 60),
         device=torch.device("cpu"),
         ranks=dist.get_world_size(),
         load_in_4bit=bits == "4",
