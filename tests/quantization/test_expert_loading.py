@@ -90,7 +90,7 @@ def test_a_mixture_is_quantised_offline_and_read_back(kind, double_quant, tmp_pa
     flags = ["--torch-dtype", "float32", "--compute-dtype", "float32"] + ["--no-double-quant"] * (not double_quant)
     assert main(["quantize", str(folder), str(tmp_path / "out"), *flags, "--json"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report["tensors_in_4bit"] == 2 * (4 + 2)
+    assert report["tensors_in_4bit"] == 2 * (4 + 2) and not report["read_by_transformers"]
     fresh = streaming.load_whole(begin(run_config(folder, load_in_4bit=True, bnb_4bit_use_double_quant=double_quant)))
     started = begin(run_config(tmp_path / "out"))
     read_back = streaming.load_whole(started)
@@ -104,7 +104,9 @@ def test_experts_left_in_16_bits_are_written_under_their_own_names(tmp_path, run
     folder, _ = saved("granitemoe", tmp_path / "granite", hidden_size=64)
     flags = ["--torch-dtype", "float32", "--compute-dtype", "float32", "--skip-modules", "experts"]
     assert main(["quantize", str(folder), str(tmp_path / "out"), *flags]) == 0
-    assert "of several matrices stay as they are: model.layers.0.block_sparse_moe.experts" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "of several matrices stay as they are: model.layers.0.block_sparse_moe.experts" in said
+    assert "transformers does not read" not in said
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
     ours = streaming.load_whole(begin(run_config(tmp_path / "out", attn_implementation="eager")))
     assert type(theirs.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
@@ -177,10 +179,11 @@ def test_published_gpt_oss_is_refused_by_its_format(tmp_path, run_config):
 
 @pytest.mark.parametrize("part", ["absmax", "nested_absmax", "nested_offset", "quant_state.bitsandbytes__nf4"])
 @pytest.mark.parametrize("wrong", ["missing", "short"])
-def test_incomplete_states_of_experts_are_refused(tmp_path, run_config, part, wrong):
+def test_incomplete_states_of_experts_are_refused(tmp_path, run_config, part, wrong, capsys):
     """Codes without their scales are noise."""
     folder, _ = saved("granitemoe", tmp_path / "granite")
     assert main(["quantize", str(folder), str(tmp_path / "out")]) == 0
+    assert "transformers does not read experts in 4 bits" in capsys.readouterr().out
     file = tmp_path / "out" / SINGLE_NAME
     tensors = load_file(file)
     name = f"model.layers.1.block_sparse_moe.experts.down_proj.{part}"
