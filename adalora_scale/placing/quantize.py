@@ -14,8 +14,8 @@ from adalora_scale.messages import say, say_json
 _EPILOG = """
 The result is in bitsandbytes' own form: transformers' from_pretrained loads it, and a run loads it by slices at any
 number of ranks (model.model_name_or_path=OUT). A mixture's experts have no form there: transformers does not load them
-in 4 bits; --skip-modules experts leaves them in 16. OUT appears complete or not at all, with an export.json that lists what
-was written.
+in 4 bits; --skip-modules experts leaves them in 16. OUT appears complete or not at all, with an export.json that lists
+what was written.
 """
 
 
@@ -125,10 +125,10 @@ def _quantize(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int
     if arguments.json:
         say_json(report)
     else:
+        but = "; transformers does not read experts in 4 bits, runs here do" if own_form else ""
         say(
             f"{streaming.describe(started.model)}; {done.bytes_read / 2**20:,.1f} MiB became "
-            f"{done.bytes_written / 2**20:,.1f} MiB in {arguments.output}"
-            + "; transformers does not read experts in 4 bits, runs here do" * own_form,
+            f"{done.bytes_written / 2**20:,.1f} MiB in {arguments.output}{but}",
         )
     return 0
 
