@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 
 from adalora_scale.adalora.injection import inject_adalora
 from adalora_scale.cli import main
@@ -19,8 +20,10 @@ from adalora_scale.placing.stored import stored_weights
 from adalora_scale.quantization import fill_experts
 from adalora_scale.quantization.base_files import SINGLE_NAME
 from adalora_scale.quantization.experts import ExpertLinear4bit
+from adalora_scale.quantization.fused import place_of
 from adalora_scale.quantization.linear import Linear4bit, quantize_model
 from adalora_scale.quantization.spec import QuantSpec
+from tests.architectures.small import small_model
 from tests.experts.models import KINDS, VOCABULARY, tiny
 
 CPU = torch.device("cpu")
@@ -132,6 +135,39 @@ def test_fingerprint_and_digests_are_those_of_the_model_in_memory(kind, tmp_path
     inject_adalora(plain, config)
     assert started.model.adalora.base_fingerprint == plain.adalora.base_fingerprint
     assert started.model.adalora.base_digests == plain.adalora.base_digests
+
+
+@pytest.mark.parametrize(
+    ("sources", "operations", "place"),
+    [
+        (["mlp.experts.*.up_proj.weight"], [MergeModulelist(0)], (12, 0)),
+        (
+            [r"\.experts.*.gate_proj.weight", r"\.experts.*.up_proj.weight"],
+            [MergeModulelist(0), Concatenate(1)],
+            (12, 1),
+        ),
+        (["mlp.experts.*.up_proj.weight"], [MergeModulelist(1)], None),
+        (["mlp.experts.*.up_proj.weight"], [MergeModulelist(0), Transpose(1, 2)], None),
+        ([r".experts.*.gate_proj.weight", r".experts.*.up_proj.weight"], [MergeModulelist(0), Concatenate(2)], None),
+        (["mlp.experts.12.up_proj.weight"], [Concatenate(0)], None),
+    ],
+    ids=["stacked", "joined", "stacked otherwise", "turned", "joined otherwise", "no experts"],
+)
+def test_only_stacking_experts_and_joining_rows_is_read_by_slices(sources, operations, place):
+    """A slice of anything else is not a slice of the sources: the model would have other weights."""
+    converter = WeightConverter(sources, "mlp.experts.gate_up_proj", operations=operations)
+    assert place_of(converter, sources[-1], "model.layers.3.mlp.experts.12.up_proj.weight") == place
+
+
+def test_a_name_that_a_renaming_would_take_away_is_kept(tmp_path, run_config):
+    """DeepSeek-V4's `.norm.` becomes `.kv_norm.` inside layers; transformers leaves the model's last norm alone."""
+    model = small_model("deepseek_v4", "causal")
+    with torch.no_grad():
+        model.model.norm.weight.normal_()
+    model.save_pretrained(tmp_path / "model")
+    streamed = streaming.load_whole(begin(run_config(tmp_path / "model", bnb_4bit_blocksize=32, load_in_4bit=True)))
+    split_all_experts(model)
+    assert_same(streamed, quantize_model(model.eval(), QuantSpec(compute_dtype=torch.float32, blocksize=32)))
 
 
 PART = "model.layers.1.mlp.experts.3.w2.weight"
