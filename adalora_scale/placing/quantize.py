@@ -13,8 +13,9 @@ from adalora_scale.messages import say, say_json
 
 _EPILOG = """
 The result is in bitsandbytes' own form: transformers' from_pretrained loads it, and a run loads it by slices at any
-number of ranks (model.model_name_or_path=OUT). OUT appears complete or not at all, with an export.json that lists what
-was written.
+number of ranks (model.model_name_or_path=OUT). A mixture's experts have no form there: transformers does not load them
+in 4 bits; --skip-modules experts leaves them in 16. OUT appears complete or not at all, with an export.json that lists
+what was written.
 """
 
 
@@ -69,6 +70,7 @@ def _quantize(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int
     from adalora_scale.export.output import output_folder
     from adalora_scale.export.record import write_record
     from adalora_scale.placing import streaming
+    from adalora_scale.quantization.experts import ExpertLinear4bit
     from adalora_scale.quantization.linear import quantized_share
     from adalora_scale.quantization.offline import quantize_checkpoint
 
@@ -107,12 +109,14 @@ def _quantize(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int
             on_slot=on_slot,
         )
         quantized, every = quantized_share(started.model)
+        own_form = any(isinstance(module, ExpertLinear4bit) for module in started.model.modules())
         report = {
             "format": "4-bit",
             "model": arguments.model,
             "output": str(arguments.output),
             "tensors_in_4bit": done.tensors_in_4bit,
             "share_of_linear_weights": quantized / max(every, 1),
+            "read_by_transformers": not own_form,
             "bytes_read": done.bytes_read,
             "bytes_written": done.bytes_written,
             "files": done.files,
@@ -121,9 +125,10 @@ def _quantize(arguments: argparse.Namespace, prepare: Callable[[], None]) -> int
     if arguments.json:
         say_json(report)
     else:
+        but = "; transformers does not read experts in 4 bits, runs here do" if own_form else ""
         say(
             f"{streaming.describe(started.model)}; {done.bytes_read / 2**20:,.1f} MiB became "
-            f"{done.bytes_written / 2**20:,.1f} MiB in {arguments.output}",
+            f"{done.bytes_written / 2**20:,.1f} MiB in {arguments.output}{but}",
         )
     return 0
 

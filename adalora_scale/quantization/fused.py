@@ -63,8 +63,7 @@ def place_of(converter: WeightConverter, pattern: str, key: str) -> tuple[int, i
     kinds = [(type(operation), getattr(operation, "dim", None)) for operation in operations]
     joins = [(MergeModulelist, 0), (Concatenate, 1)]
     wanted = joins if len(converter.source_patterns) > 1 else joins[:1]
-    if kinds != wanted or len(converter.target_patterns) != 1 or pattern.count("*") != 1:
+    if kinds != wanted or len(converter.target_patterns) != 1 or pattern.count("*.") != 1:
         return None
-    before, after = pattern.split("*")
-    number = re.search(f"{re.escape(before)}(\\d+){re.escape(after)}", key)
-    return None if number is None else (int(number[1]), list(converter.source_patterns).index(pattern))
+    number = re.search(pattern.replace("*.", r"(?P<expert>\d+)\."), key)  # "*." is any name there, the rest a regex
+    return None if number is None else (int(number["expert"]), list(converter.source_patterns).index(pattern))

@@ -60,6 +60,8 @@ def match_names(model: nn.Module, stored: Iterable[str]) -> Names:
         state = _QUANT_STATE.match(key)
         weight = state["weight"] if state else key
         name, converted = rename_source_key(weight, renamings, converters, prefix, own)  # type: ignore[arg-type]
+        if name not in own and weight in own:  # a renaming meant another tensor: DeepSeek-V4's last norm
+            name, converted = rename_source_key(weight, [], [], prefix, own)
         if converted is not None:
             converter = next(each for each in converters if converted in each.source_patterns)
             place = place_of(converter, converted, apply_renamings(weight, renamings))  # type: ignore[arg-type]

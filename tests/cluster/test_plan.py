@@ -301,10 +301,12 @@ def test_shipped_shapes_are_whole(name):
         "llama3_70b": (8192, 80, 128256), "llama3_8b": (4096, 32, 128256), "llama2_70b": (8192, 80, 32000),
         "llama3_2_3b": (3072, 28, 128256), "deberta_v3_base": (768, 12, 128100), "minilm_l6": (384, 6, 30522),
         "llama3_1_8b": (4096, 32, 128256), "qwen2_5_7b": (3584, 28, 152064), "qwen3_8b": (4096, 36, 151936),
-        "mistral_7b": (4096, 32, 32768), "gemma3_1b": (1152, 26, 262144),
+        "mistral_7b": (4096, 32, 32768), "gemma3_1b": (1152, 26, 262144), "qwen3_30b_a3b": (2048, 48, 151936),
     }  # fmt: skip
     assert sizes == expected[SHAPES[name]]
-    assert getattr(config, "num_key_value_heads", 8) == {"qwen2_5_7b": 4, "gemma3_1b": 1}.get(SHAPES[name], 8)
+    assert getattr(config, "num_key_value_heads", 8) == {"qwen2_5_7b": 4, "qwen3_30b_a3b": 4, "gemma3_1b": 1}.get(
+        SHAPES[name], 8
+    )
 
 
 @pytest.mark.parametrize(
@@ -313,6 +315,7 @@ def test_shipped_shapes_are_whole(name):
         ("meta-llama/Llama-3.1-8B", 8_030_261_248),
         ("Qwen/Qwen2.5-7B", 7_615_616_512),
         ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("Qwen/Qwen3-30B-A3B", 30_532_122_624),
         ("mistralai/Mistral-7B-v0.3", 7_248_023_552),
         ("google/gemma-3-1b-pt", 999_885_952),
     ],

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from adalora_scale.config import AdaLoraConfig, DataConfig, Fsdp2Config, ModelConfig, RunConfig
 from adalora_scale.engines.fsdp2_place import shard_fsdp2
+from adalora_scale.experts.groups import by_expert
 from adalora_scale.placing import streaming
 from adalora_scale.quantization import functional
+from adalora_scale.quantization.experts import ExpertLinear4bit
 from adalora_scale.quantization.linear import Linear4bit
 from adalora_scale.quantization.spec import QuantSpec
 
@@ -54,6 +56,27 @@ def tensors_of(model):
     named = dict(model.named_parameters())
     named |= {name: buffer for name, buffer in model.named_buffers() if name.endswith("nested")}
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).detach() for name, t in named.items()}
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_experts_have_bitsandbytes_bytes_and_their_product(double_quant):
+    """Each expert's bytes are those of its matrix alone, on the card too, and rows meet their own expert."""
+    spec = QuantSpec(compute_dtype=torch.float32, double_quant=double_quant)
+    layer = ExpertLinear4bit(3, COLUMNS, ROWS, spec=spec, device=DEVICE)
+    weight = torch.randn(3, ROWS, COLUMNS, device=DEVICE)
+    layer.quantize_(weight)
+    for expert in range(3):
+        packed, state = bnb.functional.quantize_4bit(weight[expert], quant_type="nf4", compress_statistics=double_quant)
+        span = slice(expert * layer.blocks, (expert + 1) * layer.blocks)
+        assert torch.equal(layer.weight[span].view(-1), packed.view(-1))
+        assert torch.equal(layer.scales[span].view(-1), functional.as_bytes(state.absmax).view(-1))
+    x = torch.randn(5, COLUMNS, device=DEVICE, requires_grad=True)
+    groups, _ = by_expert(torch.tensor([[2], [0], [0], [2], [2]], device=DEVICE), 3)
+    y = layer(x, groups)
+    y.sum().backward()
+    own = layer.dequantize(torch.float32)[groups.expert_of_row]
+    torch.testing.assert_close(y, torch.einsum("si,soi->so", x, own), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(x.grad, own.sum(1), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 64, 2048])  # bitsandbytes has another kernel for one row, some, and many

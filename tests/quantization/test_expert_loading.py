@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 
 from adalora_scale.adalora.injection import inject_adalora
 from adalora_scale.cli import main
@@ -19,8 +20,10 @@ from adalora_scale.placing.stored import stored_weights
 from adalora_scale.quantization import fill_experts
 from adalora_scale.quantization.base_files import SINGLE_NAME
 from adalora_scale.quantization.experts import ExpertLinear4bit
+from adalora_scale.quantization.fused import place_of
 from adalora_scale.quantization.linear import Linear4bit, quantize_model
 from adalora_scale.quantization.spec import QuantSpec
+from tests.architectures.small import small_model
 from tests.experts.models import KINDS, VOCABULARY, tiny
 
 CPU = torch.device("cpu")
@@ -90,7 +93,7 @@ def test_a_mixture_is_quantised_offline_and_read_back(kind, double_quant, tmp_pa
     flags = ["--torch-dtype", "float32", "--compute-dtype", "float32"] + ["--no-double-quant"] * (not double_quant)
     assert main(["quantize", str(folder), str(tmp_path / "out"), *flags, "--json"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert report["tensors_in_4bit"] == 2 * (4 + 2)
+    assert report["tensors_in_4bit"] == 2 * (4 + 2) and not report["read_by_transformers"]
     fresh = streaming.load_whole(begin(run_config(folder, load_in_4bit=True, bnb_4bit_use_double_quant=double_quant)))
     started = begin(run_config(tmp_path / "out"))
     read_back = streaming.load_whole(started)
@@ -104,7 +107,9 @@ def test_experts_left_in_16_bits_are_written_under_their_own_names(tmp_path, run
     folder, _ = saved("granitemoe", tmp_path / "granite", hidden_size=64)
     flags = ["--torch-dtype", "float32", "--compute-dtype", "float32", "--skip-modules", "experts"]
     assert main(["quantize", str(folder), str(tmp_path / "out"), *flags]) == 0
-    assert "of several matrices stay as they are: model.layers.0.block_sparse_moe.experts" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "of several matrices stay as they are: model.layers.0.block_sparse_moe.experts" in said
+    assert "transformers does not read" not in said
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
     ours = streaming.load_whole(begin(run_config(tmp_path / "out", attn_implementation="eager")))
     assert type(theirs.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
@@ -130,6 +135,39 @@ def test_fingerprint_and_digests_are_those_of_the_model_in_memory(kind, tmp_path
     inject_adalora(plain, config)
     assert started.model.adalora.base_fingerprint == plain.adalora.base_fingerprint
     assert started.model.adalora.base_digests == plain.adalora.base_digests
+
+
+@pytest.mark.parametrize(
+    ("sources", "operations", "place"),
+    [
+        (["mlp.experts.*.up_proj.weight"], [MergeModulelist(0)], (12, 0)),
+        (
+            [r"\.experts.*.gate_proj.weight", r"\.experts.*.up_proj.weight"],
+            [MergeModulelist(0), Concatenate(1)],
+            (12, 1),
+        ),
+        (["mlp.experts.*.up_proj.weight"], [MergeModulelist(1)], None),
+        (["mlp.experts.*.up_proj.weight"], [MergeModulelist(0), Transpose(1, 2)], None),
+        ([r".experts.*.gate_proj.weight", r".experts.*.up_proj.weight"], [MergeModulelist(0), Concatenate(2)], None),
+        (["mlp.experts.12.up_proj.weight"], [Concatenate(0)], None),
+    ],
+    ids=["stacked", "joined", "stacked otherwise", "turned", "joined otherwise", "no experts"],
+)
+def test_only_stacking_experts_and_joining_rows_is_read_by_slices(sources, operations, place):
+    """A slice of anything else is not a slice of the sources: the model would have other weights."""
+    converter = WeightConverter(sources, "mlp.experts.gate_up_proj", operations=operations)
+    assert place_of(converter, sources[-1], "model.layers.3.mlp.experts.12.up_proj.weight") == place
+
+
+def test_a_name_that_a_renaming_would_take_away_is_kept(tmp_path, run_config):
+    """DeepSeek-V4's `.norm.` becomes `.kv_norm.` inside layers; transformers leaves the model's last norm alone."""
+    model = small_model("deepseek_v4", "causal")
+    with torch.no_grad():
+        model.model.norm.weight.normal_()
+    model.save_pretrained(tmp_path / "model")
+    streamed = streaming.load_whole(begin(run_config(tmp_path / "model", bnb_4bit_blocksize=32, load_in_4bit=True)))
+    split_all_experts(model)
+    assert_same(streamed, quantize_model(model.eval(), QuantSpec(compute_dtype=torch.float32, blocksize=32)))
 
 
 PART = "model.layers.1.mlp.experts.3.w2.weight"
@@ -177,10 +215,11 @@ def test_published_gpt_oss_is_refused_by_its_format(tmp_path, run_config):
 
 @pytest.mark.parametrize("part", ["absmax", "nested_absmax", "nested_offset", "quant_state.bitsandbytes__nf4"])
 @pytest.mark.parametrize("wrong", ["missing", "short"])
-def test_incomplete_states_of_experts_are_refused(tmp_path, run_config, part, wrong):
+def test_incomplete_states_of_experts_are_refused(tmp_path, run_config, part, wrong, capsys):
     """Codes without their scales are noise."""
     folder, _ = saved("granitemoe", tmp_path / "granite")
     assert main(["quantize", str(folder), str(tmp_path / "out")]) == 0
+    assert "transformers does not read experts in 4 bits" in capsys.readouterr().out
     file = tmp_path / "out" / SINGLE_NAME
     tensors = load_file(file)
     name = f"model.layers.1.block_sparse_moe.experts.down_proj.{part}"

@@ -109,8 +109,8 @@ def work_of(request: Request, model: Model, sharded: Weights | None = None) -> W
         accumulation=request.accumulation,
         bf16=request.bf16,
         fp16=bool(request.config.training.get("fp16")),
-        # Two matrices a layer, (r, r) in float32.
-        gram=sum(2 * layer.r**2 * 4 for _, layer in layers) if adalora.orth_reg_weight else 0,
+        # Two matrices each, (r, r) in float32.
+        gram=sum(2 * layer.matrices * layer.r**2 * 4 for _, layer in layers) if adalora.orth_reg_weight else 0,
         remembered=4 * len(score.statistics) * looked_at / max(trained_elements(model.held), 1),
         sharded=sharded,
     )

@@ -21,6 +21,7 @@ from adalora_scale.errors import Unsupported
 from adalora_scale.placing.absent import adalora_config_for
 from adalora_scale.placing.streaming import build_on_meta, quant_spec
 from adalora_scale.placing.tiled_mlp import tile_mlps
+from adalora_scale.quantization.experts import ExpertLinear4bit
 from adalora_scale.quantization.linear import Linear4bit, quantization_targets, replace_linears
 from adalora_scale.tasks.registry import find_task
 
@@ -115,7 +116,7 @@ def _kind(module: nn.Module, leaf: str, parameter: Tensor, heads: set[int]) -> s
         return "adapters"
     if parameter.requires_grad:
         return "other trainable"
-    if isinstance(module, Linear4bit) and leaf in ("weight", "scales"):
+    if isinstance(module, Linear4bit | ExpertLinear4bit) and leaf in ("weight", "scales", "nested"):
         return "4-bit weights" if leaf == "weight" else "4-bit scales"
     if id(module) in heads or isinstance(module, nn.Embedding):
         return "embeddings and head"

@@ -69,7 +69,7 @@ class Planner:
         own = self._own
         rows = [self._row(engine) for engine in self._engines(own)]
         layers = [layer for _, layer in adapter_layers(self.model.model)]
-        elements = [4 * (layer.in_features + layer.out_features + 1) for layer in layers]
+        elements = [4 * layer.matrices * layer.triplet_size for layer in layers]
         adalora = request.config.adalora
         per_node = request.gpus // request.nodes if request.nodes > 1 else max(request.gpus, 8)
         smallest = smallest_cluster(request, self.model, self._traces_for, per_node)

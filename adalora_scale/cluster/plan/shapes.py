@@ -25,6 +25,8 @@ SHAPES = {
     "Qwen/Qwen2.5-7B-Instruct": "qwen2_5_7b",
     "Qwen/Qwen3-8B": "qwen3_8b",
     "Qwen/Qwen3-8B-Base": "qwen3_8b",
+    "Qwen/Qwen3-30B-A3B": "qwen3_30b_a3b",
+    "Qwen/Qwen3-30B-A3B-Base": "qwen3_30b_a3b",
     "mistralai/Mistral-7B-v0.3": "mistral_7b",
     "mistralai/Mistral-7B-Instruct-v0.3": "mistral_7b",
     "google/gemma-3-1b-pt": "gemma3_1b",

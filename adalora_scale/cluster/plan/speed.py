@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import nn
 
-from adalora_scale.adalora.adaptables import is_linear, sides
+from adalora_scale.adalora.adaptables import is_linear
 from adalora_scale.adalora.injection import adapter_layers
+from adalora_scale.cluster.plan.active import Active, weights_of
 from adalora_scale.cluster.plan.memory import OFFLOADED, PROCESS_BYTES, Memory, Model, work_of
 from adalora_scale.cluster.plan.request import Request
 from adalora_scale.cluster.plan.weights import engine_named
+from adalora_scale.experts.linear import ExpertLinear
 from adalora_scale.placing.tiled_mlp import tiled
+from adalora_scale.quantization.experts import ExpertLinear4bit
 from adalora_scale.quantization.linear import Linear4bit
 
 SHORTEST_S = 0.05
@@ -76,25 +78,21 @@ def flops_per_token(model: nn.Module, *, length: int, checkpointing: bool) -> Fl
     """Count the operations a token: frozen weights need no gradient of their own.
 
     forward: 2 N + causal attention; backward: 2 N + 2.5 times that attention; adapters: 2 and 4 times their elements.
-    A tiled MLP is computed once more.
+    Of experts N has those that a token is sent to. A tiled MLP is computed once more.
     """
-    linear = head = 0
+    active = Active(model)
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    for module in model.modules():
-        if not is_linear(module):
-            continue
-        count = math.prod(sides(module))
-        linear += count
-        head += count if module is output else 0
-    adapters = sum(layer.r * (layer.in_features + layer.out_features) for _, layer in adapter_layers(model))
+    counts = {module: active.weights(module) for module in model.modules() if is_linear(module)}
+    linear, head = sum(counts.values()), counts.get(output, 0) if isinstance(output, nn.Module) else 0
+    adapters = sum(active.adapter(layer) for _, layer in adapter_layers(model))
     shape: object = model.config
     heads = int(getattr(shape, "num_attention_heads", 0))
     width = int(getattr(shape, "head_dim", 0) or getattr(shape, "hidden_size", 0) // max(heads, 1)) * heads
     attention = 2 * length * width * int(getattr(shape, "num_hidden_layers", 0))
     again = 2 * (linear - head) + attention + 2 * adapters if checkpointing else 0
     for mlp in tiled(model):
-        again += 2 * sum(math.prod(sides(module)) for module in mlp.modules() if is_linear(module))
-        again += 2 * sum(layer.r * (layer.in_features + layer.out_features) for _, layer in adapter_layers(mlp))
+        again += 2 * sum(counts[module] for module in mlp.modules() if is_linear(module))
+        again += 2 * sum(active.adapter(layer) for _, layer in adapter_layers(mlp))
     return Flops(
         forward=2 * linear + attention + 2 * adapters,
         backward=2 * linear + 2.5 * attention + 4 * adapters,
@@ -105,15 +103,17 @@ def flops_per_token(model: nn.Module, *, length: int, checkpointing: bool) -> Fl
 def _dequantised(model: nn.Module, *, checkpointing: bool) -> float:
     """Return the bytes that dequantising moves a micro-batch: codes and scales read, the matrix written."""
     passes = 3 if checkpointing else 2
-    moved = {m: float(_moved(m)) for m in model.modules() if isinstance(m, Linear4bit)}
+    moved: dict[nn.Module, float] = {
+        m: _moved(m) for m in model.modules() if isinstance(m, Linear4bit | ExpertLinear4bit)
+    }
     total = passes * sum(moved.values())
     for mlp, tiles in tiled(model).items():  # once a part, and in one pass more
-        total += ((passes + 1) * tiles - passes) * sum(moved[m] for m in mlp.modules() if isinstance(m, Linear4bit))
+        total += ((passes + 1) * tiles - passes) * sum(moved.get(m, 0.0) for m in mlp.modules())
     return total
 
 
-def _moved(module: Linear4bit) -> int:
-    written = module.in_features * module.out_features * module.spec.compute_dtype.itemsize
+def _moved(module: Linear4bit | ExpertLinear4bit) -> int:
+    written = weights_of(module) * module.spec.compute_dtype.itemsize  # of all experts: a micro-batch meets each
     return module.weight.numel() + module.scales.numel() + written
 
 
@@ -150,7 +150,8 @@ def speed_of(engine: str, request: Request, model: Model, memory: Memory, *, che
 def load_of(engine: str, request: Request, model: Model, memory: Memory) -> Load:
     """Estimate reading and holding the base while it loads; `placing/streaming.py` says how it is done."""
     per_node = request.gpus // request.nodes
-    base = [module for module in model.model.modules() if isinstance(module, nn.Linear | Linear4bit | nn.Embedding)]
+    kinds = nn.Linear | Linear4bit | ExpertLinear | ExpertLinear4bit | nn.Embedding
+    base = [module for module in model.model.modules() if isinstance(module, kinds)]
     sizes = [_elements(module) * 2 for module in base]
     reading = engine_named(engine, request).reading(
         sum(sizes),
@@ -166,4 +167,6 @@ def load_of(engine: str, request: Request, model: Model, memory: Memory) -> Load
 def _elements(module: nn.Module) -> int:
     if isinstance(module, nn.Embedding):
         return module.num_embeddings * module.embedding_dim
+    if isinstance(module, ExpertLinear | ExpertLinear4bit):
+        return module.experts * module.in_features * module.out_features
     return int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]

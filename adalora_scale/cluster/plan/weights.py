@@ -17,6 +17,7 @@ from adalora_scale.engines.engine import Engine, Shard
 from adalora_scale.engines.planned import KINDS, Piece, Weights, trained_elements
 from adalora_scale.engines.registry import ENGINES, configured
 from adalora_scale.errors import UserError
+from adalora_scale.quantization.experts import ExpertLinear4bit
 from adalora_scale.quantization.linear import Linear4bit
 
 
@@ -74,12 +75,13 @@ def _local_bytes(piece: Piece) -> int:
 
 
 def largest_matrix(model: nn.Module) -> int:
-    """Return the bytes that dequantising the largest 4-bit matrix takes: 16-bit weights and float32 scales."""
-    return max(
-        (
-            layer.in_features * layer.out_features * layer.spec.compute_dtype.itemsize + 4 * layer.scales.shape[0]
-            for layer in model.modules()
-            if isinstance(layer, Linear4bit)
-        ),
-        default=0,
-    )
+    """Return the bytes that dequantising the largest 4-bit matrix takes: 16-bit weights and float32 scales.
+
+    Of experts it is one's.
+    """
+    found = [0]
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit | ExpertLinear4bit):
+            blocks = layer.blocks if isinstance(layer, ExpertLinear4bit) else layer.scales.shape[0]
+            found.append(layer.in_features * layer.out_features * layer.spec.compute_dtype.itemsize + 4 * blocks)
+    return max(found)

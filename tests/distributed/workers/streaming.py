@@ -17,6 +17,7 @@ from adalora_scale.config import AdaLoraConfig, DataConfig, Fsdp2Config, ModelCo
 from adalora_scale.engines.blocks import transformer_blocks
 from adalora_scale.engines.fsdp2_place import shard_fsdp2
 from adalora_scale.engines.zero_place import partition_zero3
+from adalora_scale.experts.linear import ExpertLinear
 from adalora_scale.placing import streaming
 from adalora_scale.quantization.experts import ExpertLinear4bit
 from adalora_scale.quantization.linear import Linear4bit
@@ -96,6 +97,22 @@ def trained(model):
     return loss.item(), torch.stack([grad.norm() for grad in own]).norm().item()
 
 
+def trained_by_zero3(model):
+    """What `trained` gives, with DeepSpeed's own hooks around the modules; nothing stays gathered."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    options = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
+    ids = torch.arange(3, 43).view(2, 20)
+    loss = engine(input_ids=ids, labels=ids).loss
+    engine.backward(loss)
+    own = [safe_get_full_grad(p) for name, p in engine.module.named_parameters() if "lora_B" in name]
+    return loss.item(), torch.stack([grad.norm() for grad in own]).norm().item()
+
+
 def every_byte_survives(model):
     """Fill the shards with all byte values, gather as a forward in bfloat16 does, and compare what is whole then."""
     own = [layer for layer in model.modules() if isinstance(layer, Linear4bit | ExpertLinear4bit)]
@@ -125,10 +142,9 @@ def main(engine, path, bits):
     model, read = load(engine, path, bits)
     together = digests(model)
     figures = {"digests": together, "read": read, "fingerprint": model.adalora.base_fingerprint}
-    if any(isinstance(layer, ExpertLinear4bit) for layer in model.modules()):
+    if any(isinstance(layer, ExpertLinear4bit | ExpertLinear) for layer in model.modules()):
         figures["held"] = held(model)
-        if engine == "fsdp2":
-            figures["trained"] = trained(model)
+        figures["trained"] = trained_by_zero3(model) if engine == "zero3" else trained(model)
     if engine == "fsdp2" and bits == "4":
         figures["bytes_survive"] = every_byte_survives(model)
     report(**figures)
