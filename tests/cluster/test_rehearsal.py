@@ -44,6 +44,17 @@ def test_hsdp_has_a_copy_a_node(answer):
     assert found["ranks"]["63"]["step"]["collectives"] == 1
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_by_its_rules(stage, answer):
+    """Else what DeepSpeed's cuts cost at scale shows first at scale; what is a rule and not its code is said."""
+    words = ("--no-growth", "--rank", "3", "--deepspeed", f"configs/deepspeed/zero{stage}.json")
+    code, found = answer("--gpus", "64", *words)
+    assert code == 0 and found["engine"] == f"zero{stage}" and "its optimizer is not built" in found["by_rule"]
+    step = found["ranks"]["3"]["step"]
+    assert (step["collectives"], step["reads"], step["bytes"]) == (1, 1, 8)
+    assert max(resumed["files"] for resumed in found["resumes"]) <= 6
+
+
 def test_what_grows_is_said(stories260k, capsys):
     """Else a reader compares a dozen figures by hand."""
     words = ["--gpus", "4", "--rank", "0", f"model.model_name_or_path={stories260k}", "engine.name=fsdp2"]

@@ -14,8 +14,10 @@ from adalora_scale.cluster.plan.weights import own_engine
 from adalora_scale.cluster.rehearsal.pretended import DEVICE
 from adalora_scale.cluster.rehearsal.rank import Moments, Rehearsed, like, take_steps
 from adalora_scale.cluster.rehearsal.saving import Layout
+from adalora_scale.cluster.rehearsal.zero import rehearse_zero, zero_runs
 from adalora_scale.engines import adapter_tensors
 from adalora_scale.engines.engine import Engine
+from adalora_scale.engines.zero_place import Zero
 from adalora_scale.errors import Unsupported
 from adalora_scale.placing.absent import adalora_config_for
 
@@ -37,6 +39,8 @@ def rehearse_rank(request: Request, *, half_layers: bool = False) -> Rehearsed:
     if half_layers:
         layers = max(build(request).config.num_hidden_layers // 2, 1)  # type: ignore[union-attr, operator]
     model = build(request, layers).to(DEVICE)
+    if isinstance(engine, Zero):
+        return rehearse_zero(model, engine.stage, adalora_config_for(request.config, model))
     shard = engine.sharder(device_type=DEVICE, bf16=request.bf16)
     if shard is None:
         raise Unsupported(
@@ -67,13 +71,14 @@ def _by_hooks(model: nn.Module, request: Request) -> Rehearsed:
 
 def layout_of_rank(rehearsed: Rehearsed, request: Request) -> Layout:
     """Return how the ranks share the adapters, by the engine's rule; a rehearsed rank's own pieces must agree."""
-    tensors = [tensor for tensor, _ in adapter_tensors(rehearsed.model)]
-    shapes = {t.name: (t.r,) if t.factor == "lora_E" else (t.rows, t.r) for t in tensors}
+    tensors = {tensor.name: tensor for tensor, _ in adapter_tensors(rehearsed.model)}
+    order = [name for name in rehearsed.allocator.sharding.trained() if name in tensors]
+    shapes = {n: (t.r,) if t.factor == "lora_E" else (t.rows, t.r) for n in order for t in [tensors[n]]}
     return layout_of(shapes, own_engine(request), request.gpus, rehearsed)
 
 
 def layout_of(shapes: dict[str, tuple[int, ...]], engine: Engine, ranks: int, rehearsed: Rehearsed) -> Layout:
-    """Return FSDP2's: equal rows for each rank, the last ones fewer or none; of several copies some write.
+    """Return FSDP2's (equal rows for each rank, the last ones fewer or none; of several copies some write) or ZeRO's.
 
     Args:
         shapes: tensor → whole shape.
@@ -90,6 +95,8 @@ def layout_of(shapes: dict[str, tuple[int, ...]], engine: Engine, ranks: int, re
         each = -(-shape[0] // shards) * (shape[1] if len(shape) == 2 else 1)
         held[name] = (0, each, each)
         runs[name] = (number % min(copies, WRITERS) * shards, each, each)
+    if isinstance(engine, Zero):
+        runs = held = zero_runs(shapes, engine.stage, ranks)
     statistics = rehearsed.allocator.score.statistics
     return Layout(
         world_size=ranks,
