@@ -143,7 +143,8 @@ def _other_numbers(own: Layout, rehearsed: Rehearsed, request: Request) -> list[
 
     Under HSDP the number of nodes changes, and a copy has as many ranks as before.
     """
-    engine, found = own_engine(request), [own]
+    engine: Any = own_engine(request)
+    found = [own]
     copies = own.copies
     for numerator, denominator in ((1, 2), (2, 1), (3, 4)):
         if copies > 1:

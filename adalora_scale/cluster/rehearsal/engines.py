@@ -10,6 +10,7 @@ from adalora_scale.checkpoint.layout import Run
 from adalora_scale.checkpoint.state import WRITERS
 from adalora_scale.cluster.plan.model import build
 from adalora_scale.cluster.plan.request import Request
+from adalora_scale.cluster.plan.shapes import model_config
 from adalora_scale.cluster.plan.weights import own_engine
 from adalora_scale.cluster.rehearsal.pretended import DEVICE
 from adalora_scale.cluster.rehearsal.rank import Moments, Rehearsed, like, take_steps
@@ -37,7 +38,7 @@ def rehearse_rank(request: Request, *, half_layers: bool = False) -> Rehearsed:
     engine = own_engine(request)
     layers = None
     if half_layers:
-        layers = max(build(request).config.num_hidden_layers // 2, 1)  # type: ignore[union-attr, operator]
+        layers = max(model_config(request.config.model).num_hidden_layers // 2, 1)
     model = build(request, layers).to(DEVICE)
     if isinstance(engine, Zero):
         return rehearse_zero(model, engine.stage, adalora_config_for(request.config, model))
@@ -73,7 +74,10 @@ def layout_of_rank(rehearsed: Rehearsed, request: Request) -> Layout:
     """Return how the ranks share the adapters, by the engine's rule; a rehearsed rank's own pieces must agree."""
     tensors = {tensor.name: tensor for tensor, _ in adapter_tensors(rehearsed.model)}
     order = [name for name in rehearsed.allocator.sharding.trained() if name in tensors]
-    shapes = {n: (t.r,) if t.factor == "lora_E" else (t.rows, t.r) for n in order for t in [tensors[n]]}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in order:
+        tensor = tensors[name]
+        shapes[name] = (tensor.r,) if tensor.factor == "lora_E" else (tensor.rows, tensor.r)
     return layout_of(shapes, own_engine(request), request.gpus, rehearsed)
 
 

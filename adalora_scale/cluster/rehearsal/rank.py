@@ -33,7 +33,7 @@ class Moments(Optimizer):
         super().__init__(parameters, {"lr": 1e-3})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Make what Adam makes at its first step."""
         for parameter in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             if not self.state[parameter]:
@@ -56,7 +56,7 @@ class Rehearsed:
 def like(tensor: Tensor) -> Tensor:
     """Return an uninitialised tensor of the same place and shape, without a dispatch through DTensor's rules."""
     if isinstance(tensor, DTensor):
-        return DTensor(torch.empty_like(tensor._local_tensor), tensor._spec, requires_grad=False)  # type: ignore[call-arg]
+        return DTensor(torch.empty_like(tensor._local_tensor), tensor._spec, requires_grad=False)
     return torch.empty_like(tensor)
 
 

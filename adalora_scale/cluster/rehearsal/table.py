@@ -27,14 +27,14 @@ def table(found: Rehearsal) -> str:
     ]
     if found.by_rule:
         lines.append(f"by rule: {found.by_rule}")
-    rows = [("", "rank", *_HEADS)]
+    rows: list[tuple[str, ...]] = [("", "rank", *_HEADS)]
     for phase in PHASES:
         for number, (rank, phases) in enumerate(found.ranks.items()):
             values = asdict(phases[phase])
             shown = (_shown(name, values[name]) for name in _COLUMNS)
             rows.append((phase if number == 0 else "", str(rank), *shown))
     lines += ["", *_aligned(rows)]
-    files = [("resume of", "on", "rank", "files", "bytes read", "Python s")]
+    files: list[tuple[str, ...]] = [("resume of", "on", "rank", "files", "bytes read", "Python s")]
     for one in found.resumes:
         cells = (one.saved, one.ranks, one.rank, one.files)
         files.append((*map(str, cells), _shown("bytes", one.bytes), _shown("python_s", one.python_s)))
