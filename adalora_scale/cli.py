@@ -20,6 +20,7 @@ from adalora_scale.cluster.launching.command import add_launch_check
 from adalora_scale.cluster.place import launched
 from adalora_scale.cluster.plan.arguments import add_parser as add_plan
 from adalora_scale.cluster.preflight.arguments import add_parser as add_preflight
+from adalora_scale.cluster.rehearsal.arguments import add_parser as add_rehearse
 from adalora_scale.config import RunConfig, load_config
 from adalora_scale.config.command_line import add_config_arguments
 from adalora_scale.errors import Interrupted, Unsupported, UserError, run_reporting_errors
@@ -177,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     add_export_verbs(verbs, _quiet_start)
     add_report_verb(verbs)
     add_plan(verbs)
+    add_rehearse(verbs)
     add_preflight(verbs)
     add_quantize_verb(verbs, _quiet_start)
     add_launch_check(verbs)

@@ -398,7 +398,7 @@ class Checkpoint:
         table = opened.keys.get(key)
         if table is None or table.dtype != "I64" or len(table.shape) != 2 or table.shape[1] != 3:
             raise CheckpointError(f"{self.directory / file} has no table '{key}'; take another checkpoint.")
-        return opened.handle.get_tensor(key)  # type: ignore[no-any-return]
+        return opened.handle.get_tensor(key)
 
     def _elements(self, group: str, file: str) -> dict[str, int]:
         keys = self._open(file).keys

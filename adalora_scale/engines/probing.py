@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -74,9 +75,10 @@ def same_values(master: Tensor, computed: Tensor) -> bool:
 
 def _write_and_see(held: Probed, found: list[str]) -> None:
     firsts = _first_numbers(held.spans)
-    before = [span.weight.clone() for span in held.spans]
-    for span, first in zip(held.spans, firsts, strict=True):
-        span.weight.copy_(pattern(first + span.start, span.weight.numel(), span.weight.device))
+    batches = _batches(held.spans)
+    before = [torch.cat([held.spans[index].weight for index in batch]) for batch in batches]
+    for batch in batches:
+        _put(held.spans, batch, _patterns([(firsts[i] + held.spans[i].start, held.spans[i]) for i in batch]))
 
     def compare(index: int, whole: Tensor) -> None:
         span = held.spans[index]
@@ -88,9 +90,41 @@ def _write_and_see(held: Probed, found: list[str]) -> None:
         held.refresh()
         held.see_forward(compare)
     finally:
-        for span, kept in zip(held.spans, before, strict=True):
-            span.weight.copy_(kept)
+        for batch, kept in zip(batches, before, strict=True):
+            _put(held.spans, batch, kept)
         held.refresh()
+
+
+def _batches(spans: Sequence[Span]) -> list[list[int]]:
+    """Group the spans that have elements, neighbours on one device, up to `_CHUNK` elements unless one alone has more:
+    among thousands of ranks a span is a few rows, and an operation for each would be all that an attach does."""
+    batches: list[list[int]] = []
+    room, device = 0, None
+    for index, span in enumerate(spans):
+        elements = span.weight.numel()
+        if elements and (elements > room or span.weight.device != device):
+            batches.append([])
+            room, device = max(_CHUNK, elements), span.weight.device
+        if elements:
+            batches[-1].append(index)
+            room -= elements
+    return batches
+
+
+def _put(spans: Sequence[Span], batch: list[int], flat: Tensor) -> None:
+    weights = [spans[index].weight for index in batch]
+    torch._foreach_copy_(weights, list(flat.split([weight.numel() for weight in weights])))
+
+
+def _patterns(pieces: Sequence[tuple[int, Span]]) -> Tensor:
+    """Return the numbers of several spans one after the other; each is given with the number of its first element."""
+    lengths = [span.weight.numel() for _, span in pieces]
+    device = pieces[0][1].weight.device
+    begins = [0, *accumulate(lengths)]
+    shifts = torch.tensor([first - begin for (first, _), begin in zip(pieces, begins, strict=False)], device=device)
+    counts = torch.tensor(lengths, device=device)
+    number = torch.arange(begins[-1], dtype=torch.int64, device=device)
+    return _numbers(number.add_(shifts.repeat_interleave(counts, output_size=begins[-1])))
 
 
 def _first_numbers(spans: Sequence[Span]) -> list[int]:
@@ -107,10 +141,13 @@ def pattern(first: int, length: int, device: torch.device) -> Tensor:
 
     All are exact in bfloat16 and float16: 7 bits of mantissa, 16 exponents, 2 signs.
     """
-    number = torch.arange(first, first + length, dtype=torch.int64, device=device)
+    return _numbers(torch.arange(first, first + length, dtype=torch.int64, device=device))
+
+
+def _numbers(number: Tensor) -> Tensor:
     block = number >> _BITS
     code = number.mul_(2731).add_(block, alpha=1237).bitwise_and_(_VALUES - 1)  # 2731 is odd: a permutation of a block
-    return _values(device).index_select(0, code)
+    return _values(number.device).index_select(0, code)
 
 
 @cache

@@ -75,7 +75,24 @@ def test_every_engine_to_one_process_and_back(ranks, tmp_path, one_process, deep
             assert ("sensitivity" in written[0]) == (phase != "after")
             assert masks_of(written[1]["allocator"]) == masks_of(reference[1]["allocator"])
             assert written[1]["optimizer"]["scalars"][""] == {"step": step}
+            # Else whoever resumes opens the files of all ranks, and nobody notices below a thousand.
+            assert written[1]["runs"]["adapter"].keys() == written[0]["weight"].keys()
+            assert set(written[1]["kinds"]["adapter"]) == set(written[0])
             for kind, tensors in written[0].items():  # moments and importance of the right weights, not just any
                 flat = torch.cat([tensor.flatten() for tensor in tensors.values()])
                 expected = torch.cat([reference[0][kind][name].flatten() for name in tensors])
                 assert (flat - expected).norm() <= 1e-4 * expected.norm(), (engine, phase, kind)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("before", "now"), [(2, 4), (3, 2)])
+def test_other_numbers_of_ranks_read_the_files_themselves(before, now, tmp_path, deepspeed_ops):
+    """Each rank opens a few of the files: pieces that it looks for in the wrong one would be missed, or another's."""
+    engines, env = ("fsdp2", "zero3", "zero2"), {"DS_ACCELERATOR": "cpu"}
+    run_ranks(WORKER, before, ["write", tmp_path, *engines], timeout=400, env=env)
+    for engine in engines:
+        (tmp_path / f"{engine}-one").symlink_to(tmp_path / engine)
+    run_ranks(WORKER, now, ["back", tmp_path, *engines], timeout=400, env=env)
+    for engine in engines:
+        for step in worker.AT.values():
+            assert_same(whole(tmp_path / engine, step), whole(tmp_path / f"{engine}-back", step))
