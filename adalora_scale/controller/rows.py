@@ -16,6 +16,9 @@ from adalora_scale.controller.arena import RowPiece
 from adalora_scale.engines.span import AdapterTensor
 from adalora_scale.errors import Unsupported
 
+_PART = 16 * 2**20
+"""Bytes of the split rows that are multiplied at a time."""
+
 
 class SplitRows:
     """The split rows of the factors of one rank, and this rank's elements of them.
@@ -79,7 +82,11 @@ class SplitRows:
             return_counts=True
         )
         tiles, factors = _tiles(split.tolist(), in_each.tolist(), r)
-        self._tiles, self._factor_of_tile = tiles.to(device), factors.to(device)
+        # Places beyond a factor's last row read some row, which is made zero: a copy with a row of zeros at its end
+        # would be as large as what all ranks sum.
+        self._tiles = tiles.clamp(max=max(self.slots - 1, 0)).to(device)
+        self._padding = (tiles == self.slots).unsqueeze(1).to(device)
+        self._factor_of_tile = factors.to(device)
 
     def write(self, out: Tensor, weights: Tensor) -> None:
         """Copy this rank's elements from the arena's flat `weights` to their places in `out` (slots, r)."""
@@ -89,16 +96,23 @@ class SplitRows:
     def add_gram(self, grams: Tensor, split: Tensor) -> None:
         """Add FᵀF of the split rows to the Grams of their factors.
 
-        The temporaries are no larger than `split` and `grams` together: rows go by tiles of r, a factor's own.
+        Rows go by tiles of r, a factor's own, and tiles by parts of `_PART` bytes: the temporaries are twice that,
+        however many rows are split.
 
         Args:
             grams: (factors, r, r).
             split: (slots, r), summed over ranks.
         """
-        if self.slots:
-            padded = torch.cat([split, split.new_zeros(1, self._r)])
-            tiles = padded.index_select(0, self._tiles).view(-1, self._r, self._r)
-            grams.index_add_(0, self._factor_of_tile, torch.bmm(tiles.mT, tiles))
+        if not self.slots:
+            return
+        r = self._r
+        part = max(_PART // (4 * r * r), 1)
+        parts = zip(
+            self._tiles.split(part * r), self._padding.split(part * r), self._factor_of_tile.split(part), strict=True
+        )
+        for places, padding, factors in parts:
+            tiles = split.index_select(0, places).masked_fill_(padding, 0.0).view(-1, r, r)
+            grams.index_add_(0, factors, torch.bmm(tiles.mT, tiles))
 
     def products(self, split: Tensor, multiplier: Tensor) -> Tensor:
         """Return this rank's elements of (split row · its factor's matrix), in the order of `elements`.
