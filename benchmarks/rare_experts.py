@@ -52,7 +52,7 @@ def trained_base(rows: torch.Tensor, vocabulary: int, steps: int) -> nn.Module:
     torch.manual_seed(0)
     shape = Qwen3MoeConfig(
         vocab_size=vocabulary, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=32, num_experts_per_tok=2,
+        num_attention_heads=4, num_key_value_heads=2, num_experts=32, num_experts_per_tok=2,
         decoder_sparse_step=1, norm_topk_prob=True, max_position_embeddings=64,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(shape, experts_implementation="eager")
@@ -71,21 +71,23 @@ class Rule:
     """Changes what `Score.observe` left in the statistics of experts, by the tokens that each saw in the step."""
 
     def __init__(self, rule: str, allocator: RankAllocator, model: nn.Module) -> None:
-        self.rule, self.allocator, self.counts, self.idle = rule, allocator, {}, []
+        self.rule, self.allocator = rule, allocator
+        self.counts: dict[str, torch.Tensor] = {}
+        self.idle: list[float] = []
         for name, module in model.named_modules():
             if isinstance(module, ExpertLinear):
                 module.register_forward_hook(lambda m, args, out, name=name: self.count(name, args[1]))
         self.observe = allocator.score.observe
-        allocator.score.observe = self.observed
+        allocator.score.observe = self.observed  # type: ignore[method-assign]  # only here, to try rules
 
     def count(self, name: str, groups: Groups) -> None:
         self.counts[name.removesuffix(".base_layer")] = groups.ends.diff(prepend=groups.ends.new_zeros(1))
 
     def observed(
-        self, pieces: list[ScoredPiece], weights: list[torch.Tensor], gradients: list[torch.Tensor], scale: Any
+        self, pieces: list[ScoredPiece], weights: list[torch.Tensor], gradients: list[torch.Tensor], grad_scale: Any
     ) -> None:
         before = [{k: v.clone() for k, v in piece.statistics.items()} for piece in pieces]
-        self.observe(pieces, weights, gradients, scale)
+        self.observe(pieces, weights, gradients, grad_scale)
         arena = self.allocator._attached().arena
         for block, piece, old in zip([b for b in arena.blocks if b.factor in self.allocator.score.factors], pieces,
                                      before, strict=True):  # fmt: skip
@@ -108,7 +110,7 @@ class Rule:
 
 def adapted(
     base: nn.Module, rows: torch.Tensor, held_out: torch.Tensor, rule: str, score: str, seed: int
-) -> tuple[float, float, int]:
+) -> tuple[float, float, float]:
     """Return (validation loss, share of experts idle in a step, kept triplets of the 8 rarest experts a layer)."""
     model = copy.deepcopy(base)
     config = AdaLoraConfig(target_modules="all-linear", init_r=6, target_r=2, lora_alpha=12, tinit=20, tfinal=40,
@@ -156,7 +158,7 @@ def main() -> None:
     with torch.no_grad():
         print(f"before: {statistics.mean(loss_of(base, part).item() for part in held_out.split(64)):.4f}", flush=True)
     for score in ("taylor", "sensitivity_uncertainty"):
-        found: dict[str, list[tuple[float, float, int]]] = {rule: [] for rule in RULES}
+        found: dict[str, list[tuple[float, float, float]]] = {rule: [] for rule in RULES}
         for seed in range(arguments.seeds):
             for rule in RULES:
                 found[rule].append(adapted(base, rows, held_out, rule, score, seed))

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _get_default_store
 
 from adalora_scale.checkpoint.draft import Draft
-from adalora_scale.checkpoint.format import Group
+from adalora_scale.checkpoint.flat import Group
 from adalora_scale.checkpoint.staging import Staging
 from adalora_scale.checkpoint.writing import agree, discarded_when_failed, open_folder, tried
 from adalora_scale.errors import UserError

@@ -22,8 +22,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from torch import Tensor
 
 from adalora_scale.adalora.adaptables import FACTORS
 from adalora_scale.checkpoint.errors import CheckpointError
+from adalora_scale.checkpoint.flat import TABLE
 from adalora_scale.checkpoint.layout import ranks_with
 from adalora_scale.checkpoint.tables import Own, Places, own_places, places
 from adalora_scale.errors import UserError
@@ -49,7 +50,6 @@ VERSION = 1
 """Raised when a reader of the version before would misread the files."""
 
 _FORMAT = "adalora_scale checkpoint"
-_TABLE = "intervals"
 _TRAINER_STATE = "trainer_state.json"
 MAX_TRAINER_STATE = 256 * 2**20
 """It grows with every line that was logged."""
@@ -57,16 +57,6 @@ _NO_CHECKSUM = "0" * 64
 _CHECKSUM = re.compile(rb'"checksum": "([0-9a-f]{64})"')
 _PLAIN = re.compile(r"\w[\w.\-]*", re.ASCII)
 _FOLDER = re.compile(r"checkpoint-(\d+)")
-
-
-@dataclass
-class Group:
-    """This rank's intervals of a group of tensors, with one value a kind for each interval."""
-
-    intervals: list[tuple[str, int, int]] = field(default_factory=list)
-    """(name of the tensor, start, length)."""
-    values: dict[str, list[Tensor]] = field(default_factory=dict)
-    """kind → (length,) tensors, one an interval."""
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------
@@ -77,39 +67,9 @@ def pieces_name(rank: int, world_size: int) -> str:
     return f"pieces-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def joined(key: str, values: Sequence[Tensor]) -> Tensor:
-    """Return the values of one kind as one flat tensor on the CPU, a copy."""
-    flat = [value.detach().reshape(-1).cpu() for value in values]
-    return torch.cat(flat) if flat else torch.zeros(0, dtype=torch.float32)
-
-
-def flat_tensors(
-    groups: Mapping[str, Group],
-    names: Mapping[str, Sequence[str]],
-    extras: Mapping[str, Tensor],
-    join: Callable[[str, Sequence[Tensor]], Tensor] = joined,
-) -> dict[str, Tensor]:
-    """Return copies of what one rank's file holds: name in the file → tensor on the CPU.
-
-    Args:
-        groups: group → this rank's intervals and values.
-        names: group → the names of its tensors, the same list on every rank.
-        extras: further small tensors of this rank, such as the states of its random number generators.
-        join: what makes one flat copy, (elements,) on the CPU, of the values of a name in the file.
-    """
-    tensors = {f"extra.{key}": value.detach().cpu().contiguous().clone() for key, value in extras.items()}
-    for name, group in groups.items():
-        index = {tensor: number for number, tensor in enumerate(names[name])}
-        rows = [(index[tensor], start, length) for tensor, start, length in group.intervals]
-        tensors[f"{name}.{_TABLE}"] = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
-        for kind, values in group.values.items():
-            tensors[f"{name}.{kind}"] = join(f"{name}.{kind}", values)
-    return tensors
-
-
 def kinds_in(keys: Iterable[str], group: str) -> set[str]:
     """Return the kinds of a group among the names in a file."""
-    return {key[len(group) + 1 :] for key in keys if key.startswith(f"{group}.")} - {_TABLE}
+    return {key[len(group) + 1 :] for key in keys if key.startswith(f"{group}.")} - {TABLE}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -394,7 +354,7 @@ class Checkpoint:
         return sorted(found)
 
     def _table(self, group: str, file: str) -> Tensor:
-        opened, key = self._open(file), f"{group}.{_TABLE}"
+        opened, key = self._open(file), f"{group}.{TABLE}"
         table = opened.keys.get(key)
         if table is None or table.dtype != "I64" or len(table.shape) != 2 or table.shape[1] != 3:
             raise CheckpointError(f"{self.directory / file} has no table '{key}'; take another checkpoint.")

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from adalora_scale.checkpoint.format import Group, flat_tensors, joined
+from adalora_scale.checkpoint.flat import Group, flat_tensors, joined
 
 
 class Staging:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from adalora_scale.adalora.compaction import columns
 from adalora_scale.adalora.scores import score_named
-from adalora_scale.checkpoint.format import Checkpoint, CheckpointError, Group
+from adalora_scale.checkpoint.flat import Group
+from adalora_scale.checkpoint.format import Checkpoint, CheckpointError
 from adalora_scale.checkpoint.layout import Runs, Totals, runs_of, usual_alone
 from adalora_scale.controller import RankAllocator
 from adalora_scale.engines import Piece, PieceState, Sharding, adapter_tensors, whole_shape

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from adalora_scale.checkpoint import format as files
 from adalora_scale.checkpoint.draft import Draft
+from adalora_scale.checkpoint.flat import flat_tensors
 from adalora_scale.checkpoint.format import CheckpointError
 from adalora_scale.checkpoint.state import Gathered
 from adalora_scale.engines.ranks import everywhere, on_all_ranks, rank_and_size
@@ -56,7 +57,7 @@ def write_checkpoint(
     with discarded_when_failed(draft):
         open_folder(draft)
         everyone = agree(
-            lambda: draft.write_own(files.flat_tensors(gathered.groups, draft.names, extras)),
+            lambda: draft.write_own(flat_tensors(gathered.groups, draft.names, extras)),
             draft.own,
         )
         agree((lambda: draft.finish(everyone)) if draft.rank == 0 else None, draft.final)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from adalora_scale.checkpoint import format as files
-from adalora_scale.checkpoint.format import Checkpoint, CheckpointError, Group
+from adalora_scale.checkpoint.flat import Group, flat_tensors
+from adalora_scale.checkpoint.format import Checkpoint, CheckpointError
 
 SHAPES = {"q.lora_A": (10, 3), "q.lora_E": (3,), "q.lora_B": (7, 3)}
 WHOLE = {
@@ -43,9 +44,7 @@ def write(directory, cuts=(17, 40), step=5, **changes):
         name = files.pieces_name(rank, len(pieces))
         extras = {"rng": torch.tensor([rank], dtype=torch.uint8)}
         group = {"adapter": Group(intervals, values)}
-        entries[name] = files.write_tensors(
-            directory / name, files.flat_tensors(group, {"adapter": list(SHAPES)}, extras)
-        )
+        entries[name] = files.write_tensors(directory / name, flat_tensors(group, {"adapter": list(SHAPES)}, extras))
     (directory / "trainer_state.json").write_text('{"global_step": 5}\n')
     entries["trainer_state.json"] = files.file_entry(directory / "trainer_state.json")
     content = {"step": step, "world_size": len(pieces), "files": entries, "tensors": {"adapter": SHAPES}}

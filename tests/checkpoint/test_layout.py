@@ -8,7 +8,8 @@ import torch
 
 from adalora_scale.checkpoint import finding
 from adalora_scale.checkpoint import format as files
-from adalora_scale.checkpoint.format import Checkpoint, CheckpointError, Group
+from adalora_scale.checkpoint.flat import Group, flat_tensors
+from adalora_scale.checkpoint.format import Checkpoint, CheckpointError
 from adalora_scale.checkpoint.layout import piece_of, ranks_with
 
 SHAPES = {"q.lora_A": (47, 4), "q.lora_E": (4,), "q.lora_B": (64, 4)}
@@ -48,7 +49,7 @@ def write(directory, runs, ranks, changes=None):
         intervals = [(name, *piece) for name, piece in pieces.items() if piece]
         group = Group(intervals, {"weight": [WHOLE[n][s : s + length] for n, s, length in intervals]})
         name = files.pieces_name(rank, ranks)
-        tensors = files.flat_tensors({"adapter": group}, {"adapter": list(SHAPES)}, {"rng": torch.tensor([rank])})
+        tensors = flat_tensors({"adapter": group}, {"adapter": list(SHAPES)}, {"rng": torch.tensor([rank])})
         entries[name] = files.write_tensors(directory / name, tensors)
     told = {"runs": {"adapter": runs}, "kinds": {"adapter": ["weight"]}}
     content = {"step": 5, "world_size": ranks, "files": entries, "tensors": {"adapter": SHAPES}}

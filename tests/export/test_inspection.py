@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from adalora_scale.adalora.injection import adapter_layers, inject_adalora
-from adalora_scale.checkpoint.format import Checkpoint, Group, flat_tensors, pieces_name, write_manifest, write_tensors
+from adalora_scale.checkpoint.flat import Group, flat_tensors
+from adalora_scale.checkpoint.format import Checkpoint, pieces_name, write_manifest, write_tensors
 from adalora_scale.checkpoint.identity import require_same_run
 from adalora_scale.cli import main
 from adalora_scale.errors import UserError

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from adalora_scale.adalora.injection import inject_adalora
-from adalora_scale.checkpoint.format import Group
+from adalora_scale.checkpoint.flat import Group
 from adalora_scale.checkpoint.staging import Staging
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.controller import RankAllocator

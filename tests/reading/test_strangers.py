@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from adalora_scale.checkpoint import format as files
-from adalora_scale.checkpoint.format import Checkpoint, CheckpointError, Group
+from adalora_scale.checkpoint.flat import Group, flat_tensors
+from adalora_scale.checkpoint.format import Checkpoint, CheckpointError
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.continual import check_start
@@ -327,7 +328,7 @@ def test_a_checkpoints_links_and_state_are_checked(tmp_path):
     entry = {"trainer_state.json": files.file_entry(folder / "trainer_state.json")}
     group = {"adapter": Group([("w", 0, 6)], {"weight": [torch.ones(6)]})}
     piece = files.pieces_name(0, 1)
-    entry[piece] = files.write_tensors(folder / piece, files.flat_tensors(group, {"adapter": ["w"]}, {}))
+    entry[piece] = files.write_tensors(folder / piece, flat_tensors(group, {"adapter": ["w"]}, {}))
     files.write_manifest(folder, {"step": 1, "world_size": 1, "files": entry, "tensors": {"adapter": {"w": [6]}}})
     with pytest.raises(CheckpointError, match=r"trainer_state\.json.*deeply"):
         Checkpoint(folder).verify()
