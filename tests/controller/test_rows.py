@@ -208,7 +208,8 @@ def test_bounded_memory_at_many_ranks():
 def test_temporaries_do_not_grow_with_split_rows():
     """1,000 ranks split a million rows of a 70 B model at r = 64: 278 MB, of which two more copies were made."""
     factors, r = 3, 64
-    rows = SplitRows([torch.arange(1, 40_000) * 65] * factors, [], r, CPU)
+    tensors = [AdapterTensor(n, f"m{n}", "lora_A", 41_000, r, 1, n, n * r) for n in range(factors)]
+    rows = SplitRows([torch.arange(1, 40_000) * 65] * factors, tensors, [], r, CPU)
     split, grams = integers(rows.slots, r, seed=0), torch.zeros(factors, r, r)
     largest = 0
 
