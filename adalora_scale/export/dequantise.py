@@ -16,6 +16,7 @@ from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.base_checkpoint import BaseCheckpoint
 from adalora_scale.export.tensor_files import DTYPE_NAMES, DTYPES
 from adalora_scale.quantization import functional
+from adalora_scale.quantization.experts import ExpertLinear4bit
 from adalora_scale.quantization.fill import fill
 from adalora_scale.quantization.linear import Linear4bit, is_quantizable
 from adalora_scale.quantization.materialize import materialize
@@ -29,6 +30,7 @@ from adalora_scale.quantization.prequantized import (
     stored_spec,
 )
 from adalora_scale.quantization.spec import QuantSpec
+from adalora_scale.reading.json_text import shown
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,18 @@ class Dequantised:
 
 
 def quantised_base(model: nn.Module) -> dict[str, Any] | None:
-    """Return what an adapter records of a 4-bit base: options, and which linear layers are not quantised."""
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    """Return what an adapter records of a 4-bit base: options, and which linear layers are not quantised.
+
+    `experts`, where there are some in 4 bits, names a tensor of them.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit | ExpertLinear4bit)]
     if not layers:
         return None
     spec = layers[0].spec
     dtype = getattr(getattr(model, "config", None), "dtype", None)
-    return {
+    experts = (name for name, module in model.named_modules() if isinstance(module, ExpertLinear4bit))
+    named = {"experts": first.replace(".base_layer", "")} if (first := next(experts, None)) else {}
+    return named | {
         "quant_type": spec.quant_type,
         "blocksize": spec.blocksize,
         "double_quant": spec.double_quant,
@@ -87,6 +94,11 @@ def dequantised_weights(adapter: AdapterFile, base: BaseCheckpoint) -> Dequantis
         raise UserError(
             f"--dequantise: {base.directory} is not in 4 bits, and the adapter in {adapter.directory} does not say "
             f"that it was trained on a 4-bit base; leave it out."
+        )
+    if "experts" in record:
+        raise Unsupported(
+            f"--dequantise: training had the experts of {shown(str(record['experts']))} in 4 bits, whose values it "
+            f"does not reach; leave it out, which merges into the original weights."
         )
     return _requantised(record, base, adapter.saved)
 
@@ -157,7 +169,8 @@ def _requantised(record: dict[str, Any], base: BaseCheckpoint, heads: list[str])
             double_quant=record["double_quant"],
             compute_dtype=torch.float32,
         )
-        kept = [str(name) for name in record["kept"]]
+        layers = {name for name, _ in base.model.named_modules()}
+        kept = [str(name) for name in record["kept"] if name in layers]  # a base's experts are no layers
         name = record["weight_dtype"]
         if name is not None and not isinstance(name, str):
             raise TypeError(name)

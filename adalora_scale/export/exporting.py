@@ -254,7 +254,8 @@ def _merge(
             "the adapter is on one side of the tie between output head and embedding, so they are no longer tied"
         )
     if quantised is None and (trained := adapter.record.get("quantisation")):
+        way_out = "" if "experts" in trained else " (--dequantise keeps it)"
         report["notes"].append(
             f"the adapter was trained on the {trained.get('quant_type')} values of its base; these are the original "
-            f"ones, so the result differs from training by the quantisation error (--dequantise keeps it)"
+            f"ones, so the result differs from training by the quantisation error{way_out}"
         )

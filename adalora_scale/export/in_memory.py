@@ -205,7 +205,7 @@ def _refuse_4bit(layers: dict[str, AdaLoraLayer]) -> None:
         raise Unsupported(
             f"merge_adapters: the base weight of '{name}' is in 4 bits, which a sum does not fit; load the adapter "
             f"onto the 16-bit base, or use `adalora-scale export --format merged`, with --dequantise for the 4-bit "
-            f"values."
+            f"values (not of experts)."
         )
 
 
