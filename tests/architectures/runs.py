@@ -227,13 +227,23 @@ def _quantised(model: nn.Module, run: Path) -> nn.Module:
     for name in json.loads((run / "run.json").read_text())["ranks"]:
         if kept.intersection(name.split(".")):
             continue  # T5's `wo`
-        module = model.get_submodule(name)
-        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        weight = _weight(model, name)
         # One block a row: the CPU kernel of bitsandbytes 0.50 takes a wrong scale where rows are narrower.
         packed, state = quantize_4bit(weight.reshape(-1, 64), blocksize=64, compress_statistics=True, quant_type="nf4")
-        rounded = dequantize_4bit(packed, state).view_as(weight)
-        module.weight.copy_(rounded.T if isinstance(module, Conv1D) else rounded)
+        weight.copy_(dequantize_4bit(packed, state).view_as(weight))
     return model
+
+
+def _weight(model: nn.Module, name: str) -> torch.Tensor:
+    """Return a view of a matrix's weight, (out, in): a layer's, or that of expert 5 for `….experts.5.down_proj`."""
+    parent, _, leaf = name.rpartition(".")
+    owner, _, number = parent.rpartition(".")
+    if number.isdigit() and isinstance(stack := getattr(model.get_submodule(owner), leaf, None), nn.Parameter):
+        experts = model.get_submodule(owner)
+        weight = stack.data[int(number)]
+        return weight.T if getattr(experts, "is_transposed", True) else weight  # Llama 4's have no such attribute
+    module = model.get_submodule(name)
+    return module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
 
 
 def _open(folder: Path, kind: str, **options: Any) -> nn.Module:
