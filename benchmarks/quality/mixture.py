@@ -14,10 +14,9 @@ import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from launch.quickstart.train_base_model import collect_texts, encode, train_tokenizer
+from launch.quickstart.train_base_model import collect_texts, encode, train, train_tokenizer
 
 PLACE = Path("runs") / "mixture"
 """Where the harness looks for it, in the project's folder."""
@@ -51,32 +50,6 @@ def build(tokenizer: PreTrainedTokenizerFast, arguments: argparse.Namespace) -> 
     )
 
 
-def train(model: Qwen3MoeForCausalLM, stream: torch.Tensor, arguments: argparse.Namespace) -> None:
-    """Next-token training as the quickstart's model was, with the balance of the experts in the loss."""
-    length, rows = 128, 16
-    windows = stream[: len(stream) // length * length].view(-1, length)  # (windows, length)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(arguments.seed))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1)
-    warmup = max(1, arguments.steps // 25)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (arguments.steps - step) / (arguments.steps - warmup))
-    )
-    model.train()
-    average = 0.0
-    bar = tqdm(range(arguments.steps), desc="pre-training", mininterval=2)
-    for step in bar:
-        batch = windows[order[torch.arange(step * rows, (step + 1) * rows) % len(order)]]
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        average = loss.item() if step == 0 else 0.98 * average + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{average:.3f}", refresh=False)
-    print(f"{arguments.steps} steps of {rows} x {length} tokens, loss {average:.3f} nats a token")
-
-
 def main() -> int:
     """Collect the text, train the tokenizer and the model, save both."""
     parser = argparse.ArgumentParser(
@@ -88,6 +61,7 @@ def main() -> int:
     parser.add_argument("--experts", type=int, default=16, help="in each of the four layers (default 16)")
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps (default 1500)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the text (default 0)")
+    parser.set_defaults(batch_size=16, sequence_length=128, learning_rate=3e-3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     texts = collect_texts()

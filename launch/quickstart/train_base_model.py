@@ -23,7 +23,7 @@ from pydoc_data import topics
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
@@ -155,7 +155,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
     )
 
 
-def train(model: LlamaForCausalLM, stream: torch.Tensor, arguments: argparse.Namespace) -> None:
+def train(model: PreTrainedModel, stream: torch.Tensor, arguments: argparse.Namespace) -> None:
     """Next-token training: AdamW, a short warm-up, then a straight line to zero."""
     length, rows = arguments.sequence_length, arguments.batch_size
     windows = stream[: len(stream) // length * length].view(-1, length)  # (windows, length)
