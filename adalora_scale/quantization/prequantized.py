@@ -26,6 +26,8 @@ from adalora_scale.quantization.spec import CODES, NESTED_BLOCK, QuantSpec
 from adalora_scale.reading.json_text import parse_json
 from adalora_scale.reading.schemas import QuantState, checked
 
+_SECOND_LEVEL = {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
+
 _STORAGE = {"U8": 1, "I8": 1, "BF16": 2, "F16": 2, "F32": 4}
 """Bytes an element of the dtypes that packed codes are stored in."""
 _MAX_STATE = 65_536
@@ -166,26 +168,11 @@ def stored_form(
         spec, shape: options and (out_features, in_features).
         dtype: name of the dtype it was quantised from, "bfloat16" for example.
     """
-    state: dict[str, Any] = {
-        "quant_type": spec.quant_type,
-        "blocksize": spec.blocksize,
-        "dtype": dtype,
-        "shape": list(shape),
-    }
-    tensors = {
-        weight: packed.reshape(-1, 1),
-        f"{weight}.quant_map": functional.bitsandbytes().get_4bit_type(spec.quant_type, device="cpu"),
-    }
-    if spec.double_quant:
-        second, mean, code = functional.split_nested(nested)
-        tensors[f"{weight}.absmax"] = scales
-        tensors[f"{weight}.nested_absmax"] = second.clone()
-        tensors[f"{weight}.nested_quant_map"] = code.clone()
-        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": mean.item()}
-    else:
-        tensors[f"{weight}.absmax"] = scales.view(torch.float32).view(-1)
-    tensors[f"{weight}.quant_state.bitsandbytes__{spec.quant_type}"] = _as_tensor(state)
-    return tensors
+    if not spec.double_quant:
+        return _form(weight, packed, spec, shape, dtype, {"absmax": scales.view(torch.float32).view(-1)}, {})
+    second, mean, code = functional.split_nested(nested)
+    levels = {"absmax": scales, "nested_absmax": second.clone(), "nested_quant_map": code.clone()}
+    return _form(weight, packed, spec, shape, dtype, levels, _SECOND_LEVEL | {"nested_offset": mean.item()})
 
 
 def stored_experts_form(
@@ -198,27 +185,35 @@ def stored_experts_form(
     dtype: str,
 ) -> dict[str, Tensor]:
     """Do what `stored_form` does, of a tensor over experts; `levels` as `ExpertLinear4bit.nested`."""
-    state: dict[str, Any] = {
-        "quant_type": spec.quant_type,
-        "blocksize": spec.blocksize,
-        "dtype": dtype,
-        "shape": list(shape),
+    if levels is None:
+        return _form(weight, packed, spec, shape, dtype, {"absmax": scales.view(torch.float32).view(-1)}, {})
+    values = levels.view(torch.float32)
+    of_experts = {
+        "absmax": scales,
+        "nested_absmax": values[:, :-1].contiguous(),
+        "nested_offset": values[:, -1].contiguous(),
+        "nested_quant_map": functional.nested_code(torch.device("cpu")).clone(),
     }
+    return _form(weight, packed, spec, shape, dtype, of_experts, _SECOND_LEVEL)
+
+
+def _form(
+    weight: str,
+    packed: Tensor,
+    spec: QuantSpec,
+    shape: tuple[int, ...],
+    dtype: str,
+    scales: dict[str, Tensor],
+    more: dict[str, Any],
+) -> dict[str, Tensor]:
+    """Return a 4-bit weight's tensors by name, given those of its scales by the parts' names."""
+    state = {"quant_type": spec.quant_type, "blocksize": spec.blocksize, "dtype": dtype, "shape": list(shape)} | more
     tensors = {
         weight: packed.reshape(-1, 1),
         f"{weight}.quant_map": functional.bitsandbytes().get_4bit_type(spec.quant_type, device="cpu"),
     }
-    if levels is not None:
-        values = levels.view(torch.float32)
-        tensors[f"{weight}.absmax"] = scales
-        tensors[f"{weight}.nested_absmax"] = values[:, :-1].contiguous()
-        tensors[f"{weight}.nested_offset"] = values[:, -1].contiguous()
-        tensors[f"{weight}.nested_quant_map"] = functional.nested_code(torch.device("cpu")).clone()
-        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32"}
-    else:
-        tensors[f"{weight}.absmax"] = scales.view(torch.float32).view(-1)
-    tensors[f"{weight}.quant_state.bitsandbytes__{spec.quant_type}"] = _as_tensor(state)
-    return tensors
+    tensors |= {f"{weight}.{part}": value for part, value in scales.items()}
+    return tensors | {f"{weight}.quant_state.bitsandbytes__{spec.quant_type}": _as_tensor(state)}
 
 
 def _as_tensor(state: dict[str, Any]) -> Tensor:
