@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
-from adalora_scale.adalora.adaptables import is_linear, sides
+from adalora_scale.adalora.adaptables import adaptable_or_none, is_linear, sides
 from adalora_scale.adalora.routers import routers
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import Unsupported, UserError, nearest
 from adalora_scale.experts.linear import ExpertLinear
-from adalora_scale.experts.modules import why_not_split
+from adalora_scale.experts.modules import is_experts, why_not_split
 from adalora_scale.quantization.called import computes_linear, weights_read
 
 ALL_LINEAR = "all-linear"
@@ -53,7 +53,13 @@ def find_targets(model: nn.Module, config: AdaLoraConfig) -> list[str]:
     if not targets:
         raise UserError("adalora.target_modules selects no module after adalora.exclude_modules was applied.")
     read = weights_read(model) if config.target_modules != ALL_LINEAR else {}
+    chosen = routers(model) if config.target_modules != ALL_LINEAR else set()
     for name in targets:
+        if name in chosen and adaptable_or_none(model.get_submodule(name)) is None:
+            raise Unsupported(
+                f"cannot adapt '{name}': a {type(model.get_submodule(name)).__name__} chooses experts by a weight that "
+                f"it multiplies itself. Leave it frozen, or train it in full: adalora.modules_to_save."
+            )
         sides(model.get_submodule(name))
         if name in read and (is_linear(model.get_submodule(name)) or not read[name].also_called):
             raise Unsupported(
@@ -192,7 +198,8 @@ def expert_tensors(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             shape = whole_shape(parameter)
-            if len(shape) >= 3 and shape[0] > 1 and not _NO_MATRICES.search(parameter_name):
+            several = shape[0] > 1 or is_experts(module)  # a mixture of one cannot be split, but is a weight
+            if len(shape) >= 3 and several and not _NO_MATRICES.search(parameter_name):
                 yield name, parameter_name, parameter
 
 

@@ -10,7 +10,7 @@ Source: transformers/integrations/moe.py, use_experts_implementation and grouped
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,7 @@ def join_all_experts(model: nn.Module) -> None:
             setattr(module, leaf, layer.weight)
             if layer.bias is not None:
                 setattr(module, f"{leaf}_bias", layer.bias)
-        module.__class__ = type(module).__mro__[2]
+        module.__class__ = module.original  # type: ignore[assignment]
 
 
 def why_not_split(module: nn.Module) -> str | None:
@@ -96,6 +96,8 @@ def why_not_split(module: nn.Module) -> str | None:
         )
     if getattr(module, "_is_expert_parallel", False):
         return "they are spread over ranks by expert parallelism; load the model without ep_size and an expert plan"
+    if any(_shape(getattr(module, leaf))[0] == 1 for leaf in projections(module)):
+        return "it has one expert alone"
     stored = {getattr(module, leaf).dtype for leaf in projections(module)} - _COMPUTED_IN
     if stored:
         kinds = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in stored))
@@ -109,7 +111,13 @@ def why_not_split(module: nn.Module) -> str | None:
 
 @functools.cache
 def _split_kind(mixin: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Split{kind.__name__}", (mixin, kind), {"__module__": kind.__module__})
+    return type(f"Split{kind.__name__}", (mixin, kind), {"__module__": kind.__module__, "original": kind})
+
+
+def _unpickled(kind: type[nn.Module]) -> nn.Module:
+    """Return an instance without attributes, which pickle sets: no module has the class by its name."""
+    split = _split_kind(Repeated if _BY_NAME.get(kind.__name__) is Repeated else Routed, kind)  # type: ignore[arg-type]
+    return split.__new__(split)
 
 
 def lies_input_first(module: nn.Module) -> bool:
@@ -121,7 +129,30 @@ def _implementation(module: nn.Module) -> str | None:
     return getattr(getattr(module, "config", None), "_experts_implementation", None)
 
 
-class Routed(nn.Module):
+class _Split(nn.Module):
+    """What both kinds of split modules share."""
+
+    original: ClassVar[type[nn.Module]]
+    """transformers' class."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _unpickled, (self.original,), self.__dict__
+
+    def _loops(self) -> bool:
+        """Return whether experts are to be computed one by one.
+
+        Raises:
+            Unsupported: the model was switched to an implementation that a split module has no part in.
+        """
+        asked = _implementation(self)
+        if asked not in (None, LOOP, KERNEL):
+            raise Unsupported(
+                f"experts_implementation={asked} would leave adapters on experts out; set it to {KERNEL} or {LOOP}."
+            )
+        return asked == LOOP
+
+
+class Routed(_Split):
     """Forward of experts that are given each token's experts and their weights."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -134,7 +165,7 @@ class Routed(nn.Module):
         """
         me = cast(Any, self)
         k = top_k_index.shape[-1]
-        groups, order = by_expert(top_k_index, me.num_experts, loop=_implementation(me) == LOOP)
+        groups, order = by_expert(top_k_index, me.num_experts, loop=self._loops())
         x = hidden_states.index_select(0, order // k)
         x = (
             me._apply_gate(me.gate_up_proj(x, groups))
@@ -146,10 +177,10 @@ class Routed(nn.Module):
             y = me.post_expert_norm(y)
         y = y * top_k_weights.reshape(-1).index_select(0, order).unsqueeze(-1)
         y = torch.empty_like(y).index_copy(0, order, y)  # back to the order of tokens: a sum that repeats bit for bit
-        return y.view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
+        return y.view(*top_k_index.shape, y.shape[-1]).sum(1).to(hidden_states.dtype)
 
 
-class Repeated(nn.Module):
+class Repeated(_Split):
     """Forward of experts that are all given every token, one expert's rows after another's (Llama 4)."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -37,11 +37,6 @@ def grouped_product(x: Tensor, weight: Tensor, groups: Groups, *, turned: bool =
     return _product(x, weight, groups.ends, groups.loop, turned)
 
 
-def looped_product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-    """Do what `grouped_product` does, expert by expert, in plain operations: the reference."""
-    return torch.cat([x[rows] @ weight[number] for number, rows in enumerate(_slices(groups.ends))])
-
-
 @torch.library.custom_op("adalora_scale::grouped_product", mutates_args=())
 def _product(x: Tensor, weight: Tensor, ends: Tensor, loop: bool, turned: bool) -> Tensor:
     """Return (S, out) for x (S, in), weight (experts, in, out), or turned, and ends (experts,) int32."""
@@ -61,7 +56,7 @@ def _outer(x: Tensor, dy: Tensor, ends: Tensor, loop: bool) -> Tensor:
     with torch.autocast(x.device.type, enabled=False):
         if _is_fast(x, loop):
             product = F.grouped_mm(_aligned(x, 1).mT, _aligned(dy, 1), offs=ends)
-            return product[:, : x.shape[1], : dy.shape[1]]
+            return product[:, : x.shape[1], : dy.shape[1]].contiguous()
         dw = x.new_empty(ends.shape[0], x.shape[1], dy.shape[1])
         for number, rows in enumerate(_slices(ends)):
             torch.mm(x[rows].mT, dy[rows], out=dw[number])
@@ -113,7 +108,7 @@ def _rows_by_matrices(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     turned = weight.stride(-1) != 1  # a transposed view: pad where it is contiguous
     padded = _padded(_aligned(weight.mT if turned else weight, 2), 1)
     padded = padded.mT if turned else padded
-    return F.grouped_mm(_aligned(x, 1), padded, offs=ends)[:, : weight.shape[2]]
+    return F.grouped_mm(_aligned(x, 1), padded, offs=ends)[:, : weight.shape[2]].contiguous()
 
 
 def _aligned(tensor: Tensor, side: int) -> Tensor:

@@ -78,8 +78,11 @@ def expert_place(model: nn.Module, matrix: str) -> ExpertPlace | None:
         return None
     parameter, number = found
     parent, _, leaf = parameter.rpartition(".")
-    module = dict(model.named_modules()).get(parent)
-    if module is None or not is_experts(module) or leaf not in projections(module):
+    try:
+        module = model.get_submodule(parent)
+    except AttributeError:
+        return None
+    if not is_experts(module) or leaf not in projections(module):
         return None
     experts, first, second = getattr(module, leaf).shape
     if number >= experts:

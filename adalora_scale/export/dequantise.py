@@ -112,6 +112,8 @@ def refuse_quantised(base: BaseCheckpoint) -> None:
     """
     if base.quantization is None:
         return
+    if (experts := experts_in_4_bits(base)) is not None:
+        raise Unsupported(f"{base.directory} holds experts in 4 bits ('{experts}'); pass the 16-bit model to --base.")
     if base.quantization.get("load_in_4bit") or base.quantization.get("_load_in_4bit"):
         raise UserError(
             f"{base.directory} is stored in 4 bits; pass --dequantise to merge into its dequantised values, or the "
@@ -119,6 +121,14 @@ def refuse_quantised(base: BaseCheckpoint) -> None:
         )
     method = base.quantization.get("quant_method", "unknown")
     raise Unsupported(f"{base.directory} is quantised with '{method}'; pass the original 16-bit model to --base.")
+
+
+def experts_in_4_bits(base: BaseCheckpoint) -> str | None:
+    """Return the name of a tensor of experts that a checkpoint stores in 4 bits, which transformers does not load."""
+    if base.quantization is None:
+        return None
+    stored = match_names(base.model, base.checkpoint.tensors).states
+    return next((name for name in stored if len(base.parameters.get(name, ())) == 3), None)
 
 
 def _prequantised(base: BaseCheckpoint, heads: list[str]) -> Dequantised:

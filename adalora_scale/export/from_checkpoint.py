@@ -70,7 +70,13 @@ def write_adapter(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the checkpoint's adapter in PEFT's format; after the final allocation only the kept triplets."""
     position, options = _part(checkpoint, "allocator"), adalora_options(checkpoint)
     tensors: dict[str, Tensor] = {}
-    kept = masks(checkpoint)
+    # Adapters that were built at their pruned ranks are not there where no triplet is left.
+    held = checkpoint.shapes("adapter")
+    kept = {
+        module: mask
+        for module, mask in masks(checkpoint).items()
+        if any(mask) or not position["frozen"] or f"{module}.{FACTORS[0]}" in held
+    }
     forms: dict[str, Any] = checkpoint.manifest.get("forms", {})
     for module, mask in kept.items():
         a, e, b = (_whole(checkpoint, "adapter", f"{module}.{factor}") for factor in FACTORS)

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from adalora_scale.adalora.matrices import matrix_names
+from adalora_scale.adalora.matrices import matrix_names, rows_of
 from adalora_scale.checkpoint.format import MANIFEST_NAME, Checkpoint, checkpoints
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import CONFIG_NAME, AdapterFile
@@ -54,9 +54,8 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     shapes, others = checkpoint.shapes("adapter"), checkpoint.shapes("other")
     for module, mask in masks(checkpoint).items():
         matrices = max(len(mask) // options.init_r, 1)
-        each = len(mask) // matrices
-        for number, name in enumerate(matrix_names(module, matrices)):
-            ranks[name] = sum(mask[number * each : (number + 1) * each])
+        for name, row in zip(matrix_names(module, matrices), rows_of(mask, matrices), strict=True):
+            ranks[name] = sum(row)
             # Adapters that were built at their pruned ranks are not there where no triplet is left.
             if ranks[name]:
                 sides[name] = (shapes[f"{module}.lora_A"][0] + shapes[f"{module}.lora_B"][0]) // matrices + 1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adalora_scale.errors import Unsupported
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.base_checkpoint import BaseCheckpoint
-from adalora_scale.export.dequantise import Dequantised
+from adalora_scale.export.dequantise import Dequantised, experts_in_4_bits
 from adalora_scale.export.fidelity import (
     Fidelity,
     available_memory,
@@ -49,6 +49,8 @@ def why_not_measured(request: Request, adapter: AdapterFile, base: BaseCheckpoin
         return "PEFT is not installed"
     if request.uniform and adapter.stacks and base.expert_tensors():
         return "the form is a LoRA an expert, which servers open and PEFT does not"
+    if experts_in_4_bits(base) is not None:
+        return "the base holds experts in 4 bits, which transformers does not load; name the 16-bit one with --base"
     inputs = getattr(base.model, "main_input_name", "input_ids")
     if inputs != "input_ids":
         return f"the model takes {inputs}, the samples are text"

@@ -74,6 +74,9 @@ class CausalLM(Task):
         return {"loss": False, "mean_token_accuracy": True, "entropy": False}
 
     def prepare_trace(self, model: nn.Module, *, whole_logits: bool) -> None:
+        config: Any = model.config
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False  # the loss of routers takes no mask of four dimensions; it is small
         if not whole_logits:
             from trl.trainer.utils import add_fused_lm_head
 

@@ -98,3 +98,9 @@ def test_qwen3_30b_a3b_has_the_published_number_of_active_parameters():
     assert isinstance(embedding, nn.Embedding) and embedding.weight.dtype == torch.bfloat16
     active = (flops.forward - adapters) / 2 + embedding.weight.numel()
     assert active == pytest.approx(3.3e9, rel=0.02)
+
+
+def test_a_mixture_whose_loss_has_the_routers_is_planned(asked):
+    """Their loss takes no mask of four dimensions, which the plan's batch has."""
+    request = asked("data.packing=true", output_router_logits=True)
+    assert trace_step(request, sequences=2, checkpointing=False, autocast=True) is not None

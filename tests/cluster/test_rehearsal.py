@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 
 from adalora_scale import cli
 from adalora_scale.cluster.rehearsal.counted import Counted
+from tests.experts.models import EXPERTS
+from tests.experts.models import tiny as mixture
 
 CONFIG = ["--config", "configs/recipes/quickstart.yaml"]
 
@@ -53,6 +56,16 @@ def test_zero_by_its_rules(stage, answer):
     step = found["ranks"]["3"]["step"]
     assert (step["collectives"], step["reads"], step["bytes"]) == (1, 1, 8)
     assert max(resumed["files"] for resumed in found["resumes"]) <= 6
+
+
+@pytest.mark.parametrize("engine", [["engine.name=fsdp2"], ["--deepspeed", "configs/deepspeed/zero3.json"]])
+def test_a_mixture_is_cut_by_its_experts_tensors(engine, tmp_path, capsys):
+    """Else the rule of the rehearsal and the engine's own pieces differ wherever a tensor holds several matrices."""
+    mixture("qwen3_moe", dtype=torch.float32).save_pretrained(tmp_path / "base")
+    words = ["--gpus", "4", "--rank", "1", "--no-growth", f"model.model_name_or_path={tmp_path}/base", *engine]
+    assert cli.main(["rehearse", *CONFIG, "--json", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["matrices"] == 2 * (4 + 2 * EXPERTS)
 
 
 def test_what_grows_is_said(stories260k, capsys):

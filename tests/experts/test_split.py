@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
-from adalora_scale.experts.groups import by_expert
+from adalora_scale.adalora.injection import inject_adalora
+from adalora_scale.config import AdaLoraConfig
+from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.experts.groups import Groups, by_expert
 from adalora_scale.experts.linear import ExpertLinear
-from adalora_scale.experts.modules import is_experts, projections, split_experts
-from adalora_scale.experts.products import grouped_product, looped_product
+from adalora_scale.experts.modules import (
+    is_experts,
+    join_all_experts,
+    projections,
+    split_all_experts,
+    split_experts,
+)
+from adalora_scale.experts.products import grouped_product
 from tests.experts.models import KINDS, VOCABULARY, experts_of, tiny
 
 
@@ -47,6 +59,11 @@ def test_split_experts_of_no_gate_in_double_precision() -> None:
     torch.testing.assert_close(module(x, index, weights), expected, rtol=1e-12, atol=1e-12)
 
 
+def looped_product(x: torch.Tensor, weight: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Row by row, the plain way."""
+    return torch.stack([row @ weight[expert] for row, expert in zip(x, groups.expert_of_row.tolist(), strict=True)])
+
+
 @pytest.mark.parametrize(("inside", "outside"), [(16, 24), (16, 6), (5, 3), (1, 1)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_one_product_for_all_experts_is_a_product_for_each(inside: int, outside: int, transposed: bool) -> None:
@@ -81,3 +98,56 @@ def test_no_row_at_all() -> None:
     y.sum().backward()
     assert weight.grad is not None
     assert not weight.grad.any()
+
+
+@pytest.mark.parametrize(("dtype", "r"), [(torch.float32, 3), (torch.bfloat16, 12), (torch.float64, 3)])
+def test_the_operator_gives_what_it_promises_a_compiler(dtype: torch.dtype, r: int) -> None:
+    """Else compiled code reads a padded result by the strides of one that is not: pruned ranks are seldom aligned."""
+    groups, _ = by_expert(torch.tensor([[0, 3], [3, 1]]), 5)
+    x = torch.randn(4, 16, dtype=dtype, requires_grad=True)
+    weight = torch.randn(5, 16, r, dtype=dtype, requires_grad=True)
+    for turned, right in ((False, weight), (True, weight.detach().mT.contiguous().requires_grad_())):
+        arguments = (x, right, groups.ends, False, turned)
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(torch.ops.adalora_scale.grouped_product.default, arguments, test_utils=tests)
+        assert torch.ops.adalora_scale.grouped_product(*arguments).is_contiguous()
+    dy = torch.randn(4, r, dtype=dtype)
+    assert torch.ops.adalora_scale.grouped_outer(x.detach(), dy, groups.ends, False).is_contiguous()
+
+
+def test_no_token_at_all() -> None:
+    module = next(iter(experts_of(tiny("mixtral"), is_experts).values()))
+    split_experts(module)
+    nothing = torch.empty(0, 2, dtype=torch.float64)
+    assert module(torch.empty(0, 16, dtype=torch.float64), nothing.long(), nothing).shape == (0, 16)
+
+
+def test_a_split_model_is_pickled_and_copied() -> None:
+    model = tiny("gpt_oss")
+    split_all_experts(model)
+    ids = torch.arange(3, 9)[None]
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(other(ids).logits, model(ids).logits)
+        join_all_experts(other)
+        assert {type(m) for m in other.modules()} == {type(m) for m in tiny("gpt_oss").modules()}
+
+
+def test_a_mixture_of_one_is_refused_by_name() -> None:
+    """Its matrix would have the layer's own name, which no checkpoint has."""
+    model = tiny("mixtral", num_local_experts=1, num_experts_per_tok=1)
+    with pytest.raises(UserError, match=r"gate_up_proj.*one expert alone"):
+        inject_adalora(model, AdaLoraConfig(init_r=2, target_r=1))
+
+
+def test_a_router_is_named_with_the_way_out() -> None:
+    with pytest.raises(Unsupported, match="modules_to_save"):
+        inject_adalora(tiny("qwen3_moe"), AdaLoraConfig(target_modules=["gate"], init_r=2, target_r=1))
+
+
+def test_an_implementation_chosen_later_is_refused() -> None:
+    """Else it is ignored, or adapters are."""
+    model = tiny("mixtral")
+    split_all_experts(model)
+    model.set_experts_implementation("batched_mm")
+    with pytest.raises(Unsupported, match="batched_mm"):
+        model(torch.arange(3, 9)[None])

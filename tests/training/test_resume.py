@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from adalora_scale.checkpoint.format import Checkpoint, CheckpointError, checkpoints
 from adalora_scale.errors import INTERRUPTED_EXIT_CODE, Interrupted, UserError
+from adalora_scale.export.exporting import export_adapter
+from adalora_scale.export.request import Request
 from adalora_scale.training.run import make_trainer, prepare, train
 from tests.conftest import ROOT
 from tests.training.short_run import STEPS, assert_same, config, records
@@ -114,7 +116,13 @@ def test_pruned_ranks_continue_bit_for_bit_too(smooth, tmp_path):
         config(third, SMOOTH, f"training.resume_from_checkpoint={first}/checkpoint-13", "training.resume_compact=false")
     )
     assert distances(third, smooth)[1] <= 5e-5
-    assert Checkpoint(second / f"checkpoint-{STEPS}").manifest["compact"]
+    last = second / f"checkpoint-{STEPS}"
+    assert Checkpoint(last).manifest["compact"]
+    folders = [tmp_path / name for name in ("of-run", "of-checkpoint")]
+    for adapter, folder in zip((second, last), folders, strict=True):  # which has nothing of a module of rank 0
+        export_adapter(Request(adapter=adapter, output=folder, format="merged", fidelity=False))
+    weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    assert weights[0] == weights[1]
     assert not Checkpoint(third / f"checkpoint-{STEPS}").manifest["compact"]
 
 

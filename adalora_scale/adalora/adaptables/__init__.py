@@ -23,6 +23,7 @@ __all__ = [
     "Adaptable",
     "FileForm",
     "adaptable_of",
+    "adaptable_or_none",
     "block",
     "is_linear",
     "module_of_factor",
@@ -58,7 +59,7 @@ def adaptable_of(module: nn.Module) -> Adaptable[Any]:
     Raises:
         Unsupported: nothing does.
     """
-    if (found := _found(module)) is not None:
+    if (found := adaptable_or_none(module)) is not None:
         return found
     *known, last = (kind.__name__ for adaptable in ADAPTABLES for kind in adaptable.types)
     raise Unsupported(
@@ -78,9 +79,10 @@ def sides(module: nn.Module) -> tuple[int, int]:
 
 def is_linear(module: nn.Module) -> bool:
     """Return whether a module is one of those that `all-linear` means."""
-    found = _found(module)
+    found = adaptable_or_none(module)
     return found is not None and found.linear
 
 
-def _found(module: nn.Module) -> Adaptable[Any] | None:
+def adaptable_or_none(module: nn.Module) -> Adaptable[Any] | None:
+    """Return what handles a base layer; None where nothing does."""
     return next((adaptable for adaptable in ADAPTABLES if isinstance(module, adaptable.types)), None)

@@ -118,7 +118,7 @@ def rehearse(request: Request, *, growth: bool = True, only: int | None = None) 
             layout = layout_of_rank(rehearsed, request)
             layouts = _other_numbers(layout, rehearsed, request)
             pieces[rank] = written_by(rehearsed)
-            matrices, by_rule = len(rehearsed.allocator.modules), rehearsed.by_rule
+            matrices, by_rule = len(rehearsed.allocator.matrices), rehearsed.by_rule
             if pieces[rank] != layout.written(rank):
                 raise RuntimeError(f"rank {rank} writes other pieces than the engine's rule says; report it.")
             del rehearsed

@@ -74,10 +74,7 @@ def layout_of_rank(rehearsed: Rehearsed, request: Request) -> Layout:
     """Return how the ranks share the adapters, by the engine's rule; a rehearsed rank's own pieces must agree."""
     tensors = {tensor.name: tensor for tensor, _ in adapter_tensors(rehearsed.model)}
     order = [name for name in rehearsed.allocator.sharding.trained() if name in tensors]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in order:
-        tensor = tensors[name]
-        shapes[name] = (tensor.r,) if tensor.factor == "lora_E" else (tensor.rows, tensor.r)
+    shapes = {name: tensors[name].shape for name in order}
     return layout_of(shapes, own_engine(request), request.gpus, rehearsed)
 
 
