@@ -28,7 +28,10 @@ def leave_process_group() -> None:
     """
     if not dist.is_available():
         return
-    gc.collect()  # sharded models in reference cycles hold groups, too
+    # Sharded models in reference cycles hold groups, too. A group that is freed here waits for its threads with the
+    # interpreter's lock in hand: none of them may still want it to drop a tensor.
+    _let_gloo_rest()
+    gc.collect()
     if dist.is_initialized():
         dist.destroy_process_group()
     _let_gloo_rest()

@@ -37,13 +37,9 @@ def test_one_architecture_of_each_kind_is_right_or_refused(tmp_path):
     assert not wrong(found), result.stdout
     assert result.returncode == 0, result.stdout + result.stderr
     assert sorted(found) == sorted(OF_EACH_KIND)
-    for name, lacking in {
-        "llama": 0,
-        "bert": 0,
-        "mixtral": 1,
-    }.items():  # experts cannot be put into 4 bits as they load
+    for name in ("llama", "bert", "mixtral"):
         words = [word for word, _ in found[name]["checks"].values()]
-        assert words.count("right") == len(words) - lacking >= 4, found[name]
+        assert words.count("right") == len(words) >= 4, found[name]
 
 
 @pytest.mark.full

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from adalora_scale import RankAllocator
+from adalora_scale.checkpoint import layout
 from adalora_scale.controller import guard
-from adalora_scale.engines import full
+from adalora_scale.engines import full, ranks
 from adalora_scale.engines.fsdp2 import DTensorSharding
 from adalora_scale.engines.pieces import local
 from adalora_scale.engines.replicated import ReplicatedSharding
@@ -210,7 +211,7 @@ def no_backend_for_cpu_tensors() -> Iterator[AfterStep]:
             device = property(lambda self: ACCELERATOR, lambda self, value: None)
             stack.enter_context(mock.patch.object(kind, "_device", device, create=True))
         stack.enter_context(mock.patch.object(ZeroSharding, "replicas", replicas))
-        for module in (guard, full):
+        for module in (guard, full, layout, ranks):
             stack.enter_context(mock.patch.object(module, "collective_device", lambda group=None: ACCELERATOR))
         for name in TENSOR_COLLECTIVES:
             stack.enter_context(mock.patch.object(dist, name, _without_cpu(getattr(dist, name))))
