@@ -198,8 +198,9 @@ def expert_tensors(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
             continue
         for parameter_name, parameter in module.named_parameters(recurse=False):
             shape = whole_shape(parameter)
-            several = shape[0] > 1 or is_experts(module)  # a mixture of one cannot be split, but is a weight
-            if len(shape) >= 3 and several and not _NO_MATRICES.search(parameter_name):
+            if len(shape) < 3 or _NO_MATRICES.search(parameter_name):
+                continue
+            if shape[0] > 1 or is_experts(module):  # a mixture of one cannot be split, but is a weight
                 yield name, parameter_name, parameter
 
 

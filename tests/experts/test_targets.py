@@ -76,7 +76,7 @@ def test_a_router_that_is_named_is_adapted() -> None:
 
 def test_a_router_that_cannot_be_adapted_is_refused_by_its_class() -> None:
     """Mixtral's is a bare parameter that its own forward multiplies by."""
-    with pytest.raises(Unsupported, match=r"MixtralTopKRouter.*exclude_modules"):
+    with pytest.raises(Unsupported, match=r"MixtralTopKRouter.*modules_to_save"):
         inject_adalora(tiny("mixtral"), CONFIG.replace(target_modules=["gate"]))
 
 
