@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 
@@ -33,5 +34,9 @@ class Matrices:
     def by_module(self, mask: Tensor) -> dict[str, list[bool]]:
         """Return module → its part of a (matrices · r,) bool mask, (its matrices · r,) flat."""
         r = mask.numel() // len(self.names)
-        parts = mask.split([count * r for count in self.of_module.values()])
-        return {module: part.tolist() for module, part in zip(self.of_module, parts, strict=True)}
+        bits: list[bool] = mask.tolist()  # at once: each is a wait for the device
+        ends = accumulate(count * r for count in self.of_module.values())
+        return {
+            module: bits[end - count * r : end]
+            for (module, count), end in zip(self.of_module.items(), ends, strict=True)
+        }
