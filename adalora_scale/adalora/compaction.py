@@ -16,7 +16,7 @@ from torch import nn
 
 from adalora_scale.adalora.injection import adapter_layers
 from adalora_scale.adalora.layer import AdaLoraLayer
-from adalora_scale.adalora.matrices import rows_of
+from adalora_scale.adalora.matrices import kept_columns, rows_of
 from adalora_scale.errors import UserError
 
 
@@ -81,10 +81,10 @@ def columns(mask: Sequence[bool], matrices: int, r: int) -> list[list[int | None
 def held_triplets(layer: AdaLoraLayer) -> list[bool]:
     """Return which of the triplets that a layer's factors have columns for are kept, matrix by matrix; all without a
     mask."""
-    mask = layer.keep_mask
-    if mask is None or len(mask) == layer.matrices * layer.r:
-        return mask or [True] * (layer.matrices * layer.r)
-    return [place < sum(row) for row in rows_of(mask, layer.matrices) for place in range(layer.r)]
+    held = torch.zeros(layer.matrices, layer.r, dtype=torch.bool)
+    for row, kept in zip(held, kept_columns(layer.matrices, layer.r, layer.keep_mask), strict=True):
+        row[kept] = True
+    return [bool(bit) for bit in held.flatten().tolist()]
 
 
 def _keep(layer: AdaLoraLayer, mask: list[bool]) -> None:

@@ -15,16 +15,23 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from adalora_scale.adalora.adaptables import adaptable_of
 from adalora_scale.adalora.base_digest import WeightsDigest
 from adalora_scale.adalora.injection import is_digested
 from adalora_scale.adalora.targets import is_inside
 from adalora_scale.errors import UserError
-from adalora_scale.export.base_experts import ExpertPart, expert_part, stacked_samples
+from adalora_scale.export.base_experts import ExpertPart, stacked_samples
 from adalora_scale.export.tensor_files import DTYPES, FLOATING, TensorFile
 from adalora_scale.quantization.base_files import INDEX_NAME, SINGLE_NAME, BaseFiles
+from adalora_scale.quantization.fused import place_of
 from adalora_scale.reading.base_config import check_base, foreign
 from adalora_scale.reading.json_text import read_object
 from adalora_scale.reading.written import check_written
@@ -188,28 +195,42 @@ class BaseCheckpoint:
 
     def keeps_name(self, parameter: str) -> bool:
         """Return whether a tensor stored under the parameter's own name is loaded into it."""
-        return self._rename([parameter])[parameter] == (parameter, False)
+        return self._rename([parameter])[parameter] == (parameter, None)
 
     def _sources(self, where: dict[str, TensorFile]) -> list[Source]:
         found = self._rename(where)
-        mapping = get_model_conversion_mapping(self.model)  # type: ignore[arg-type]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        experts = {key: expert_part(key, converters) if found[key][1] else None for key in where}
-        return [Source(key, file, *found[key], experts[key]) for key, file in where.items()]
+        renamings, converters = self._conversions()
 
-    def _rename(self, keys: Iterable[str]) -> dict[str, tuple[str | None, bool]]:
+        def part_of(key: str, pattern: str | None) -> ExpertPart | None:
+            if pattern is None:
+                return None
+            converter = next(entry for entry in converters if pattern in entry.source_patterns)
+            place = place_of(converter, pattern, apply_renamings(key, renamings))
+            return None if place is None else ExpertPart(*place)
+
+        return [
+            Source(key, file, name, pattern is not None, part_of(key, pattern))
+            for key, file in where.items()
+            for name, pattern in [found[key]]
+        ]
+
+    def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
         mapping = get_model_conversion_mapping(self.model)  # type: ignore[arg-type]
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+    def _rename(self, keys: Iterable[str]) -> dict[str, tuple[str | None, str | None]]:
+        """Return the model's name for each key, and the source pattern of the converter that takes it, if one does."""
+        renamings, converters = self._conversions()
         prefix = getattr(self.model, "base_model_prefix", "")
         state = self.model.state_dict()
-        found: dict[str, tuple[str | None, bool]] = {}
+        found: dict[str, tuple[str | None, str | None]] = {}
         for key in sorted(keys, key=dot_natural_key):  # some renamings depend on what came before
             name, pattern = rename_source_key(key, renamings, converters, prefix, state)
             if name not in state and key in state:
                 name, pattern = rename_source_key(key, [], [], prefix, state)
             known = name in state or pattern is not None
-            found[key] = (name if known else None, pattern is not None)
+            found[key] = (name if known else None, pattern)
         return found
 
 

@@ -7,13 +7,11 @@ the projection's rows.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from adalora_scale.adalora.base_digest import sample_positions
 from adalora_scale.adalora.matrices import layer_of_matrix
@@ -89,18 +87,3 @@ def expert_place(model: nn.Module, matrix: str) -> ExpertPlace | None:
         return None
     input_first = lies_input_first(module)
     return ExpertPlace(parameter, number, (first, second) if input_first else (second, first), input_first)
-
-
-def expert_part(key: str, converters: Iterable[WeightConverter]) -> ExpertPart | None:
-    """Return what a tensor of the checkpoint is of a stack of experts; None where it is converted otherwise."""
-    for converter in converters:
-        stacking, *joining = converter.operations
-        if not isinstance(stacking, MergeModulelist) or stacking.dim != 0:
-            continue
-        if any(not isinstance(operation, Concatenate) or operation.dim != 1 for operation in joining):
-            continue
-        for part, pattern in enumerate(converter.source_patterns):
-            match = re.search(re.escape(pattern).replace(r"\*", r"(\d+)") + "$", key)
-            if match is not None and match.groups():
-                return ExpertPart(int(match[1]), part)
-    return None

@@ -20,7 +20,7 @@ from adalora_scale.quantization.linear import Linear4bit
 from adalora_scale.quantization.memory import CPU_PIECE, PIECE, block_pieces, give_back_freed, row_pieces
 from adalora_scale.quantization.own_rows import gathered, own_rows
 from adalora_scale.quantization.plan import LoadingPlan, Slot
-from adalora_scale.quantization.prequantized import stored_blocks, stored_nested
+from adalora_scale.quantization.prequantized import copy_stored, stored_nested
 
 
 @torch.no_grad()
@@ -109,10 +109,7 @@ def _fill_quantized(
     packed, start, stop, group = own_rows(layer.weight, slot.name)
     scales, *_ = own_rows(layer.scales, slot.name)
     if slot.parts:
-        for first, last in block_pieces(start, stop, spec.blocksize, layer.in_features, PIECE):
-            stored = stored_blocks(checkpoint, slot.source, slot.parts, spec, first, last)
-            packed[first - start : last - start].copy_(stored[0])
-            scales[first - start : last - start].copy_(stored[1])
+        copy_stored(checkpoint, slot.source, slot.parts, spec, packed, scales, start, layer.in_features)
         layer.nested.copy_(stored_nested(checkpoint, slot.name, slot.parts, spec))
         return
     absmax = torch.empty(stop - start, dtype=torch.float32, device=device)

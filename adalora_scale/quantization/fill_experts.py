@@ -11,7 +11,7 @@ from adalora_scale.quantization.experts import ExpertLinear4bit, own_level
 from adalora_scale.quantization.memory import CPU_PIECE, PIECE, block_pieces
 from adalora_scale.quantization.own_rows import gathered, own_rows
 from adalora_scale.quantization.plan import LoadingPlan, Slot
-from adalora_scale.quantization.prequantized import stored_blocks, stored_levels
+from adalora_scale.quantization.prequantized import copy_stored, stored_levels
 
 
 def fill_experts(
@@ -34,10 +34,7 @@ def fill_experts(
     scales, *_ = own_rows(layer.scales, slot.name)
     nested, first_level, last_level, _ = own_rows(layer.weight if layer.nested is None else layer.nested, slot.name)
     if slot.parts:
-        for first, last in block_pieces(start, stop, spec.blocksize, layer.in_features, PIECE):
-            stored = stored_blocks(checkpoint, slot.source, slot.parts, spec, first, last)
-            packed[first - start : last - start].copy_(stored[0])
-            scales[first - start : last - start].copy_(stored[1])
+        copy_stored(checkpoint, slot.source, slot.parts, spec, packed, scales, start, layer.in_features)
         if layer.nested is not None and last_level > first_level:
             nested.copy_(stored_levels(checkpoint, slot.parts, first_level, last_level))
         return
@@ -64,7 +61,10 @@ def fill_experts(
         read()
         scales.copy_(functional.encode_scales(absmax, spec)[0])
         return
-    (together if group is not None else _alone)(read)
+    if group is None:
+        read()
+    else:
+        together(read)
     # An expert's mean is over all its blocks, which other ranks may hold some of.
     every = gathered(absmax, layer.weight.shape[0], group)
     for expert in range(layer.experts):
@@ -84,7 +84,3 @@ def _by_expert(start: int, stop: int, blocks: int) -> Iterator[tuple[int, int, i
     """Cut blocks start to stop of all experts into (expert, first, last) of each expert's own."""
     for expert in range(start // blocks, -(-stop // blocks)):
         yield expert, max(start - expert * blocks, 0), min(stop - expert * blocks, blocks)
-
-
-def _alone(read: Callable[[], None]) -> None:
-    read()

@@ -22,6 +22,7 @@ from torch import Tensor
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.quantization import functional
 from adalora_scale.quantization.base_files import BaseFiles
+from adalora_scale.quantization.memory import PIECE, block_pieces
 from adalora_scale.quantization.spec import CODES, NESTED_BLOCK, QuantSpec
 from adalora_scale.reading.json_text import parse_json
 from adalora_scale.reading.schemas import QuantState, checked
@@ -132,6 +133,31 @@ def stored_blocks(
     if not spec.double_quant:
         scales = functional.as_bytes(scales.float()).view(-1, 4)
     return packed.view(torch.uint8).view(-1, half), scales
+
+
+def copy_stored(
+    checkpoint: BaseFiles,
+    weight: str,
+    parts: dict[str, str],
+    spec: QuantSpec,
+    packed: Tensor,
+    scales: Tensor,
+    start: int,
+    in_features: int,
+) -> None:
+    """Read packed codes and first-level scales into this rank's own, a piece at a time.
+
+    Args:
+        checkpoint, weight, parts, spec: as of `stored_blocks`.
+        packed, scales: (blocks, blocksize / 2) and (blocks, …) uint8, written.
+        start: the first of these blocks among the whole weight's.
+        in_features: of the matrix, which says how large a piece may be.
+    """
+    stop = start + packed.shape[0]
+    for first, last in block_pieces(start, stop, spec.blocksize, in_features, PIECE):
+        codes, absmax = stored_blocks(checkpoint, weight, parts, spec, first, last)
+        packed[first - start : last - start].copy_(codes)
+        scales[first - start : last - start].copy_(absmax)
 
 
 def stored_nested(checkpoint: BaseFiles, weight: str, parts: dict[str, str], spec: QuantSpec) -> Tensor:

@@ -180,6 +180,17 @@ class LiveBytes(TorchDispatchMode):
             self._known[key] = (reference, 0)
             self.now -= size
 
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Follow memory that was given or taken under a tensor, which is no operation."""
+        key = storage._cdata
+        if key not in self._known:
+            self._watch(storage)
+            return
+        reference, before = self._known[key]
+        self._known[key] = reference, storage.nbytes()
+        self.now += storage.nbytes() - before
+        self.peak = max(self.peak, self.now)
+
     def _watch(self, storage: torch.UntypedStorage, *, counted: bool = True) -> None:
         key = storage._cdata
         if key not in self._known:

@@ -8,7 +8,6 @@ gives every other rank this rank's.
 from __future__ import annotations
 
 import time
-import weakref
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -16,8 +15,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from adalora_scale.cluster.plan.trace import LiveBytes
 
 _aten, _c10d = torch.ops.aten, torch.ops.c10d
 _TO_HOST = (_aten._to_copy.default, _aten._local_scalar_dense.default, _aten.equal.default)
@@ -40,15 +40,13 @@ class Counts:
     """Most bytes of tensors made in the phase that lived at once; views of what was there before cost nothing."""
 
 
-class Counted(TorchDispatchMode):
+class Counted(LiveBytes):
     """Counts while it is entered, for one phase; it may be entered several times."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__([])
         self._operations = self._reads = self._collectives = self._bytes = 0
-        self._now = self._peak = 0
         self._seconds = self._begun = 0.0
-        self._known: dict[int, tuple[Any, int]] = {}
 
     def __enter__(self) -> Counted:
         self._resizing = mock.patch.object(
@@ -65,11 +63,9 @@ class Counted(TorchDispatchMode):
         self._resizing.stop()
 
     def _noticing(self, resize: Any) -> Any:
-        """Follow memory that is given and taken under a tensor, which is no operation."""
-
         def resize_(storage: torch.UntypedStorage, size: int) -> None:
             resize(storage, size)
-            self._watch(storage)
+            self.resized(storage)
 
         return resize_
 
@@ -81,7 +77,7 @@ class Counted(TorchDispatchMode):
             collectives=self._collectives,
             bytes=self._bytes,
             python_s=self._seconds,
-            peak_bytes=self._peak,
+            peak_bytes=self.peak,
         )
 
     def __torch_dispatch__(
@@ -124,18 +120,3 @@ class Counted(TorchDispatchMode):
             return function(*args, **kwargs)
         work = FakeWork().boxed()
         return work if len(function._schema.returns) == 1 else (args[0], work)
-
-    def _watch(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        size = storage.nbytes()
-        if key in self._known:  # `resize_` gives scratch memory its bytes, and takes them
-            reference, before = self._known[key]
-            self._known[key] = reference, size
-            self._now += size - before
-        else:
-            self._known[key] = weakref.ref(storage, lambda _: self._freed(key)), size
-            self._now += size
-        self._peak = max(self._peak, self._now)
-
-    def _freed(self, key: int) -> None:
-        self._now -= self._known.pop(key)[1]
