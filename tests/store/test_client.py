@@ -1,5 +1,6 @@
 """A store's folder: what is put there is there, and what a client raises is one line with key, object and reason."""
 
+import shutil
 import time
 from importlib.util import find_spec
 
@@ -48,6 +49,29 @@ def answer(url):
         Store(KEY, url).probe()
     assert time.monotonic() - begun < 20 and "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_a_file_that_grows_while_it_is_put_is_put(store, tmp_path, monkeypatch):
+    """A run appends to its records while they are uploaded; else the checkpoint behind them waits for the next."""
+    records = tmp_path / "records"
+    records.write_bytes(b"1\n")
+    copy = shutil.copyfileobj
+
+    def appended(source, target, *more):
+        with records.open("ab") as file:
+            file.write(b"2\n")
+        copy(source, target, *more)
+
+    monkeypatch.setattr(shutil, "copyfileobj", appended)
+    store.put(records, "records")
+    assert store.read("records") == b"1\n2\n"
+
+
+def test_bytes_that_are_lost_on_the_way_are_missed(store, tmp_path, monkeypatch):
+    (tmp_path / "records").write_bytes(b"12345")
+    monkeypatch.setattr(shutil, "copyfileobj", lambda source, target, *more: target.write(source.read()[:3]))
+    with pytest.raises(StoreError, match="3 of 5 bytes arrived"):
+        store.put(tmp_path / "records", "records")
 
 
 def test_what_a_store_refuses_is_one_line_with_the_key(s3, monkeypatch):  # noqa: F811
