@@ -104,12 +104,18 @@ def _verified(path: Path) -> Checkpoint:
 
 
 def share_of(checkpoint: Checkpoint, rank: int, world_size: int) -> list[str]:
-    """Return what a rank verifies: of the ranks' files those that it will read, where worlds divide each other."""
-    saved = checkpoint.world_size
-    pieces = [files.pieces_name(number, saved) for number in range(saved)]
-    own = pieces[rank * saved // world_size : (rank + 1) * saved // world_size]
+    """Return what a rank verifies: of the ranks' files those that it will read, where worlds divide each other.
+
+    Files with rows are read by the ranks that hold these now, the others (of HSDP's further copies) for random numbers.
+    """
+    saved, rows = checkpoint.world_size, checkpoint.holders
+    begun, end = (len(rows) * place // world_size for place in (rank, rank + 1))
+    mine = rows[begun:end] if len(rows) > world_size else rows[rank : rank + 1]
+    mine += sorted(set(range(rank, saved, world_size)) - set(rows))
+    own = [files.pieces_name(number, saved) for number in mine]
     if rank == 0:
-        own += [name for name in checkpoint.files if name not in set(pieces)]
+        pieces = {files.pieces_name(number, saved) for number in range(saved)}
+        own += [name for name in checkpoint.files if name not in pieces]
     return own
 
 

@@ -250,6 +250,18 @@ class Checkpoint:
         """How many ranks wrote it."""
         return int(self.manifest["world_size"])
 
+    @property
+    def holders(self) -> list[int]:
+        """The ranks whose files hold elements of tensors; where the manifest does not say, all of them."""
+        found: set[int] = set()
+        for group, tensors in self.manifest["tensors"].items():
+            runs = (self.manifest.get("runs") or {}).get(group) or {}
+            for name, shape in tensors.items():
+                if name not in runs:
+                    return list(range(self.world_size))
+                found.update(ranks_with(tuple(runs[name]), 0, math.prod(shape), self.world_size))
+        return sorted(found)
+
     def shapes(self, group: str) -> dict[str, tuple[int, ...]]:
         """Return name → shape of every tensor of a group."""
         return {name: tuple(shape) for name, shape in self.manifest["tensors"].get(group, {}).items()}

@@ -28,8 +28,6 @@ from adalora_scale.engines import Piece, PieceState, Sharding, adapter_tensors, 
 from adalora_scale.engines.ranks import together
 
 ADAPTER, OTHER = "adapter", "other"
-WRITERS = 2
-"""Of the ranks that hold the same piece."""
 
 
 @dataclass
@@ -50,7 +48,7 @@ class Gathered:
 def gather(model: nn.Module, sharding: Sharding, allocator: RankAllocator) -> Gathered:
     """Collect views of what this rank has to write, and how all ranks share the tensors; a collective call.
 
-    Of ranks that hold the same piece two at most write: whoever reads it opens no more files, however many hold it.
+    Of ranks that hold the same piece the first writes: whoever reads it finds all of a shard's rows in one file.
 
     Raises:
         Unsupported: the optimizer keeps state that cannot be cut.
@@ -61,9 +59,11 @@ def gather(model: nn.Module, sharding: Sharding, allocator: RankAllocator) -> Ga
     kinds: dict[str, set[str]] = {ADAPTER: set(), OTHER: set()}
     for piece in pieces:
         kinds[_group(piece, gathered.shapes)].update(piece.state)
-    for number, piece in enumerate(pieces):
-        which, count = piece.copies
-        if number % min(count, WRITERS) != which:
+    for piece in pieces:
+        if piece.scalars:
+            gathered.scalars[piece.name] = piece.scalars
+        which, _ = piece.copies
+        if which:
             continue
         name = _group(piece, gathered.shapes)
         group = gathered.groups[name]
@@ -77,8 +77,6 @@ def gather(model: nn.Module, sharding: Sharding, allocator: RankAllocator) -> Ga
             values |= {kind: state.get(name, torch.zeros_like(piece.weight)) for kind, name in names}
         for kind, value in values.items():
             group.values.setdefault(kind, []).append(value)
-        if piece.scalars:
-            gathered.scalars[piece.name] = piece.scalars
     gathered.scalars = usual_alone(gathered.scalars)
     own = {name: group.intervals for name, group in gathered.groups.items()}
     gathered.runs, gathered.totals = runs_of(gathered.shapes, own)

@@ -57,26 +57,26 @@ def write(directory, runs, ranks, changes=None):
     return directory
 
 
-def resume(directory, runs, rank, ranks):
+def resume(directory, runs, rank, ranks, shards=None):
     """Do what a rank does of a checkpoint: verify its share, read its pieces and its random numbers."""
     checkpoint = Checkpoint(directory)
     checkpoint.verify(finding.share_of(checkpoint, rank, ranks))
     for kind in sorted(checkpoint.kinds("adapter")):
         for name, run in runs.items():
-            if (piece := piece_of(run, rank, WHOLE[name].numel())) is not None:
+            if (piece := piece_of(run, rank % (shards or ranks), WHOLE[name].numel())) is not None:
                 found = checkpoint.read("adapter", kind, name, *piece)
                 assert found.equal(WHOLE[name][piece[0] : sum(piece)])
     if rank < checkpoint.world_size:
         assert checkpoint.extra(rank, "rng").item() == rank
 
 
-def files_opened(directory, runs, ranks):
+def files_opened(directory, runs, ranks, shards=None):
     """Of every rank: how many files of the checkpoint it opens."""
     global opened
     counts = []
     for rank in range(ranks):
         opened = []
-        resume(directory, runs, rank, ranks)
+        resume(directory, runs, rank, ranks, shards)
         counts.append(len(set(opened)))
         opened = None
     return counts
@@ -90,6 +90,24 @@ def test_a_rank_opens_only_what_it_needs(cut, saved, now, tmp_path):
     divides = saved % now == 0 or now % saved == 0
     apart = 3 + 2 * -(-saved // now)  # what it reads of large and of small tensors, and what it verifies
     assert max(counts) <= (apart if not divides else 4 if now > 1 else saved + 1)
+
+
+@pytest.mark.parametrize("now", [8, 16, 32, 64, 128])
+def test_a_rank_of_a_copy_opens_the_file_of_its_rows(now, tmp_path):
+    """HSDP on half its nodes opened six: rows in the files of two copies, and what else it verified."""
+    directory = write(tmp_path / "checkpoint-5", by_rows(8), 64)
+    # Its rows, its random numbers and the manifest; what it verifies beside these is one file of 64 on half the ranks.
+    assert max(files_opened(directory, by_rows(8), now, 8)) <= 2 + max(64 // now, 1)
+
+
+@pytest.mark.parametrize("saved", [1, 8, 12])
+@pytest.mark.parametrize("now", [1, 5, 8, 16])
+@pytest.mark.parametrize("shards", [1, 4, 8])
+def test_every_file_is_verified_once(saved, now, shards, tmp_path):
+    """Else a damaged file is found when half of it has been read, or not at all."""
+    checkpoint = Checkpoint(write(tmp_path / "checkpoint-5", by_rows(min(shards, saved)), saved))
+    shares = [finding.share_of(checkpoint, rank, now) for rank in range(now)]
+    assert sorted(name for share in shares for name in share) == sorted(checkpoint.files)
 
 
 def test_without_runs_every_table_is_read(tmp_path):

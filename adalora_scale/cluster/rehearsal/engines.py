@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from adalora_scale.checkpoint.layout import Run
-from adalora_scale.checkpoint.state import WRITERS
 from adalora_scale.cluster.plan.model import build
 from adalora_scale.cluster.plan.request import Request
 from adalora_scale.cluster.plan.shapes import model_config
@@ -79,7 +78,7 @@ def layout_of_rank(rehearsed: Rehearsed, request: Request) -> Layout:
 
 
 def layout_of(shapes: dict[str, tuple[int, ...]], engine: Engine, ranks: int, rehearsed: Rehearsed) -> Layout:
-    """Return FSDP2's (equal rows for each rank, the last ones fewer or none; of several copies some write) or ZeRO's.
+    """Return FSDP2's (equal rows for each rank, the last ones fewer or none; of several copies the first writes) or ZeRO's.
 
     Args:
         shapes: tensor → whole shape.
@@ -91,19 +90,16 @@ def layout_of(shapes: dict[str, tuple[int, ...]], engine: Engine, ranks: int, re
     copies = 1 if options is None else options.replicate
     shards = ranks // copies
     runs: dict[str, Run] = {}
-    held: dict[str, Run] = {}
-    for number, (name, shape) in enumerate(shapes.items()):
+    for name, shape in shapes.items():
         each = -(-shape[0] // shards) * (shape[1] if len(shape) == 2 else 1)
-        held[name] = (0, each, each)
-        runs[name] = (number % min(copies, WRITERS) * shards, each, each)
+        runs[name] = (0, each, each)
     if isinstance(engine, Zero):
-        runs = held = zero_runs(shapes, engine.stage, ranks)
+        runs = zero_runs(shapes, engine.stage, ranks)
     statistics = rehearsed.allocator.score.statistics
     return Layout(
         world_size=ranks,
         shapes=shapes,
         runs=runs,
-        held=held,
         copies=copies,
         kinds=("weight", *_MOMENTS, *statistics),
     )

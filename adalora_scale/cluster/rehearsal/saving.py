@@ -34,9 +34,7 @@ class Layout:
     world_size: int
     shapes: Mapping[str, tuple[int, ...]]
     runs: Mapping[str, Run]
-    """Tensor → who writes it."""
-    held: Mapping[str, Run]
-    """Tensor → who holds it: of several copies the first."""
+    """Tensor → who writes it: of several copies the first."""
     copies: int
     """Ranks that hold the same piece."""
     kinds: Sequence[str]
@@ -47,7 +45,7 @@ class Layout:
 
     def needed(self, rank: int) -> Pieces:
         """Return what a rank holds, by the rule."""
-        return _pieces(self.held, self.shapes, rank % (self.world_size // self.copies))
+        return self.written(rank % (self.world_size // self.copies))
 
 
 @dataclass(frozen=True, kw_only=True)
