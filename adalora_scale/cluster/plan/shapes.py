@@ -18,6 +18,8 @@ SHAPES = {
     "meta-llama/Meta-Llama-3-8B-Instruct": "llama3_8b",
     "meta-llama/Llama-3.1-8B": "llama3_1_8b",
     "meta-llama/Llama-3.1-8B-Instruct": "llama3_1_8b",
+    "meta-llama/Llama-3.1-405B": "llama3_1_405b",
+    "meta-llama/Llama-3.1-405B-Instruct": "llama3_1_405b",
     "meta-llama/Llama-3.2-3B": "llama3_2_3b",
     "meta-llama/Llama-3.2-3B-Instruct": "llama3_2_3b",
     "meta-llama/Llama-2-70b-hf": "llama2_70b",
