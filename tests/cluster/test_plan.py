@@ -302,6 +302,7 @@ def test_shipped_shapes_are_whole(name):
         "llama3_2_3b": (3072, 28, 128256), "deberta_v3_base": (768, 12, 128100), "minilm_l6": (384, 6, 30522),
         "llama3_1_8b": (4096, 32, 128256), "qwen2_5_7b": (3584, 28, 152064), "qwen3_8b": (4096, 36, 151936),
         "mistral_7b": (4096, 32, 32768), "gemma3_1b": (1152, 26, 262144), "qwen3_30b_a3b": (2048, 48, 151936),
+        "llama3_1_405b": (16384, 126, 128256),
     }  # fmt: skip
     assert sizes == expected[SHAPES[name]]
     assert getattr(config, "num_key_value_heads", 8) == {"qwen2_5_7b": 4, "qwen3_30b_a3b": 4, "gemma3_1b": 1}.get(
@@ -313,6 +314,7 @@ def test_shipped_shapes_are_whole(name):
     ("name", "parameters"),
     [
         ("meta-llama/Llama-3.1-8B", 8_030_261_248),
+        ("meta-llama/Llama-3.1-405B", 405_853_388_800),
         ("Qwen/Qwen2.5-7B", 7_615_616_512),
         ("Qwen/Qwen3-8B", 8_190_735_360),
         ("Qwen/Qwen3-30B-A3B", 30_532_122_624),
