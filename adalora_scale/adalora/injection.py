@@ -19,7 +19,6 @@ from adalora_scale.adalora.fingerprint import fingerprint, sample
 from adalora_scale.adalora.frozen import freeze
 from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.adalora.masters import keep_in_float32
-from adalora_scale.adalora.routers import routers
 from adalora_scale.adalora.targets import (
     ALL_LINEAR,
     expert_tensors,
@@ -33,6 +32,7 @@ from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import UserError
 from adalora_scale.experts.linear import ExpertLinear
 from adalora_scale.experts.modules import split_all_experts
+from adalora_scale.experts.routers import routers
 from adalora_scale.quantization.experts import ExpertLinear4bit
 from adalora_scale.quantization.linear import Linear4bit
 

@@ -11,11 +11,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
 from adalora_scale.adalora.adaptables import adaptable_or_none, is_linear, sides
-from adalora_scale.adalora.routers import routers
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import Unsupported, UserError, nearest
 from adalora_scale.experts.linear import ExpertLinear
 from adalora_scale.experts.modules import is_experts, why_not_split
+from adalora_scale.experts.routers import routers
 from adalora_scale.quantization.called import computes_linear, weights_read
 
 ALL_LINEAR = "all-linear"

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from adalora_scale.errors import UserError, nearest
 from adalora_scale.experts.linear import ExpertLinear
 from adalora_scale.experts.modules import split_all_experts
+from adalora_scale.experts.routers import routers
 from adalora_scale.quantization import functional
 from adalora_scale.quantization.called import computes_linear, weights_read
 from adalora_scale.quantization.experts import ExpertLinear4bit, empty_4bit, in_16bit
@@ -123,7 +124,8 @@ def is_quantizable(module: nn.Module) -> bool:
 def quantization_targets(model: nn.Module, skip_modules: list[str] | None = None) -> list[str]:
     """Return the names of the layers to quantise: all linear ones and experts, but the output head and what is skipped.
 
-    Layers that are not called as linear ones stay as they are: routers, and those whose weight a module reads itself.
+    Routers stay as they are, since rounding would send tokens to other experts, and so do layers that are not called as
+    linear ones, those whose weight a module reads itself.
 
     Args:
         model: a transformers model, on any device, its experts split (`split_all_experts`).
@@ -143,7 +145,7 @@ def quantization_targets(model: nn.Module, skip_modules: list[str] | None = None
         skipped |= set(found)
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
-    skipped |= weights_read(model).keys()
+    skipped |= weights_read(model).keys() | routers(model)
     targets = []
     for name in names:
         module = model.get_submodule(name)

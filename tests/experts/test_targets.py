@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from adalora_scale.adalora.injection import adapter_layers, coverage, inject_adalora, injection_of
-from adalora_scale.adalora.routers import routers
 from adalora_scale.adalora.targets import left_out
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.experts.linear import ExpertLinear
 from adalora_scale.experts.modules import is_experts, split_all_experts, split_experts
+from adalora_scale.experts.routers import routers
 from tests.architectures.small import small_model
 from tests.experts.models import EXPERTS, KINDS, VOCABULARY, experts_of, tiny
 

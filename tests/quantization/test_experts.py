@@ -14,11 +14,18 @@ from adalora_scale.errors import UserError
 from adalora_scale.experts.groups import by_expert
 from adalora_scale.experts.linear import ExpertLinear
 from adalora_scale.experts.modules import split_all_experts
+from adalora_scale.experts.routers import routers
 from adalora_scale.placing import streaming
 from adalora_scale.quantization import expert_operators, functional
 from adalora_scale.quantization.experts import ExpertLinear4bit, empty_4bit, in_16bit
-from adalora_scale.quantization.linear import dequantize_model, quantize_model, quantized_share
+from adalora_scale.quantization.linear import (
+    dequantize_model,
+    quantization_targets,
+    quantize_model,
+    quantized_share,
+)
 from adalora_scale.quantization.spec import QuantSpec
+from tests.architectures.small import small_model
 from tests.experts.models import KINDS, VOCABULARY, tiny
 
 EXPERTS, IN, OUT = 5, 48, 640  # 480 blocks an expert: two of the second level
@@ -158,3 +165,13 @@ def test_trained_in_full_is_refused():
     config = AdaLoraConfig(init_r=2, target_r=1, target_modules=["q_proj"], modules_to_save=["experts"])
     with pytest.raises(UserError, match=r"experts' is in 4 bits"):
         inject_adalora(model, config)
+
+
+@pytest.mark.parametrize("kind", ["jetmoe", "longcat_flash", "zaya", "afmoe"])
+def test_a_router_is_not_rounded_whatever_it_is_made_of(kind):
+    """Else tokens go to other experts: of some families routers are plain nn.Linear layers."""
+    model = small_model(kind, "causal")
+    chosen = routers(model)
+    assert any(isinstance(inside, torch.nn.Linear) for name in chosen for inside in model.get_submodule(name).modules())
+    targets = quantization_targets(model)
+    assert targets and not [t for t in targets if any(f"{t}.".startswith(f"{name}.") for name in chosen)]

@@ -78,7 +78,7 @@ def layout_of_rank(rehearsed: Rehearsed, request: Request) -> Layout:
 
 
 def layout_of(shapes: dict[str, tuple[int, ...]], engine: Engine, ranks: int, rehearsed: Rehearsed) -> Layout:
-    """Return FSDP2's (equal rows for each rank, the last ones fewer or none; of several copies the first writes) or ZeRO's.
+    """Return FSDP2's (equal rows a rank, the last ones fewer or none; of several copies the first writes) or ZeRO's.
 
     Args:
         shapes: tensor → whole shape.
