@@ -1,5 +1,7 @@
 """adalora-scale launch-check: what is refused before any rank starts, in one line that names the fix."""
 
+import contextlib
+import io
 import shlex
 import socket
 import subprocess
@@ -7,6 +9,7 @@ import sys
 
 import pytest
 
+from adalora_scale import cli
 from adalora_scale.cluster.launching.endpoint import check_endpoint
 from adalora_scale.cluster.launching.hostfile import read_hostfile
 from adalora_scale.cluster.launching.sbatch import check_sbatch
@@ -19,10 +22,11 @@ QUICKSTART = "configs/recipes/quickstart.yaml"
 
 def launch_check(*arguments):
     """(exit code, {name: value} as a shell would read it, standard error)."""
-    command = [sys.executable, "-m", "adalora_scale", "launch-check", *map(str, arguments)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
-    values = dict(word.split("=", 1) for line in result.stdout.splitlines() for word in shlex.split(line))
-    return result.returncode, values, result.stderr
+    out, said = io.StringIO(), io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
+        code = cli.main(["launch-check", *map(str, arguments)])
+    values = dict(word.split("=", 1) for line in out.getvalue().splitlines() for word in shlex.split(line))
+    return code, values, said.getvalue()
 
 
 # Hostfiles -----------------------------------------------------------------------------------------------------------
@@ -161,8 +165,9 @@ def test_our_job_script_is_read_whole():
     path = ROOT / "launch" / "slurm.sbatch"
     directives = [line for line in path.read_text().splitlines() if line.startswith("#SBATCH")]
     assert len(directives) >= 8 and not [line for line in directives if "$" in line]
-    code, _, said = launch_check("--sbatch", path)
-    assert (code, said) == (0, "")
+    command = [sys.executable, "-m", "adalora_scale", "launch-check", "--sbatch", str(path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 # The global batch ----------------------------------------------------------------------------------------------------
