@@ -15,11 +15,11 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from adalora_scale.errors import UserError
+from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.experts.linear import ExpertLinear
 from adalora_scale.experts.modules import split_all_experts
 from adalora_scale.export.base_checkpoint import BaseCheckpoint
-from adalora_scale.export.tensor_files import DTYPE_NAMES
+from adalora_scale.export.tensor_files import DTYPE_NAMES, FLOATING
 from adalora_scale.quantization import functional
 from adalora_scale.quantization.naming import match_names
 from adalora_scale.quantization.prequantized import (
@@ -70,16 +70,18 @@ def requantised_experts(
 
     Raises:
         UserError: experts differ in shape, or the block size does not divide one.
+        Unsupported: the checkpoint's tensors are no weights.
     """
     model = copy_without_memory(base.model, split=True)
     names = match_names(model, base.checkpoint.tensors)
     base.checkpoint.fuse(names.fused)
     found: dict[str, StoredExperts] = {}
     for name, layer in model.named_modules():
-        if not isinstance(layer, ExpertLinear) or name in kept:
+        tensor = names.tensors.get(f"{name}.weight")  # what is missing is for the merge to say
+        if not isinstance(layer, ExpertLinear) or name in kept or tensor is None:
             continue
         spec.blocks(layer.in_features, layer.out_features, name)
-        tensor, shape = names.tensors[f"{name}.weight"], (layer.out_features, layer.in_features)
+        shape = (layer.out_features, layer.in_features)
 
         def values(
             expert: int,
@@ -145,6 +147,8 @@ def _by_tensor(base: BaseCheckpoint, name: str, layer: ExpertLinear, values: _Va
         if source.parameter != name:
             continue
         entry, part = source.file.entries[source.key], source.expert
+        if entry.dtype not in FLOATING:
+            raise Unsupported(f"'{source.key}' is stored as {entry.dtype}; merge into the original 16-bit weights.")
         height = entry.shape[0]
         first = 0 if part is None else part.part * height
 

@@ -126,6 +126,13 @@ def assert_routed(cells, bits):
         assert cell["reached"] == list(range(CLASSES))
 
 
+def shown_of_experts(given):
+    """The row of docs/support.md."""
+    other = "the same over experts in 4 bits"
+    return other if given["bits"] == "4" else "experts of a mixture adapted (equals the float64 reference)"
+
+
+@pytest.mark.shows("features", feature=shown_of_experts, engine="{engine}")
 @pytest.mark.parametrize(("engine", "bits"), [("zero3", "16"), ("fsdp2", "4")])
 def test_experts_are_matrices_on_an_engine_that_cuts_inside_one(cells_of, engine, bits):
     """Else a mixture's ranks depend on the engine: experts' triplets in pieces, an expert that no token reaches; of a
@@ -136,6 +143,7 @@ def test_experts_are_matrices_on_an_engine_that_cuts_inside_one(cells_of, engine
     assert engine != "zero3" or cells["zero3:plain"]["calls"] >= 4
 
 
+@pytest.mark.shows("features", feature=shown_of_experts, engine=lambda given: shown_as(given["engine"]))
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("preset", ["default", "paper"])
@@ -150,6 +158,7 @@ def test_the_row_of_experts(cells_of, engine, bits, preset, ranks):
     assert ranks == 2 or preset == "default" or not engine.startswith("zero") or cells[f"{engine}:plain"]["split_rows"]
 
 
+@pytest.mark.shows("features", feature=shown_of_experts, engine="hsdp")
 @pytest.mark.full
 @pytest.mark.parametrize(("bits", "preset"), [("16", "paper"), ("4", "paper"), ("4", "default")])
 def test_experts_on_four_ranks(cells_of, bits, preset):

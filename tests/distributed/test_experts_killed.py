@@ -121,6 +121,11 @@ def adapters_apart(folder, other):
     return distances(*(load_file(path / "adapter_model.safetensors") for path in (folder, other)))
 
 
+@pytest.mark.shows(
+    "features",
+    feature="killed over experts in 4 bits, same end",
+    engine=lambda given: given["engine"] if given["bits"] == "4" else None,
+)
 @pytest.mark.parametrize("bits", PRESETS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_killed_run_ends_bit_for_bit_as_the_undisturbed_one(undisturbed, train, tmp_path, engine, bits):
