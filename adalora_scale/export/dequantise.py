@@ -153,7 +153,7 @@ def _prequantised(base: BaseCheckpoint, heads: list[str]) -> Dequantised:
             continue
         spec, sides = stored_spec(checkpoint, parameter, parts, torch.float32)
         if len(sides) != 2:
-            raise Unsupported(f"--dequantise: '{parameter}' holds experts in 4 bits, and transformers' model none.")
+            raise Unsupported(f"--dequantise: '{parameter}' is {sides} in 4 bits, no matrix; pass the 16-bit model.")
         shape = (sides[0], sides[1])
         dtype = stored_dtype(checkpoint, parameter, parts)
         check_stored(checkpoint, key, parts, spec, spec.blocks(shape[1], shape[0], parameter))

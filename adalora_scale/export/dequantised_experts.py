@@ -117,10 +117,9 @@ def stored_experts(
     """
     checkpoint, own = base.checkpoint, tuple(base.parameters[parameter])
     spec, shape = stored_spec(checkpoint, parameter, parts, torch.float32)
-    experts, *sides = shape
-    if own != (experts, *(sides[::-1] if transposed else sides)):
+    if own != ((shape[0], *shape[:0:-1]) if transposed and shape else shape):
         raise UserError(f"'{key}' in {base.directory} is {shape} in 4 bits and {own} in the model; get it again.")
-    rows, columns = sides
+    experts, rows, columns = shape
     blocks = spec.blocks(columns, rows, parameter)
     check_stored(checkpoint, key, parts, spec, experts * blocks, experts)
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from adalora_scale.adalora.injection import inject_adalora
@@ -106,6 +107,31 @@ def test_experts_that_were_not_quantised_or_not_adapted_are_told_apart(tmp_path,
     report = export(tmp_path / "run", tmp_path / "out", *MERGED, base, "--dequantise", capsys=capsys)
     assert_same(tmp_path / "out", live, base)
     assert report["fidelity"]["relative"] <= 1e-4
+
+
+@full
+@pytest.mark.parametrize("shape", [[], [5], [5, 48, 16, 1], [4, 48, 16], [5, 16, 48], [5, 768], [0, 0, 0]])
+def test_a_state_that_does_not_fit_is_refused_in_one_line(tmp_path, capsys, shape):
+    """Files of strangers: else experts get others' blocks, or a traceback."""
+    base, stored = tmp_path / "base", tmp_path / "stored"
+    tiny("mixtral", dtype=torch.float32).save_pretrained(base)
+    assert main(["quantize", str(base), str(stored), "--compute-dtype", "float32"]) == 0
+    trained(base, tmp_path / "run", **NF4)
+    (file,) = stored.glob("*.safetensors")
+    tensors = load_file(file)
+    (key,) = (key for key in tensors if "layers.0.mlp.experts.gate_up_proj.quant_state" in key)
+    state = json.loads(bytes(tensors[key].tolist()))
+    assert state["shape"] == [5, 48, 16]
+    tensors[key] = torch.tensor(list(json.dumps(state | {"shape": shape}).encode()), dtype=torch.uint8)
+    file.unlink()
+    save_file(tensors, file, {"format": "pt"})
+    (stored / "export.json").unlink(missing_ok=True)
+    capsys.readouterr()
+    arguments = ["export", tmp_path / "run", tmp_path / "out", *MERGED, stored, "--dequantise", "--no-fidelity"]
+    assert main(list(map(str, arguments))) == 2
+    said = capsys.readouterr().err
+    print(said)
+    assert "gate_up_proj" in said and not (tmp_path / "out").exists()
 
 
 def test_one_expert_at_a_time_is_in_memory(tmp_path, monkeypatch):
