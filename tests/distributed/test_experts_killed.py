@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from adalora_scale.checkpoint.format import Checkpoint
+from adalora_scale.cli import main
 from adalora_scale.verify.mixture import EXPERTS, mixture
 from benchmarks.chaos.verdict import differences
 from tests.distributed.launcher import RankFailure, run_ranks
@@ -28,6 +29,8 @@ STEPS, FINAL, EVERY = 20, 12, 4
 ENGINES = {"fsdp2": ["engine.name=fsdp2"], "zero3": ["--deepspeed", "configs/deepspeed/zero3.json"]}
 PRESETS = {"16": "paper", "4": "default"}
 """By bits of the base: what keeps statistics of every weight, and what people use."""
+STORED = "stored"
+"""In 4 bits on disk already, and not quantised while it is loaded."""
 END_S = 240
 """A start may take that long, the end of a group whose rank was killed included."""
 pytestmark = pytest.mark.full
@@ -47,6 +50,7 @@ def base(tmp_path_factory):
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
     ).save_pretrained(folder / "base")
     rows = [{"prompt": f"{n * 37 % 101} + {n} is", "completion": f" {n * 37 % 101 + n}."} for n in range(120)]
+    assert main(["quantize", str(folder / "base"), str(folder / STORED), "--compute-dtype", "float32"]) == 0
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
@@ -59,16 +63,17 @@ def train(base, request):
         if engine == "zero3":
             request.getfixturevalue("deepspeed_ops")
         tree = {
-            "model": {"model_name_or_path": str(base / "base"), "torch_dtype": "float32"},
+            "model": {"model_name_or_path": str(base / (STORED if bits == STORED else "base")),
+                      "torch_dtype": "float32"},
             "data": {"train": str(base / "rows.jsonl"), "format": "prompt_completion", "max_length": 48},
             "adalora": {"init_r": 6, "target_r": 4, "lora_alpha": 12, "tinit": 2, "tfinal": STEPS - FINAL, "deltaT": 2,
-                        "preset": PRESETS[bits]},
+                        "preset": PRESETS.get(bits, "default")},
             "training": {"max_steps": STEPS, "learning_rate": 3e-4, "per_device_train_batch_size": 4,
                          "logging_steps": 1, "save_steps": EVERY, "save_total_limit": 20, "seed": 3,
                          "resume_from_checkpoint": "auto"},
         }  # fmt: skip
-        if bits == "4":
-            tree["model"] |= {"load_in_4bit": True, "bnb_4bit_compute_dtype": "float32"}
+        if bits != "16":
+            tree["model"] |= {"load_in_4bit": bits == "4", "bnb_4bit_compute_dtype": "float32"}
         (base / f"{bits}.json").write_text(json.dumps(tree))
         env = {"DS_ACCELERATOR": "cpu"} if engine == "zero3" else {}
         command = [at, "--config", base / f"{bits}.json", *ENGINES[engine], f"training.output_dir={folder}", *extra]
@@ -90,7 +95,7 @@ def undisturbed(train, tmp_path_factory):
     def run(engine, bits):
         folder = tmp_path_factory.mktemp("undisturbed") / "out"
         said = train(engine, bits, folder)
-        assert ("4-bit base: 85.3% of the linear weights" in said) == (bits == "4")  # 16.5 % without experts
+        assert ("4-bit base: 85.3% of the linear weights" in said) == (bits != "16")  # 16.5 % without experts
         final = allocations(folder)[FINAL]
         assert len({final[f"model.layers.1.mlp.experts.{e}.down_proj"] for e in range(EXPERTS)}) > 1
         return folder
@@ -154,6 +159,16 @@ def test_a_run_killed_at_pruned_ranks_goes_on_bit_for_bit(undisturbed, train, tm
     together, worst = adapters_apart(straight, wide)
     print(f"{engine}, {bits} bits: pruned and wide {together:.1e}, worst tensor {worst:.1e}")
     assert together <= TOGETHER and worst <= PER_TENSOR
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_experts_stored_in_4_bits_train_the_same_adapter_and_are_killed_likewise(undisturbed, train, tmp_path, engine):
+    """Else quantising once, offline, is another base than quantising at every start."""
+    made, whole, folder = undisturbed(engine, "4"), undisturbed(engine, STORED), tmp_path / "out"
+    assert adapters_apart(made, whole) == (0, 0)
+    train(engine, STORED, folder, at="update:7")
+    assert f"(step {EVERY} of {STEPS}" in train(engine, STORED, folder)
+    assert differences(whole, folder) == []
 
 
 @pytest.mark.parametrize("step", [EVERY * 2, FINAL])
