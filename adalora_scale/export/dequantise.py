@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.base_checkpoint import BaseCheckpoint
+from adalora_scale.export.dequantised_experts import (
+    StoredExperts,
+    copy_without_memory,
+    projections_of,
+    requantised_experts,
+    stored_experts,
+)
 from adalora_scale.export.tensor_files import DTYPE_NAMES, DTYPES
 from adalora_scale.quantization import functional
 from adalora_scale.quantization.experts import ExpertLinear4bit
@@ -30,7 +35,6 @@ from adalora_scale.quantization.prequantized import (
     stored_spec,
 )
 from adalora_scale.quantization.spec import QuantSpec
-from adalora_scale.reading.json_text import shown
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,18 @@ class Dequantised:
 
     weights: dict[str, Stored]
     """Key of the checkpoint → its dequantised weight."""
+    experts: dict[str, StoredExperts]
+    """The same of tensors that hold experts."""
     companions: set[str]
     """Keys of scales and code books, which the merged model no longer has."""
     load_model: Callable[[], nn.Module]
     """Loads the 4-bit base, computing in float32."""
     said: str
     """What was dequantised, in words."""
+
+    def dtypes(self) -> list[str]:
+        """Return the dtypes of the merged weights, the format's names."""
+        return [stored.dtype for stored in self.weights.values()] + [stored.dtype for stored in self.experts.values()]
 
 
 def quantised_base(model: nn.Module) -> dict[str, Any] | None:
@@ -95,11 +105,6 @@ def dequantised_weights(adapter: AdapterFile, base: BaseCheckpoint) -> Dequantis
             f"--dequantise: {base.directory} is not in 4 bits, and the adapter in {adapter.directory} does not say "
             f"that it was trained on a 4-bit base; leave it out."
         )
-    if "experts" in record:
-        raise Unsupported(
-            f"--dequantise: training had the experts of {shown(str(record['experts']))} in 4 bits, whose values it "
-            f"does not reach; leave it out, which merges into the original weights."
-        )
     return _requantised(record, base, adapter.saved)
 
 
@@ -112,8 +117,6 @@ def refuse_quantised(base: BaseCheckpoint) -> None:
     """
     if base.quantization is None:
         return
-    if (experts := experts_in_4_bits(base)) is not None:
-        raise Unsupported(f"{base.directory} holds experts in 4 bits ('{experts}'); pass the 16-bit model to --base.")
     if base.quantization.get("load_in_4bit") or base.quantization.get("_load_in_4bit"):
         raise UserError(
             f"{base.directory} is stored in 4 bits; pass --dequantise to merge into its dequantised values, or the "
@@ -137,14 +140,20 @@ def _prequantised(base: BaseCheckpoint, heads: list[str]) -> Dequantised:
     checkpoint = base.checkpoint
     names = match_names(base.model, checkpoint.tensors)
     weights: dict[str, Stored] = {}
+    experts: dict[str, StoredExperts] = {}
     companions: set[str] = set()
+    projections = projections_of(base)
     for parameter, parts in names.states.items():
         if parameter not in names.tensors or parameter not in base.parameters:
             raise UserError(f"{base.directory} holds a 4-bit state of '{parameter}' but not its weight; get it again.")
         key = names.tensors[parameter]
+        companions |= set(parts.values())
+        if (layer := projections.get(parameter)) is not None:
+            experts[key] = stored_experts(base, parameter, key, parts, transposed=layer.transposed)
+            continue
         spec, sides = stored_spec(checkpoint, parameter, parts, torch.float32)
         if len(sides) != 2:
-            raise Unsupported(f"--dequantise: '{parameter}' holds experts in 4 bits; pass the 16-bit model to --base.")
+            raise Unsupported(f"--dequantise: '{parameter}' is {sides} in 4 bits, no matrix; pass the 16-bit model.")
         shape = (sides[0], sides[1])
         dtype = stored_dtype(checkpoint, parameter, parts)
         check_stored(checkpoint, key, parts, spec, spec.blocks(shape[1], shape[0], parameter))
@@ -165,10 +174,12 @@ def _prequantised(base: BaseCheckpoint, heads: list[str]) -> Dequantised:
             return values.T if transposed else values
 
         weights[key] = Stored(DTYPE_NAMES[getattr(torch, dtype)], shape[::-1] if transposed else shape, load)
-        companions |= set(parts.values())
-    said = f"the dequantised values of the {len(weights)} weights that {base.directory} stores in 4 bits"
-    spec = QuantSpec(compute_dtype=torch.float32)
-    return Dequantised(weights, companions, lambda: _load_4bit(base, spec, torch.float32, [], heads), said)
+    count = len(weights) + len(experts)
+    said = f"the dequantised values of the {count} weights that {base.directory} stores in 4 bits"
+    spec, split = QuantSpec(compute_dtype=torch.float32), bool(experts)
+    return Dequantised(
+        weights, experts, companions, lambda: _load_4bit(base, spec, torch.float32, [], heads, split=split), said
+    )
 
 
 def _requantised(record: dict[str, Any], base: BaseCheckpoint, heads: list[str]) -> Dequantised:
@@ -179,8 +190,9 @@ def _requantised(record: dict[str, Any], base: BaseCheckpoint, heads: list[str])
             double_quant=record["double_quant"],
             compute_dtype=torch.float32,
         )
-        layers = {name for name, _ in base.model.named_modules()}
-        kept = [str(name) for name in record["kept"] if name in layers]  # a base's experts are no layers
+        split = "experts" in record  # some in 4 bits; else a base's experts are no layers
+        layers = {name for name, _ in base.model.named_modules()} | (projections_of(base).keys() if split else set())
+        kept = [str(name) for name in record["kept"] if name in layers]
         name = record["weight_dtype"]
         if name is not None and not isinstance(name, str):
             raise TypeError(name)
@@ -207,20 +219,20 @@ def _requantised(record: dict[str, Any], base: BaseCheckpoint, heads: list[str])
             return values.T if transposed else values
 
         weights[source.key] = Stored(entry.dtype, (entry.shape[0], entry.shape[1]), load)
+    experts = requantised_experts(base, spec, dtype, kept) if split else {}
+    count = len(weights) + len(experts)
     said = (
-        f"the values that the {len(weights)} weights of {base.directory} have after {spec.quant_type} quantisation "
+        f"the values that the {count} weights of {base.directory} have after {spec.quant_type} quantisation "
         f"(block size {spec.blocksize}, double quantisation {'on' if spec.double_quant else 'off'}), as in training"
     )
-    return Dequantised(weights, set(), lambda: _load_4bit(base, spec, dtype, kept, heads), said)
+    return Dequantised(weights, experts, set(), lambda: _load_4bit(base, spec, dtype, kept, heads, split=split), said)
 
 
 def _load_4bit(
-    base: BaseCheckpoint, spec: QuantSpec, dtype: torch.dtype, kept: list[str], heads: list[str]
+    base: BaseCheckpoint, spec: QuantSpec, dtype: torch.dtype, kept: list[str], heads: list[str], *, split: bool
 ) -> nn.Module:
-    """Load the base in 4 bits; what is not quantised is computed in float32 too."""
-    with init_empty_weights(include_buffers=False):
-        model = copy.deepcopy(base.model)
-    model.tie_weights()  # type: ignore[operator]
+    """Load the base in 4 bits, experts too where they are `split`; what is not quantised is computed in float32."""
+    model = copy_without_memory(base.model, split=split)
     requantises = base.quantization is None
     skipped = kept if requantises else None
     plan = make_plan(

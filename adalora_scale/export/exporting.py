@@ -243,7 +243,7 @@ def _merge(
     folder: Path,
 ) -> None:
     report |= write_model(plan, folder, max_shard_bytes=shard_bytes(request.max_shard_size))
-    dtype = next(iter(quantised.weights.values())).dtype if quantised and base.quantization else None
+    dtype = quantised.dtypes()[0] if quantised and base.quantization else None
     write_companions(adapter, base, plan, folder, dtype)
     into = quantised.said if quantised else f"the weights of {base.directory}, in their own dtype"
     heads = f", {len(plan.replaced)} tensors trained in full replaced" if plan.replaced else ""
@@ -254,8 +254,7 @@ def _merge(
             "the adapter is on one side of the tie between output head and embedding, so they are no longer tied"
         )
     if quantised is None and (trained := adapter.record.get("quantisation")):
-        way_out = "" if "experts" in trained else " (--dequantise keeps it)"
         report["notes"].append(
             f"the adapter was trained on the {trained.get('quant_type')} values of its base; these are the original "
-            f"ones, so the result differs from training by the quantisation error{way_out}"
+            f"ones, so the result differs from training by the quantisation error (--dequantise keeps it)"
         )

@@ -21,7 +21,8 @@ from adalora_scale.adalora.matrices import parts
 from adalora_scale.adalora.targets import modules_to_save
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.experts.modules import join_all_experts
-from adalora_scale.export.merge import BLOCK, added
+from adalora_scale.export.merge import BLOCK
+from adalora_scale.export.planned import added
 from adalora_scale.export.tensor_files import DTYPE_NAMES
 
 _ORIGINAL = "original_weight"
@@ -205,7 +206,7 @@ def _refuse_4bit(layers: dict[str, AdaLoraLayer]) -> None:
         raise Unsupported(
             f"merge_adapters: the base weight of '{name}' is in 4 bits, which a sum does not fit; load the adapter "
             f"onto the 16-bit base, or use `adalora-scale export --format merged`, with --dequantise for the 4-bit "
-            f"values (not of experts)."
+            f"values."
         )
 
 

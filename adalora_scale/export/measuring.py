@@ -49,7 +49,7 @@ def why_not_measured(request: Request, adapter: AdapterFile, base: BaseCheckpoin
         return "PEFT is not installed"
     if request.uniform and adapter.stacks and base.expert_tensors():
         return "the form is a LoRA an expert, which servers open and PEFT does not"
-    if experts_in_4_bits(base) is not None:
+    if not request.dequantise and experts_in_4_bits(base) is not None:
         return "the base holds experts in 4 bits, which transformers does not load; name the 16-bit one with --base"
     inputs = getattr(base.model, "main_input_name", "input_ids")
     if inputs != "input_ids":
@@ -126,7 +126,7 @@ def measure(
 
 def _coarsest(quantised: Dequantised) -> float:
     """Return what rounding the merged weights may change, of the largest logit, where it cannot be computed apart."""
-    dtypes = [DTYPES[stored.dtype] for stored in quantised.weights.values()]
+    dtypes = [DTYPES[name] for name in quantised.dtypes()]
     return max((8 * torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize < 4), default=1e-4)
 
 

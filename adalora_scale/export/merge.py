@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -17,29 +17,17 @@ from torch import Tensor
 
 from adalora_scale.adalora.adaptables import adaptable_of, sides
 from adalora_scale.adalora.base_digest import same_base
-from adalora_scale.adalora.matrices import layer_of_matrix
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.base_checkpoint import BaseCheckpoint, Source
-from adalora_scale.export.base_experts import ExpertPart, expert_place
+from adalora_scale.export.base_experts import expert_place
 from adalora_scale.export.dequantise import Dequantised, Stored
+from adalora_scale.export.merge_experts import merged_experts, replaced_expert
+from adalora_scale.export.planned import Planned, added
 from adalora_scale.export.tensor_files import DTYPES, FLOATING
-from adalora_scale.finite import is_finite, require_finite
+from adalora_scale.finite import require_finite
 
 BLOCK = 4 * 2**20  # elements that are summed at a time: 16 MiB in float32
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One tensor of the result."""
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    size: int
-    """Bytes."""
-    pieces: Callable[[], Iterable[bytes | Tensor]]
-    """Makes its bytes, a piece at a time."""
 
 
 @dataclass
@@ -70,19 +58,22 @@ def plan_merge(adapter: AdapterFile, base: BaseCheckpoint, quantised: Dequantise
     targets = {f"{module}.weight": module for module in adapter.modules if module not in of_experts}
     plan = Plan([], [], [])
     done: set[str] = set()
-    stored = quantised.weights if quantised else {}
+    stored, experts = (quantised.weights, quantised.experts) if quantised else ({}, {})
     for source in base.sources:
         if quantised and source.key in quantised.companions:
             continue
         module, other = _touched(source, base, targets, adapter)
         name = source.parameter or ""
-        if name in stacks:
-            plan.tensors.append(_merged_experts(source, adapter, stacks[name], base, quantised))
-            plan.merged += [] if name in done else stacks[name]
+        if name in stacks or (source.key in experts and name not in adapter.others):
+            own = stacks.get(name, [])
+            if own and source.converted and source.expert is None:
+                _refuse_converted(own[0], source)
+            plan.tensors.append(merged_experts(source, adapter, own, base, experts.get(source.key)))
+            plan.merged += [] if name in done else own
             done.add(name)
             continue
         if name in adapter.others and source.expert is not None:
-            plan.tensors.append(_replaced_expert(source, adapter, name))
+            plan.tensors.append(replaced_expert(source, adapter, name))
             plan.replaced += [] if name in done else [name]
             done.add(name)
             continue
@@ -192,51 +183,6 @@ def merged(source: Source, key: str, adapter: AdapterFile, module: str, transpos
     return Planned(key, entry.dtype, entry.shape, entry.size, pieces)
 
 
-def _merged_experts(
-    source: Source, adapter: AdapterFile, matrices: list[str], base: BaseCheckpoint, quantised: Dequantised | None
-) -> Planned:
-    """Plan W + ΔW of a tensor of experts, an expert at a time, or of one expert's own tensor."""
-    entry, part = source.file.entries[source.key], source.expert
-    if quantised and source.key in quantised.weights:
-        raise Unsupported(
-            f"'{source.key}' is of experts, which --dequantise does not reach; merge into 16-bit weights."
-        )
-    if entry.dtype not in FLOATING:
-        raise Unsupported(f"'{source.key}' is stored as {entry.dtype}; merge into the original 16-bit weights.")
-    if source.converted and part is None:
-        _refuse_converted(matrices[0], source)
-    place = expert_place(base.model, matrices[0])
-    input_first = place is not None and place.input_first
-    numbers = {found[1]: name for name in matrices if (found := layer_of_matrix(name)) is not None}
-
-    def pieces() -> Iterator[Tensor]:
-        for number in range(entry.shape[0]) if part is None else [part.number]:
-            weight = (
-                source.file.rows(source.key, number, number + 1)[0] if part is None else source.file.tensor(source.key)
-            )
-            begin = 0 if part is None else part.part * len(weight)
-            if number not in numbers:  # not adapted
-                yield weight
-                continue
-            delta = adapter.update(numbers[number]).delta(begin, begin + len(weight), transposed=input_first)
-            yield added(weight, delta, entry.dtype, numbers[number])
-
-    return Planned(source.key, entry.dtype, entry.shape, entry.size, pieces)
-
-
-def _replaced_expert(source: Source, adapter: AdapterFile, name: str) -> Planned:
-    """Plan one expert's own tensor of a projection that was trained in full, in the base's dtype."""
-    entry, part = source.file.entries[source.key], source.expert or ExpertPart(0, 0)
-
-    def pieces() -> list[Tensor]:
-        begin = part.part * entry.shape[0]
-        value = adapter.other(name)[part.number, begin : begin + entry.shape[0]].to(DTYPES[entry.dtype])
-        require_finite({name: value}, f"the adapter in {DTYPES[entry.dtype]}")
-        return [value.contiguous()]
-
-    return Planned(source.key, entry.dtype, entry.shape, entry.size, pieces)
-
-
 def dequantised(key: str, stored: Stored, adapter: AdapterFile, module: str | None, base: BaseCheckpoint) -> Planned:
     """Plan the dequantised W, plus ΔW where it is adapted; one whole matrix is in memory at a time."""
 
@@ -253,20 +199,6 @@ def dequantised(key: str, stored: Stored, adapter: AdapterFile, module: str | No
 
     size = math.prod(stored.shape) * DTYPES[stored.dtype].itemsize
     return Planned(key, stored.dtype, stored.shape, size, pieces)
-
-
-def added(weight: Tensor, delta: Tensor, dtype: str, module: str) -> Tensor:
-    """Return weight + delta, summed in at least float32, in the named dtype.
-
-    Raises:
-        UserError: the weight is not finite, or the sum does not fit the dtype.
-    """
-    wide = weight if weight.dtype == torch.float64 else weight.float()
-    total = (wide + delta).to(DTYPES[dtype])
-    if not is_finite(total):
-        require_finite({module: weight}, "the base model")  # looked at only where something is wrong
-        raise UserError(f"the merged weight of '{module}' does not fit {DTYPES[dtype]}; merge into a wider base.")
-    return total
 
 
 def replaced(key: str, adapter: AdapterFile, name: str, dtype: str) -> Planned:

@@ -13,8 +13,9 @@ from tqdm import tqdm
 from adalora_scale.errors import UserError
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.base_checkpoint import BaseCheckpoint, rows_in
-from adalora_scale.export.merge import Plan, Planned
+from adalora_scale.export.merge import Plan
 from adalora_scale.export.output import copy_tokenizer
+from adalora_scale.export.planned import Planned
 from adalora_scale.export.tensor_files import DTYPES, TensorFileWriter
 from adalora_scale.reading.base_config import foreign
 from adalora_scale.reading.folders import own_file

@@ -15,7 +15,7 @@ from adalora_scale.adalora.injection import adapter_layers, inject_adalora
 from adalora_scale.adalora.matrices import matrix_names
 from adalora_scale.config import PRESETS, AdaLoraConfig
 from adalora_scale.errors import UserError
-from adalora_scale.experts.modules import split_all_experts
+from adalora_scale.experts.modules import join_all_experts, split_all_experts
 from adalora_scale.quantization.linear import dequantize_model, quantize_model
 from adalora_scale.quantization.spec import QuantSpec
 from adalora_scale.verify.mixture import mixture
@@ -105,8 +105,10 @@ class Problem:
         return quantize_model(model, QuantSpec(compute_dtype=dtype)) if self.load_in_4bit else model
 
     def exact_model(self) -> nn.Module:
-        """Return the base in float64, 4-bit weights dequantised as the float32 runs do."""
-        return dequantize_model(self.base_model(torch.float32), torch.float32).double()
+        """Return the base in float64 as transformers has it, 4-bit weights dequantised as the float32 runs do."""
+        model = dequantize_model(self.base_model(torch.float32), torch.float32)
+        join_all_experts(model)
+        return model.double()
 
     def full_precision_model(self, dtype: torch.dtype) -> nn.Module:
         """Return the base as it is before it is quantised."""

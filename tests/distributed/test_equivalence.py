@@ -11,6 +11,7 @@ import torch
 
 from adalora_scale.verify.engines import ENGINES, VARIANTS
 from adalora_scale.verify.matrix import ALL_TOLERANCE, TENSOR_TOLERANCE, distances, expected_outcome
+from adalora_scale.verify.mixture import CLASSES
 from adalora_scale.verify.problem import Problem
 from tests.distributed.launcher import run_ranks
 
@@ -117,29 +118,54 @@ def test_a_4_bit_base_changes_nothing_about_that(cells_of):
     assert other["ddp:plain"]["reference_loss"] != cells["ddp:plain"]["reference_loss"]
 
 
-def test_experts_are_matrices_on_an_engine_that_cuts_inside_one(cells_of):
-    """Else a mixture's ranks depend on the engine: experts' triplets in pieces, an expert that no token reaches."""
-    cells = cells_of(2, ["zero3:plain"], model="experts:24")
+def assert_routed(cells, bits):
+    """The cells were about experts: all of them in `bits` bits, no token near a tie, one that none reached."""
+    for cell in cells.values():
+        assert cell["experts"] == ([4, 0] if bits == "4" else [0, 4])  # two projections in two layers
+        assert cell["margin"] > 0.2  # of the largest logit; engines differ by 1e-6
+        assert cell["reached"] == list(range(CLASSES))
+
+
+def shown_of_experts(given):
+    """The row of docs/support.md."""
+    other = "the same over experts in 4 bits"
+    return other if given["bits"] == "4" else "experts of a mixture adapted (equals the float64 reference)"
+
+
+@pytest.mark.shows("features", feature=shown_of_experts, engine="{engine}")
+@pytest.mark.parametrize(("engine", "bits"), [("zero3", "16"), ("fsdp2", "4")])
+def test_experts_are_matrices_on_an_engine_that_cuts_inside_one(cells_of, engine, bits):
+    """Else a mixture's ranks depend on the engine: experts' triplets in pieces, an expert that no token reaches; of a
+    4-bit base blocks and second levels of one expert on two ranks."""
+    cells = cells_of(2, [f"{engine}:plain"], model="experts:24", bits=bits)
     assert_all_pass(cells)
-    assert cells["zero3:plain"]["calls"] >= 4
+    assert_routed(cells, bits)
+    assert engine != "zero3" or cells["zero3:plain"]["calls"] >= 4
 
 
+@pytest.mark.shows("features", feature=shown_of_experts, engine=lambda given: shown_as(given["engine"]))
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("bits", ["16", "4"])
 @pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine != "hsdp"])
-def test_the_row_of_experts(cells_of, engine, ranks, preset):
+def test_the_row_of_experts(cells_of, engine, bits, preset, ranks):
     """Else a variant is wrong on some engine where a module stands for several matrices."""
     cells = cells_of(ranks, [f"{engine}:{variant}" for variant in VARIANTS if variant != "bf16"], model="experts",
-                     preset=preset)  # fmt: skip
+                     bits=bits, preset=preset)  # fmt: skip
     assert_all_pass(cells)
+    assert_routed(cells, bits)
     assert ranks == 2 or preset == "default" or not engine.startswith("zero") or cells[f"{engine}:plain"]["split_rows"]
 
 
+@pytest.mark.shows("features", feature=shown_of_experts, engine="hsdp")
 @pytest.mark.full
-def test_experts_on_four_ranks(cells_of):
+@pytest.mark.parametrize(("bits", "preset"), [("16", "paper"), ("4", "paper"), ("4", "default")])
+def test_experts_on_four_ranks(cells_of, bits, preset):
     """Else HSDP counts every replica's experts, or ranks without rows of an expert are lost."""
-    assert_all_pass(cells_of(4, ["hsdp:plain", "fsdp2:plain", "zero3:plain"], model="experts", preset="paper"))
+    cells = cells_of(4, ["hsdp:plain", "fsdp2:plain", "zero3:plain"], model="experts", bits=bits, preset=preset)
+    assert_all_pass(cells)
+    assert_routed(cells, bits)
 
 
 @pytest.mark.full
@@ -151,6 +177,16 @@ def test_the_criterion_refuses_a_mutant_of_experts(cells_of, mutant):
     cells = cells_of(3, ["zero3:plain", mutant], model="experts:24", preset="paper")
     assert cells["zero3:plain"]["verdict"] == "pass"
     assert cells[mutant]["verdict"] == "fail", cells[mutant]
+
+
+@pytest.mark.full
+def test_the_criterion_refuses_a_wrong_scale_of_one_expert(cells_of):
+    """Else the row of 4-bit experts would pass whatever bytes the ranks hold."""
+    mutants = [f"{engine}:plain:scale" for engine in ("ddp", "fsdp2", "zero3")]
+    cells = cells_of(2, ["fsdp2:plain", *mutants], model="experts:24", bits="4")
+    assert cells["fsdp2:plain"]["verdict"] == "pass"
+    for mutant in mutants:
+        assert "distance above" in cells[mutant]["reason"], cells[mutant]
 
 
 @pytest.fixture(scope="module")

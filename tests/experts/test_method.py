@@ -21,16 +21,20 @@ STEPS, FINAL, SAVED = 24, 18, 20
 R, TARGET = 6, 4
 
 
-def problem_of(preset="paper", **options):
+def problem_of(preset="paper", bits=16, **options):
     return Problem(
-        model=None, experts=True, device=torch.device("cpu"), ranks=1, steps=STEPS, preset=preset, options=options
-    )
+        model=None, experts=True, device=torch.device("cpu"), ranks=1, steps=STEPS, preset=preset, options=options,
+        load_in_4bit=bits == 4,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("preset", ["paper", pytest.param("default", marks=pytest.mark.full)])
-def test_one_process_equals_the_reference(preset, monkeypatch):
+@pytest.mark.parametrize(
+    ("preset", "bits"),
+    [("paper", 16), *(pytest.param(*cell, marks=pytest.mark.full) for cell in (("default", 16), ("paper", 4)))],
+)
+def test_one_process_equals_the_reference(preset, bits, monkeypatch):
     """Else an expert's triplets are another's, or a token near a tie decides what engines are compared by."""
-    problem = problem_of(preset)
+    problem = problem_of(preset, bits)
     expected = expected_outcome("plain", problem)
     model = problem.adapted_model()
     monkeypatch.setattr(Problem, "adapted_model", lambda self, dtype: model)

@@ -9,14 +9,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from adalora_scale.adalora.injection import inject_adalora
 from adalora_scale.cli import main
-from adalora_scale.config import AdaLoraConfig, load_config
+from adalora_scale.config import load_config
 from adalora_scale.export.adapter_file import AdapterFile
 from adalora_scale.export.peft_adalora import load_adapter, save_adapter
 from adalora_scale.quantization.linear import Linear4bit, quantize_model
 from adalora_scale.quantization.spec import QuantSpec
 from adalora_scale.training.run import train as train_run
 from tests.adalora import tiny
-from tests.experts.models import tiny as mixture
 from tests.export.adapters import assert_same_function, base_folder, export, load, logits, options
 
 MERGED = ["--format", "merged", "--base"]
@@ -138,19 +137,3 @@ def test_dequantise_without_a_4bit_base_and_other_quantisers_are_refused(request
         assert main([*arguments, *dequantise]) == 2
         assert "is quantised with 'gptq'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_experts_that_training_had_in_4_bits_are_refused_by_name(tmp_path, capsys):
-    """Else only the layers beside them would be dequantised, and the result called the values of training."""
-    model = mixture("qwen3_moe", dtype=torch.float32, hidden_size=64, moe_intermediate_size=64)
-    model.save_pretrained(tmp_path / "base")
-    for name, skipped in (("all", None), ("dense", ["experts"])):
-        run = tmp_path / name
-        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-        inject_adalora(quantize_model(base, QuantSpec(), skipped), AdaLoraConfig(init_r=2, target_r=1))
-        save_adapter(base, run)
-        ended = main(list(map(str, ["export", run, tmp_path / "out", *MERGED, tmp_path / "base", "--dequantise"])))
-        said = capsys.readouterr()
-        assert ended == (2 if skipped is None else 0), said
-        if skipped is None:
-            assert "experts of 'model.layers.0.mlp.experts.gate_up_proj' in 4 bits" in said.err

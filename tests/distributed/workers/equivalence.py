@@ -15,6 +15,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from adalora_scale.controller import RankAllocator
 from adalora_scale.controller.rows import SplitRows
@@ -23,8 +24,11 @@ from adalora_scale.controller.triplets import Triplets
 from adalora_scale.engines.fsdp2 import DTensorSharding
 from adalora_scale.engines.zero import ZeroSharding
 from adalora_scale.errors import Unsupported, UserError
+from adalora_scale.experts.linear import ExpertLinear
+from adalora_scale.quantization.experts import ExpertLinear4bit
 from adalora_scale.verify.engines import train
 from adalora_scale.verify.matrix import expected_outcomes, judge, why_not
+from adalora_scale.verify.mixture import Margins
 from adalora_scale.verify.problem import Problem
 from tests.distributed.launcher import report
 
@@ -119,6 +123,29 @@ def split_rows_ignored():
         yield
 
 
+@contextlib.contextmanager
+def one_scale_of_an_expert_wrong():
+    """One block of 64 weights of an expert has another scale in what the last rank holds."""
+    original = RankAllocator.attach
+
+    def attach(self, target):
+        result = original(self, target)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            own = held(next(m for m in self.model.modules() if isinstance(m, ExpertLinear4bit)).scales)
+            own[0] ^= 16
+        return result
+
+    with mock.patch.object(RankAllocator, "attach", attach):
+        yield
+
+
+def held(parameter):
+    """This rank's piece of a frozen parameter."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local().view(-1)
+    return parameter.ds_tensor.view(-1) if hasattr(parameter, "ds_tensor") else parameter.data.view(-1)
+
+
 MUTANTS = {
     "": contextlib.nullcontext,
     "scores": scores_of_rank_1_left_out,
@@ -126,13 +153,15 @@ MUTANTS = {
     "copy": lambda_zeroed_in_the_copy_only,
     "publish": masters_not_published,
     "rows": split_rows_ignored,
+    "scale": one_scale_of_an_expert_wrong,
 }
 
 
 @contextlib.contextmanager
 def shapes_seen(shapes):
-    """Record what really was hard about a cell: split rows, empty spans, several calls of the optimizer a step."""
-    original = RankAllocator.attach
+    """Record what really was hard about a cell: split rows, empty spans, several calls of the optimizer a step; of a
+    mixture also how many layers of experts are in 4 bits and in 16, how far routing is from ties, who was reached."""
+    original, watched = RankAllocator.attach, contextlib.ExitStack()
 
     def attach(self, target):
         result = original(self, target)
@@ -144,9 +173,14 @@ def shapes_seen(shapes):
             empty_spans=int(empty),
             calls=sharding.calls_per_step,
         )
+        kinds = [type(module) for module in self.model.modules()]
+        if any(experts := (kinds.count(ExpertLinear4bit), kinds.count(ExpertLinear))):
+            shapes["experts"] = experts
+            margins = watched.enter_context(Margins(self.model))
+            watched.callback(lambda: shapes.update(margin=margins.smallest, reached=sorted(margins.reached)))
         return result
 
-    with mock.patch.object(RankAllocator, "attach", attach):
+    with mock.patch.object(RankAllocator, "attach", attach), watched:
         yield
 
 
