@@ -47,7 +47,7 @@ class _Kind:
     experts: int = EXPERTS
     pairs: tuple[tuple[int, int], ...] = tuple((number, (number + 1) % CLASSES) for number in range(CLASSES))
     """The two best experts of each class; the last expert is in none."""
-    second: float = 0.85
+    second: float = 0.95
     """Logit of the second one, of the first one's: nearer where both are taken anyway."""
     size: float = 1.0
     """Of the logits: smaller where a sigmoid would be flat."""

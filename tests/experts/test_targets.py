@@ -106,12 +106,23 @@ def test_what_is_recorded_of_an_adapted_router_is_with_its_adapter(kind: str) ->
 @pytest.mark.parametrize("spec", [nn.Linear, OutputRecorder(nn.Linear, index=0, layer_name="router.gate")])
 def test_a_router_that_is_recorded_by_itself_is_refused(spec: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else its auxiliary loss is the base's: the hook sits on what the adapter was put around."""
+    config, ids = CONFIG.replace(target_modules=["router.gate"]), torch.arange(8)[None]
+    monkeypatch.setattr(type(small_model("afmoe", "causal").model), "_can_record_outputs", {"router_logits": spec})
     model = small_model("afmoe", "causal")
-    monkeypatch.setattr(type(model.model), "_can_record_outputs", {"router_logits": spec})
     with pytest.raises(Unsupported, match=r"layers\.1\.mlp\.router\.gate'.*as router_logits.*modules_to_save"):
-        inject_adalora(model, CONFIG.replace(target_modules=["router.gate"]))
+        inject_adalora(model, config)
     if spec is not nn.Linear:  # of other layers it says nothing
-        inject_adalora(model, CONFIG.replace(target_modules=["q_proj"]))
+        inject_adalora(small_model("afmoe", "causal"), CONFIG.replace(target_modules=["q_proj"]))
+    monkeypatch.setattr("adalora_scale.adalora.targets.recorded", lambda *_: {})
+    inject_adalora(model, config)
+    before = model(ids, output_router_logits=True)
+    with torch.no_grad():
+        for _, layer in adapter_layers(model):
+            layer.lora_E.normal_()
+            layer.lora_B.normal_()
+    after = model(ids, output_router_logits=True)
+    assert after.router_logits[-1].equal(before.router_logits[-1])  # what the refusal says is so
+    assert not torch.allclose(after.logits, before.logits)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ the same in both because no token comes near a tie (`verify/mixture.py`), which 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from types import SimpleNamespace
 from unittest import mock
@@ -18,14 +19,16 @@ import torch
 from adalora_scale.adalora.adaptables.experts import ExpertProjection
 from adalora_scale.adalora.injection import adapter_layers
 from adalora_scale.adalora.routers import routers
+from adalora_scale.cli import _parser as build_parser
 from adalora_scale.engines import pieces, replicated
 from adalora_scale.experts import products
 from adalora_scale.experts.linear import ExpertLinear
 from adalora_scale.experts.modules import Repeated, Routed
-from adalora_scale.verify.engines import SINGLE, train
+from adalora_scale.verify.command import Request
+from adalora_scale.verify.engines import SINGLE, Outcome, train
 from adalora_scale.verify.float64 import Float64
 from adalora_scale.verify.margins import LEAST, Margins
-from adalora_scale.verify.matrix import ALL_TOLERANCE, TENSOR_TOLERANCE, distances, expected_outcome
+from adalora_scale.verify.matrix import ALL_TOLERANCE, TENSOR_TOLERANCE, distances, expected_outcome, judge
 from adalora_scale.verify.mixture import KINDS, mixture
 from adalora_scale.verify.problem import Problem
 
@@ -215,6 +218,27 @@ def test_margins_see_every_choice():
     assert margin(4.0, 2.0, -2.0, -2.1) == pytest.approx(0.1 / 2.1)  # in a group that is left out: counted too
     assert margin(4.0, 4.0, 1.0, 0.0) == 0
     assert margin(4.0, float("-inf"), 1.0, 0.0) == 0.75  # what is masked out is no candidate
+
+
+def test_a_tie_is_named_by_the_verdict_of_verify_engines():
+    """Else whoever sees a cell fail looks for a fault in an engine."""
+    outcome = Outcome(masks={step: {"a": [True]} for step in range(10)}, weights={"a": {"A": torch.ones(2, 1)}})
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert judge("ddp", "plain", outcome, outcome).verdict == "pass"
+        cell = judge("ddp", "plain", outcome, dataclasses.replace(outcome, margin=1e-7))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert cell.verdict == "fail" and "1.0e-07 of a tie between experts" in cell.reason
+
+
+def test_every_kind_reaches_the_ranks_of_verify_engines():
+    """Else the option is lost between the process that starts ranks and the ranks."""
+    asked = build_parser().parse_args(["verify-engines", *Request(experts="gpt_oss").arguments()])
+    assert (
+        asked.experts == "gpt_oss" and build_parser().parse_args(["verify-engines", "--experts"]).experts == "mixtral"
+    )
+    assert build_parser().parse_args(["verify-engines", *Request().arguments()]).experts is None
 
 
 def test_float64_is_what_is_told_and_no_more():
