@@ -18,7 +18,7 @@ from adalora_scale.errors import UserError
 from adalora_scale.experts.modules import KERNEL, split_all_experts
 from adalora_scale.quantization.linear import dequantize_model, quantize_model
 from adalora_scale.quantization.spec import QuantSpec
-from adalora_scale.verify.mixture import mixture
+from adalora_scale.verify.mixture import LEARNING_RATES, mixture
 from adalora_scale.verify.reference import ReferenceOptions, ReferencePlace
 
 ACCUMULATION = 4
@@ -75,7 +75,7 @@ class Problem:
     @property
     def learning_rate(self) -> float:
         """`lr`; a mixture's is smaller, so that no token comes near a tie between two experts."""
-        return 0.3 * self.lr if self.experts else self.lr
+        return LEARNING_RATES.get(self.experts_kind, 0.3) * self.lr if self.experts else self.lr
 
     def __post_init__(self) -> None:
         if self.steps < 24:
