@@ -167,7 +167,14 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--variants", nargs="+", metavar="NAME", help="plain accumulation checkpointing clip bf16")
     verify.add_argument("--quick", action="store_true", help="only the variants plain and clip")
     verify.add_argument("--model", metavar="PATH", help="a small causal model; by default a random Llama is made")
-    verify.add_argument("--experts", action="store_true", help="a random mixture of experts and not a random Llama")
+    verify.add_argument(
+        "--experts",
+        nargs="?",
+        const="mixtral",
+        metavar="KIND",
+        help="a random mixture of experts and not a random Llama: mixtral (default) qwen3_moe gpt_oss deepseek_v3\n"
+        "granitemoe llama4_text phimoe",
+    )
     verify.add_argument("--steps", type=int, default=60, help="optimizer steps of a cell (default 60)")
     verify.add_argument("--memory", action="store_true", help="also weigh adapters, gradients and moments, 100 M model")
     verify.add_argument("--preset", default="default", metavar="NAME", help="of the method: default, paper or peft")

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
 from adalora_scale.adalora.adaptables import adaptable_or_none, is_linear, sides
+from adalora_scale.adalora.recorded import recorded
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import Unsupported, UserError, nearest
 from adalora_scale.experts.linear import ExpertLinear
@@ -54,11 +55,19 @@ def find_targets(model: nn.Module, config: AdaLoraConfig) -> list[str]:
         raise UserError("adalora.target_modules selects no module after adalora.exclude_modules was applied.")
     read = weights_read(model) if config.target_modules != ALL_LINEAR else {}
     chosen = routers(model) if config.target_modules != ALL_LINEAR else set()
+    hooked = recorded(model, targets)
     for name in targets:
-        if name in chosen and adaptable_or_none(model.get_submodule(name)) is None:
+        if name in chosen and not _can_adapt(model.get_submodule(name)):
             raise Unsupported(
                 f"cannot adapt '{name}': a {type(model.get_submodule(name)).__name__} chooses experts by a weight that "
-                f"it multiplies itself. Leave it frozen, or train it in full: adalora.modules_to_save."
+                f"it multiplies itself. Leave it frozen (adalora.exclude_modules), or train it in full "
+                f"(adalora.modules_to_save)."
+            )
+        if name in hooked:
+            raise Unsupported(
+                f"cannot adapt '{name}': transformers records its output as {hooked[name]}, and would record it "
+                f"without the adapter. Leave it frozen (adalora.exclude_modules), or train it in full "
+                f"(adalora.modules_to_save)."
             )
         sides(model.get_submodule(name))
         if name in read and (is_linear(model.get_submodule(name)) or not read[name].also_called):
@@ -74,6 +83,12 @@ def find_targets(model: nn.Module, config: AdaLoraConfig) -> list[str]:
                 f"them."
             )
     return targets
+
+
+def _can_adapt(router: nn.Module) -> bool:
+    if isinstance(router, nn.Linear | Conv1D) and not computes_linear(router):
+        return False
+    return adaptable_or_none(router) is not None
 
 
 def left_out(model: nn.Module) -> dict[str, str]:

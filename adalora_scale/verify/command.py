@@ -25,6 +25,7 @@ from adalora_scale.messages import say, say_text
 from adalora_scale.verify import memory
 from adalora_scale.verify.engines import ENGINES, VARIANTS
 from adalora_scale.verify.matrix import ALL_TOLERANCE, BF16_TOLERANCE, TENSOR_TOLERANCE, Cell, run_matrix
+from adalora_scale.verify.mixture import KINDS
 from adalora_scale.verify.problem import Problem
 
 QUICK_VARIANTS = ("plain", "clip")
@@ -42,7 +43,8 @@ class Request:
     model: str | None = None
     steps: int = 60
     memory: bool = False
-    experts: bool = False
+    experts: str | None = None
+    """Which mixture of experts; None is none."""
     load_in_4bit: bool = False
     preset: str = "default"
     json_file: Path | None = None
@@ -52,6 +54,7 @@ class Request:
             ("--engines", self.engines, ENGINES),
             ("--variants", self.variants, VARIANTS),
             ("--preset", [self.preset], PRESETS),
+            ("--experts", [] if self.experts is None else [self.experts], KINDS),
         ):
             for name in given:
                 if name not in known:
@@ -69,11 +72,11 @@ class Request:
             "--model": self.model,
             "--steps": self.steps,
             "--preset": self.preset,
+            "--experts": self.experts,
             "--json": self.json_file,
         }
         given = [str(part) for name, value in options.items() if value is not None for part in (name, value)]
-        flags = ["--memory"] * self.memory + ["--experts"] * self.experts
-        flags += ["--load-in-4bit"] * self.load_in_4bit
+        flags = ["--memory"] * self.memory + ["--load-in-4bit"] * self.load_in_4bit
         return [*flags, *given, "--engines", *self.engines, "--variants", *self.variants]
 
 
@@ -103,7 +106,8 @@ def verify_engines(request: Request) -> int:
             device=device,
             ranks=dist.get_world_size(),
             steps=request.steps,
-            experts=request.experts,
+            experts=request.experts is not None,
+            experts_kind=request.experts or KINDS[0],
             load_in_4bit=request.load_in_4bit,
             preset=request.preset,
         )
@@ -112,7 +116,8 @@ def verify_engines(request: Request) -> int:
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "ranks": problem.ranks,
             "versions": _versions(),
-            "model": request.model or ("random mixture of experts" if request.experts else "random Llama"),
+            "model": request.model
+            or (f"random mixture of experts ({request.experts})" if request.experts else "random Llama"),
             "load_in_4bit": request.load_in_4bit,
             "preset": request.preset,
             "steps": problem.steps,

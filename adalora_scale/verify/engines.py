@@ -44,6 +44,8 @@ class Outcome:
     """Final fp32 adapters, whole, on the CPU."""
     eval_loss: float = float("nan")
     """Mean token loss after the last step, over all ranks."""
+    margin: float = float("inf")
+    """Of the reference: how far from a tie the routers of a mixture were (`verify/margins.py`)."""
 
 
 class Runner:

@@ -15,10 +15,10 @@ from adalora_scale.adalora.injection import adapter_layers, inject_adalora
 from adalora_scale.adalora.matrices import matrix_names
 from adalora_scale.config import PRESETS, AdaLoraConfig
 from adalora_scale.errors import UserError
-from adalora_scale.experts.modules import join_all_experts, split_all_experts
+from adalora_scale.experts.modules import KERNEL, join_all_experts, split_all_experts
 from adalora_scale.quantization.linear import dequantize_model, quantize_model
 from adalora_scale.quantization.spec import QuantSpec
-from adalora_scale.verify.mixture import mixture
+from adalora_scale.verify.mixture import LEARNING_RATES, mixture
 from adalora_scale.verify.reference import ReferenceOptions, ReferencePlace
 
 ACCUMULATION = 4
@@ -56,6 +56,8 @@ class Problem:
     steps: int = 60
     experts: bool = False
     """Whether the random model is a mixture of experts (`verify/mixture.py`) and not a Llama."""
+    experts_kind: str = "mixtral"
+    """Which mixture: one of `verify/mixture.py`'s kinds."""
     load_in_4bit: bool = False
     """Whether the frozen base is kept in 4 bits (nf4, double quantisation), computed in the run's dtype."""
     length: int = 12
@@ -73,7 +75,7 @@ class Problem:
     @property
     def learning_rate(self) -> float:
         """`lr`; a mixture's is smaller, so that no token comes near a tie between two experts."""
-        return 0.3 * self.lr if self.experts else self.lr
+        return LEARNING_RATES.get(self.experts_kind, 0.3) * self.lr if self.experts else self.lr
 
     def __post_init__(self) -> None:
         if self.steps < 24:
@@ -118,7 +120,7 @@ class Problem:
             return AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
         torch.manual_seed(SEED)
         if self.experts:
-            return mixture().to(dtype)
+            return mixture(self.experts_kind).to(dtype)
         shape = LlamaConfig(
             vocab_size=256,
             hidden_size=48,
@@ -134,7 +136,10 @@ class Problem:
     def adapted_model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return the model with fresh adapters in training mode, the same in every process."""
         model = self.base_model(dtype)
-        split_all_experts(model)
+        if self.experts:
+            split_all_experts(model)
+            # As users' models have it; the reference goes on with the family's plain loop.
+            model.config._experts_implementation = KERNEL  # type: ignore[union-attr]
         torch.manual_seed(SEED)
         return inject_adalora(model, self.config).to(self.device).train()
 

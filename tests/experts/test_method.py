@@ -12,8 +12,9 @@ from adalora_scale.checkpoint.finding import find_checkpoint
 from adalora_scale.checkpoint.state import masks_of, scatter
 from adalora_scale.training.checkpointing import compact_for
 from adalora_scale.verify.engines import SINGLE, running, train
+from adalora_scale.verify.margins import Margins
 from adalora_scale.verify.matrix import ALL_TOLERANCE, TENSOR_TOLERANCE, distances, expected_outcome
-from adalora_scale.verify.mixture import CLASSES, EXPERTS, Margins
+from adalora_scale.verify.mixture import CLASSES, EXPERTS
 from adalora_scale.verify.problem import Problem, adapter_weights, token_loss
 from tests.distributed.workers.checkpoint_worker import write
 
@@ -43,7 +44,7 @@ def test_one_process_equals_the_reference(preset, bits, monkeypatch):
     assert outcome.masks == expected.masks and len(outcome.masks) >= 10
     together, worst, name = distances(outcome.weights, expected.weights)
     assert together <= ALL_TOLERANCE and worst <= TENSOR_TOLERANCE, name
-    assert margins.smallest > 0.2  # of the largest logit; engines differ by 1e-6
+    assert margins.smallest > 0.2  # of the largest probability; engines differ by 1e-6
     assert margins.reached == set(range(CLASSES)) and CLASSES < EXPERTS
     last = outcome.masks[FINAL]
     experts = [name for name, layer in adapter_layers(model) if layer.matrices > 1]

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from transformers.utils.output_capturing import OutputRecorder
 
 from adalora_scale.adalora.injection import adapter_layers, coverage, inject_adalora, injection_of
 from adalora_scale.adalora.targets import left_out
@@ -74,10 +75,54 @@ def test_a_router_that_is_named_is_adapted() -> None:
     assert coverage(model).routers == 0
 
 
-def test_a_router_that_cannot_be_adapted_is_refused_by_its_class() -> None:
-    """Mixtral's is a bare parameter that its own forward multiplies by."""
-    with pytest.raises(Unsupported, match=r"MixtralTopKRouter.*modules_to_save"):
-        inject_adalora(tiny("mixtral"), CONFIG.replace(target_modules=["gate"]))
+@pytest.mark.parametrize(
+    ("kind", "router"), [("mixtral", "gate"), ("phimoe", "router"), ("llama4_text", "router"), ("gpt_oss", "router")]
+)
+def test_a_router_that_cannot_be_adapted_is_refused_by_its_class(kind: str, router: str) -> None:
+    """A bare parameter that its own forward multiplies by, or a linear layer that returns scores and choices."""
+    with pytest.raises(Unsupported, match=r"cannot adapt 'model\.layers\.0\..*Router.*modules_to_save"):
+        inject_adalora(tiny(kind), CONFIG.replace(target_modules=[router]))
+
+
+# Every family of transformers whose routers hold linear layers that can be adapted.
+@pytest.mark.parametrize("kind", ["afmoe", "zaya", "jetmoe"])
+def test_what_is_recorded_of_an_adapted_router_is_with_its_adapter(kind: str) -> None:
+    """Else the loss that balances experts is of a router that nobody uses, and never reaches the adapter."""
+    model, ids = small_model(kind, "causal"), torch.arange(8)[None]
+    inside = tuple(f"{router}." for router in routers(model))
+    named = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.startswith(inside)]
+    inject_adalora(model, CONFIG.replace(target_modules=named))
+    before = model(ids, output_router_logits=True).router_logits[-1]
+    with torch.no_grad():
+        for _, layer in adapter_layers(model):
+            for factor in (layer.lora_E, layer.lora_B):
+                factor.normal_()
+    after = model(ids, output_router_logits=True).router_logits[-1]
+    assert not torch.allclose(before, after)
+    after.sum().backward()
+    assert any(layer.lora_B.grad is not None and layer.lora_B.grad.any() for _, layer in adapter_layers(model))
+
+
+@pytest.mark.parametrize("spec", [nn.Linear, OutputRecorder(nn.Linear, index=0, layer_name="router.gate")])
+def test_a_router_that_is_recorded_by_itself_is_refused(spec: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its auxiliary loss is the base's: the hook sits on what the adapter was put around."""
+    config, ids = CONFIG.replace(target_modules=["router.gate"]), torch.arange(8)[None]
+    monkeypatch.setattr(type(small_model("afmoe", "causal").model), "_can_record_outputs", {"router_logits": spec})
+    model = small_model("afmoe", "causal")
+    with pytest.raises(Unsupported, match=r"layers\.1\.mlp\.router\.gate'.*as router_logits.*modules_to_save"):
+        inject_adalora(model, config)
+    if spec is not nn.Linear:  # of other layers it says nothing
+        inject_adalora(small_model("afmoe", "causal"), CONFIG.replace(target_modules=["q_proj"]))
+    monkeypatch.setattr("adalora_scale.adalora.targets.recorded", lambda *_: {})
+    inject_adalora(model, config)
+    before = model(ids, output_router_logits=True)
+    with torch.no_grad():
+        for _, layer in adapter_layers(model):
+            layer.lora_E.normal_()
+            layer.lora_B.normal_()
+    after = model(ids, output_router_logits=True)
+    assert after.router_logits[-1].equal(before.router_logits[-1])  # what the refusal says is so
+    assert not torch.allclose(after.logits, before.logits)
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.experts.linear import ExpertLinear
 from adalora_scale.quantization.experts import ExpertLinear4bit
 from adalora_scale.verify.engines import train
+from adalora_scale.verify.margins import Margins
 from adalora_scale.verify.matrix import expected_outcomes, judge, why_not
-from adalora_scale.verify.mixture import Margins
 from adalora_scale.verify.problem import Problem
 from tests.distributed.launcher import report
 
