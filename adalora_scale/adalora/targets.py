@@ -86,9 +86,12 @@ def find_targets(model: nn.Module, config: AdaLoraConfig) -> list[str]:
 
 
 def _can_adapt(router: nn.Module) -> bool:
-    if isinstance(router, nn.Linear | Conv1D) and not computes_linear(router):
-        return False
-    return adaptable_or_none(router) is not None
+    return adaptable_or_none(router) is not None and not _has_own_forward(router)
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether a linear layer by its class computes something else."""
+    return isinstance(module, nn.Linear | Conv1D) and not computes_linear(module)
 
 
 def left_out(model: nn.Module) -> dict[str, str]:
@@ -99,7 +102,7 @@ def left_out(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         if is_linear(module) and name in read:
             found[name] = read[name]
-        elif isinstance(module, nn.Linear | Conv1D) and not computes_linear(module):
+        elif _has_own_forward(module):
             found[name] = f"{type(module).__name__} has a forward of its own"
         elif is_linear(module) and is_inside(name, chosen):
             found[name] = "it is a router's, which stays frozen unless adalora.target_modules names it"

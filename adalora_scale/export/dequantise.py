@@ -191,7 +191,8 @@ def _requantised(record: dict[str, Any], base: BaseCheckpoint, heads: list[str])
             compute_dtype=torch.float32,
         )
         split = "experts" in record  # some in 4 bits; else a base's experts are no layers
-        layers = {name for name, _ in base.model.named_modules()} | (projections_of(base).keys() if split else set())
+        model = copy_without_memory(base.model, split=True) if split else base.model
+        layers = {name for name, _ in model.named_modules()}
         kept = [str(name) for name in record["kept"] if name in layers]
         name = record["weight_dtype"]
         if name is not None and not isinstance(name, str):
@@ -219,7 +220,7 @@ def _requantised(record: dict[str, Any], base: BaseCheckpoint, heads: list[str])
             return values.T if transposed else values
 
         weights[source.key] = Stored(entry.dtype, (entry.shape[0], entry.shape[1]), load)
-    experts = requantised_experts(base, spec, dtype, kept) if split else {}
+    experts = requantised_experts(base, model, spec, dtype, kept) if split else {}
     count = len(weights) + len(experts)
     said = (
         f"the values that the {count} weights of {base.directory} have after {spec.quant_type} quantisation "

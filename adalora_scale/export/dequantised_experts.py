@@ -58,12 +58,13 @@ def copy_without_memory(model: nn.Module, *, split: bool) -> nn.Module:
 
 
 def requantised_experts(
-    base: BaseCheckpoint, spec: QuantSpec, dtype: torch.dtype, kept: Container[str]
+    base: BaseCheckpoint, model: nn.Module, spec: QuantSpec, dtype: torch.dtype, kept: Container[str]
 ) -> dict[str, StoredExperts]:
     """Return key of the checkpoint → values of the experts in it after quantisation as training did it.
 
     Args:
         base: a checkpoint that is not in 4 bits.
+        model: its model with experts split (`copy_without_memory`).
         spec: the options that training had.
         dtype: of the weights before they were quantised.
         kept: projections (`model.layers.0.mlp.experts.down_proj`) that were not.
@@ -72,7 +73,6 @@ def requantised_experts(
         UserError: experts differ in shape, or the block size does not divide one.
         Unsupported: the checkpoint's tensors are no weights.
     """
-    model = copy_without_memory(base.model, split=True)
     names = match_names(model, base.checkpoint.tensors)
     base.checkpoint.fuse(names.fused)
     found: dict[str, StoredExperts] = {}

@@ -106,8 +106,7 @@ def verify_engines(request: Request) -> int:
             device=device,
             ranks=dist.get_world_size(),
             steps=request.steps,
-            experts=request.experts is not None,
-            experts_kind=request.experts or KINDS[0],
+            experts=request.experts,
             load_in_4bit=request.load_in_4bit,
             preset=request.preset,
         )

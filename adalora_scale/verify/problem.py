@@ -54,10 +54,8 @@ class Problem:
     device: torch.device
     ranks: int
     steps: int = 60
-    experts: bool = False
-    """Whether the random model is a mixture of experts (`verify/mixture.py`) and not a Llama."""
-    experts_kind: str = "mixtral"
-    """Which mixture: one of `verify/mixture.py`'s kinds."""
+    experts: str | None = None
+    """Which mixture of experts the random model is, one of `verify/mixture.py`'s kinds; None for a Llama."""
     load_in_4bit: bool = False
     """Whether the frozen base is kept in 4 bits (nf4, double quantisation), computed in the run's dtype."""
     length: int = 12
@@ -75,7 +73,7 @@ class Problem:
     @property
     def learning_rate(self) -> float:
         """`lr`; a mixture's is smaller, so that no token comes near a tie between two experts."""
-        return LEARNING_RATES.get(self.experts_kind, 0.3) * self.lr if self.experts else self.lr
+        return LEARNING_RATES.get(self.experts, 0.3) * self.lr if self.experts else self.lr
 
     def __post_init__(self) -> None:
         if self.steps < 24:
@@ -120,7 +118,7 @@ class Problem:
             return AutoModelForCausalLM.from_pretrained(self.model, dtype=dtype)
         torch.manual_seed(SEED)
         if self.experts:
-            return mixture(self.experts_kind).to(dtype)
+            return mixture(self.experts).to(dtype)
         shape = LlamaConfig(
             vocab_size=256,
             hidden_size=48,

@@ -24,7 +24,7 @@ R, TARGET = 6, 4
 
 def problem_of(preset="paper", bits=16, **options):
     return Problem(
-        model=None, experts=True, device=torch.device("cpu"), ranks=1, steps=STEPS, preset=preset, options=options,
+        model=None, experts="mixtral", device=torch.device("cpu"), ranks=1, steps=STEPS, preset=preset, options=options,
         load_in_4bit=bits == 4,
     )  # fmt: skip
 

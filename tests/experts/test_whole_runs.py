@@ -47,7 +47,7 @@ CASES = [
 
 def problem_of(kind, preset, unit):
     return Problem(
-        model=None, experts=True, experts_kind=kind, device=torch.device("cpu"), ranks=1, steps=STEPS, preset=preset,
+        model=None, experts=kind, device=torch.device("cpu"), ranks=1, steps=STEPS, preset=preset,
         options={"budget_unit": unit},
     )  # fmt: skip
 

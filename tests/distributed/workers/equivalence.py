@@ -189,7 +189,7 @@ def main(model, bits, preset, expected_file, *cells):
     experts, _, steps = model.partition(":") if model.startswith("experts") else ("", "", "")
     problem = Problem(
         model=None if model == "random" or experts else model,
-        experts=bool(experts),
+        experts="mixtral" if experts else None,
         steps=int(steps or 60),
         device=torch.device("cpu"),
         ranks=dist.get_world_size(),

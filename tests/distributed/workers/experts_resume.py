@@ -28,7 +28,7 @@ STEPS, DURING, AFTER = 24, 10, 20
 
 
 def problem_of(preset, ranks):
-    return Problem(model=None, experts=True, device=torch.device("cpu"), ranks=ranks, steps=STEPS, preset=preset)
+    return Problem(model=None, experts="mixtral", device=torch.device("cpu"), ranks=ranks, steps=STEPS, preset=preset)
 
 
 def main(engine, preset, folder, expected, start, built):
