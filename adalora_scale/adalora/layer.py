@@ -151,7 +151,7 @@ class AdaLoraLayer(nn.Module):
         dtype = x.dtype if x.is_floating_point() else y.dtype
         a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
         singular = (self.lora_E * self.scaling).to(dtype)
-        return y + self.adaptable.update(self.base_layer, x, a, singular, b, self.dropout, *more).to(y.dtype)
+        return self.adaptable.add_update(self.base_layer, y, x, a, singular, b, self.dropout, *more)
 
     @property
     def triplet_size(self) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -13,6 +14,8 @@ from adalora_scale.adalora.injection import adapter_layers, inject_adalora
 from adalora_scale.adalora.layer import AdaLoraLayer
 from adalora_scale.config import AdaLoraConfig
 from adalora_scale.errors import Unsupported
+from adalora_scale.quantization.linear import quantize_model
+from adalora_scale.quantization.spec import QuantSpec
 from tests.adalora.tiny import randomise
 from tests.toy import Toy
 
@@ -80,6 +83,33 @@ def test_autocast_computes_in_the_low_precision(dtype):
     assert not torch.equal(y.float(), expected)
     y.float().sum().backward()
     assert layer.lora_E.grad.dtype == torch.float32
+
+
+def test_autocast_does_not_round_a_base_that_computes_in_float32():
+    """A 4-bit layer keeps its compute dtype under autocast; a sum taken by autocast would round what it computed."""
+    base = quantize_model(nn.Sequential(nn.Linear(64, 64)), QuantSpec(compute_dtype=torch.float32))[0]
+    layer = layer_of(base, random=False)
+    x = torch.randn(3, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), base(x))
+
+
+def test_the_update_needs_no_tensor_of_the_outputs_size():
+    """Of a long row of tokens such a tensor is the largest thing an adapter would make."""
+    layer = layer_of(nn.Linear(10, 700, bias=False))
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if result.numel() == 2 * 30 * 700:
+                made.append(result)
+            return result
+
+    x = torch.randn(2, 30, 10)
+    with Watch():
+        y = layer(x)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in [*made, y]}) == 2  # the base's, and the sum
 
 
 def test_dropout_is_on_the_adapter_path_only():

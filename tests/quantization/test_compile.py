@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 import torch._dynamo
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from adalora_scale.adalora.injection import adapter_layers, inject_adalora
 from adalora_scale.config import AdaLoraConfig
-from adalora_scale.quantization.linear import quantize_model
+from adalora_scale.quantization.linear import Linear4bit, quantize_model
 from adalora_scale.quantization.spec import QuantSpec
 from tests.toy import Toy, adapters_of
 
@@ -94,6 +96,35 @@ def test_autocast_changes_neither_product_nor_gradient():
             y.backward(torch.ones_like(y) / 3)
         values.append((y.detach(), x.grad))
     assert torch.equal(values[0][0], values[1][0]) and torch.equal(values[0][1], values[1][1])
+
+
+def test_without_a_compiler_the_bytes_alone_are_saved_too():
+    """A base whose 16-bit weights wait for the backward is no 4-bit base."""
+    layer = adapted(dtype=torch.bfloat16).blocks[0]["up"].base_layer
+    x, saved = torch.randn(2, 64, dtype=torch.bfloat16, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in (layer.weight, layer.scales, layer.nested)]
+
+
+def test_fake_tensors_see_one_operator():
+    """A rehearsal has no bytes to dequantise; a kernel of bitsandbytes would have to be faked one by one."""
+    with FakeTensorMode() as fake:
+        layer = Linear4bit(64, 128, spec=QuantSpec(compute_dtype=torch.bfloat16))
+        x = torch.empty(2, 3, 64, dtype=torch.bfloat16, requires_grad=True)
+        names = []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                names.append(str(func))
+                return func(*args, **(kwargs or {}))
+
+        with Watch():
+            y = layer(x)
+            y.sum().backward()
+    assert isinstance(y, FakeTensor) and y.fake_mode is fake and x.grad.shape == x.shape
+    quantised = [name for name in names if "4bit" in name]
+    assert quantised == ["adalora_scale.matmul_4bit.default", "adalora_scale.matmul_4bit_backward.default"]
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

@@ -98,6 +98,20 @@ class Adaptable(ABC, Generic[Base]):
             more: what the layer is called with beside x.
         """
 
+    def add_update(
+        self,
+        base: Base,
+        y: Tensor,
+        x: Tensor,
+        a: Tensor,
+        e: Tensor,
+        b: Tensor,
+        dropout: Callable[[Tensor], Tensor],
+        *more: Any,
+    ) -> Tensor:
+        """Return y = ``base(x, *more)`` with `update` of the other arguments added, in y's dtype."""
+        return y + self.update(base, x, a, e, b, dropout, *more).to(y.dtype)
+
     def form(self, base: Base) -> FileForm:
         """Return how PEFT's files hold the layer's update."""
         return self.naming

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,6 +23,23 @@ class Matrix(Adaptable[Base]):
         self, base: Base, x: Tensor, a: Tensor, e: Tensor, b: Tensor, dropout: Callable[[Tensor], Tensor], *more: Any
     ) -> Tensor:  # x: (..., rows of A) -> (..., rows of B)
         return F.linear((dropout(x) @ a) * e, b)
+
+    def add_update(
+        self,
+        base: Base,
+        y: Tensor,
+        x: Tensor,
+        a: Tensor,
+        e: Tensor,
+        b: Tensor,
+        dropout: Callable[[Tensor], Tensor],
+        *more: Any,
+    ) -> Tensor:
+        if y.dtype != b.dtype or torch.is_autocast_enabled(y.device.type):  # autocast would round y as well
+            return super().add_update(base, y, x, a, e, b, dropout, *more)
+        # The product adds onto y: no tensor of y's size for the update alone, and no rounding of it.
+        inner = (dropout(x).reshape(-1, a.shape[0]) @ a) * e
+        return torch.addmm(y.reshape(-1, b.shape[0]), inner, b.T).view(y.shape)
 
 
 def require_linear(base: nn.Module) -> None:
