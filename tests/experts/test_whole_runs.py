@@ -159,13 +159,13 @@ def laid_apart(y):
 
 
 def mutant(change):
-    """ExpertProjection.update with its result changed; `change(y, base, groups)`."""
-    original = ExpertProjection.update
+    """ExpertProjection with what its adapters add changed; `change(update, base, groups)`."""
+    original = ExpertProjection.add_update
 
-    def update(self, base, x, a, e, b, dropout, *more):
-        return change(original(self, base, x, a, e, b, dropout, *more), base, *more)
+    def add_update(self, base, y, x, a, e, b, dropout, *more):
+        return y + change(original(self, base, torch.zeros_like(y), x, a, e, b, dropout, *more), base, *more)
 
-    return mock.patch.object(ExpertProjection, "update", update)
+    return mock.patch.object(ExpertProjection, "add_update", add_update)
 
 
 def one_expert_off(y, base, groups):

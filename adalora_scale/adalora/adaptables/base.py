@@ -84,20 +84,6 @@ class Adaptable(ABC, Generic[Base]):
         """
 
     @abstractmethod
-    def update(
-        self, base: Base, x: Tensor, a: Tensor, e: Tensor, b: Tensor, dropout: Callable[[Tensor], Tensor], *more: Any
-    ) -> Tensor:
-        """Return what the adapter adds to ``base(x, *more)``.
-
-        Args:
-            base: the layer; only its settings are read.
-            x: its input.
-            a, e, b: A (rows of A, r), s · E (r,) and B (rows of B, r), in the dtype to compute in; of several matrices
-                A (matrices · rows of A, r), s · E (matrices, r) and B (matrices · rows of B, r).
-            dropout: drops elements of the adapter's input.
-            more: what the layer is called with beside x.
-        """
-
     def add_update(
         self,
         base: Base,
@@ -109,8 +95,17 @@ class Adaptable(ABC, Generic[Base]):
         dropout: Callable[[Tensor], Tensor],
         *more: Any,
     ) -> Tensor:
-        """Return y = ``base(x, *more)`` with `update` of the other arguments added, in y's dtype."""
-        return y + self.update(base, x, a, e, b, dropout, *more).to(y.dtype)
+        """Return y with what the adapter adds to it, in y's dtype.
+
+        Args:
+            base: the layer; only its settings are read.
+            y: its output, ``base(x, *more)``.
+            x: its input.
+            a, e, b: A (rows of A, r), s · E (r,) and B (rows of B, r), in the dtype to compute in; of several matrices
+                A (matrices · rows of A, r), s · E (matrices, r) and B (matrices · rows of B, r).
+            dropout: drops elements of the adapter's input.
+            more: what the layer is called with beside x.
+        """
 
     def form(self, base: Base) -> FileForm:
         """Return how PEFT's files hold the layer's update."""

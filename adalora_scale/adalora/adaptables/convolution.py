@@ -38,20 +38,21 @@ class Convolution(Adaptable[Convolutional]):
                 )
         return base.in_channels * math.prod(base.kernel_size), base.out_channels
 
-    def update(
+    def add_update(
         self,
         base: Convolutional,
+        y: Tensor,
         x: Tensor,
         a: Tensor,
         e: Tensor,
         b: Tensor,
         dropout: Callable[[Tensor], Tensor],
         *more: Any,
-    ) -> Tensor:  # x: (..., in_channels, *sides) -> (..., out_channels, *other sides)
+    ) -> Tensor:  # x: (..., in_channels, *sides), y: (..., out_channels, *other sides)
         convolve = F.conv2d if isinstance(base, nn.Conv2d) else F.conv1d
         right, left = self.form(base).stored(a.T, b)
         inner = convolve(dropout(x), right, None, base.stride, base.padding, base.dilation)  # (..., r, *other sides)
-        return convolve(inner * e.view(-1, *[1] * len(base.kernel_size)), left)
+        return y + convolve(inner * e.view(-1, *[1] * len(base.kernel_size)), left).to(y.dtype)
 
     def form(self, base: Convolutional) -> FileForm:
         return FileForm(kernel=tuple(base.kernel_size))

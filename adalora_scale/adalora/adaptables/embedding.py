@@ -45,21 +45,23 @@ class Embedding(Adaptable[nn.Embedding]):
                 )
         return base.num_embeddings, base.embedding_dim
 
-    def update(
+    def add_update(
         self,
         base: nn.Embedding,
+        y: Tensor,
         x: Tensor,
         a: Tensor,
         e: Tensor,
         b: Tensor,
         dropout: Callable[[Tensor], Tensor],
         *more: Any,
-    ) -> Tensor:  # x: (...) token ids -> (..., embedding_dim)
+    ) -> Tensor:  # x: (...) token ids, y: (..., embedding_dim)
         rows = F.embedding(x, a, base.padding_idx)  # (..., r)
         kept = dropout(rows.new_ones(*x.shape, 1))  # what dropping elements of a one-hot vector comes to
         update = F.linear(rows * kept * e, b)
         scale: Tensor | float = getattr(base, "embed_scale", 1.0)
-        return update * (scale.to(base.weight.dtype) if isinstance(scale, torch.Tensor) else scale)
+        scaled = update * (scale.to(base.weight.dtype) if isinstance(scale, torch.Tensor) else scale)
+        return y + scaled.to(y.dtype)
 
     def fan_in(self, base: nn.Embedding) -> int:
         """One: a row is looked up, the rest of the one-hot vector is zero."""

@@ -27,18 +27,19 @@ class ExpertProjection(Adaptable[ExpertLinear]):
     def is_transposed(self, base: ExpertLinear) -> bool:
         return base.transposed
 
-    def update(
+    def add_update(
         self,
         base: ExpertLinear,
+        y: Tensor,
         x: Tensor,
         a: Tensor,
         e: Tensor,
         b: Tensor,
         dropout: Callable[[Tensor], Tensor],
         *more: Any,
-    ) -> Tensor:  # x: (S, rows of A), by expert -> (S, rows of B)
+    ) -> Tensor:  # x: (S, rows of A), y: (S, rows of B), by expert
         (groups,) = more
         right, left = (factor.view(base.experts, -1, factor.shape[-1]) for factor in (a, b))
         scale = e.view(base.experts, -1).index_select(0, groups.expert_of_row)
         inner = grouped_product(dropout(x), right, groups) * scale
-        return grouped_product(inner, left, groups, turned=True)
+        return y + grouped_product(inner, left, groups, turned=True).to(y.dtype)

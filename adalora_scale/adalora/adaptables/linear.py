@@ -19,11 +19,6 @@ class Matrix(Adaptable[Base]):
 
     linear = True
 
-    def update(
-        self, base: Base, x: Tensor, a: Tensor, e: Tensor, b: Tensor, dropout: Callable[[Tensor], Tensor], *more: Any
-    ) -> Tensor:  # x: (..., rows of A) -> (..., rows of B)
-        return F.linear((dropout(x) @ a) * e, b)
-
     def add_update(
         self,
         base: Base,
@@ -34,11 +29,11 @@ class Matrix(Adaptable[Base]):
         b: Tensor,
         dropout: Callable[[Tensor], Tensor],
         *more: Any,
-    ) -> Tensor:
-        if y.dtype != b.dtype or torch.is_autocast_enabled(y.device.type):  # autocast would round y as well
-            return super().add_update(base, y, x, a, e, b, dropout, *more)
-        # The product adds onto y: no tensor of y's size for the update alone, and no rounding of it.
+    ) -> Tensor:  # x: (..., rows of A), y: (..., rows of B)
         inner = (dropout(x).reshape(-1, a.shape[0]) @ a) * e
+        if y.dtype != b.dtype or torch.is_autocast_enabled(y.device.type):  # autocast would round y as well
+            return y + F.linear(inner, b).to(y.dtype).view(y.shape)
+        # The product adds onto y: no tensor of y's size for the update alone, and no rounding of it.
         return torch.addmm(y.reshape(-1, b.shape[0]), inner, b.T).view(y.shape)
 
 
