@@ -8,7 +8,7 @@
 All methods adapt the same matrices of one random Llama. Before pruning all have the initial rank; after it
 ours and PEFT's AdaLoRA have half of the budget left, and LoRA is shown at both ranks. AdamW is torch's fused one, which
 transformers takes by default. Steps are interleaved, a round
-takes one of each in an order that turns, and a ratio is the median over rounds of the paired ratios with its 95 %
+takes one of each in an order drawn anew, and a ratio is the median over rounds of the paired ratios with its 95 %
 bootstrap interval. Operations, reads of single values and bytes are counted, and are the same in every run.
 Peak memory is that of live tensors over the frozen base: adapters, gradients, optimizer, statistics and activations.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import random
 import sys
 import warnings
 from collections.abc import Callable
@@ -161,10 +162,10 @@ def _alone(build: Callable[[], Method], held: int, device: str) -> dict[str, Any
 def _interleaved(methods: dict[str, Method], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     steps: dict[str, list[float]] = {name: [] for name in methods}
     updates: dict[str, list[float]] = {name: [] for name in methods}
-    names = list(methods)
-    for number in range(rounds):
-        turn = number % len(names)
-        for name in [*names[turn:], *names[:turn]]:
+    order, names = random.Random(0), list(methods)
+    for _ in range(rounds):
+        order.shuffle(names)  # nobody always finds the memory as the same other left it
+        for name in names:
             whole, second = methods[name].timed()
             steps[name].append(whole)
             updates[name].append(second)

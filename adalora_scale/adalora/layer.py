@@ -76,6 +76,8 @@ class AdaLoraLayer(nn.Module):
         self.init_weights, self.init_std, self.seed = init_weights, init_std, seed
         self.keep_mask: list[bool] | None = None
         """After the final allocation: which triplets are kept; None before it."""
+        self.emptied = False
+        """Whether none is kept and all columns are zero: nothing is computed any more, and gradients are zeros."""
         self.earlier: Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
         """Gives an earlier adapter's A (in, k), E (k,) and B (out, k), k ≤ r, which training goes on from."""
         self.bypassed = False
@@ -148,6 +150,8 @@ class AdaLoraLayer(nn.Module):
         y = cast(torch.Tensor, self.base_layer(x, *more))
         if self.r == 0 or self.bypassed:
             return y
+        if self.emptied:
+            return cast(torch.Tensor, _NoUpdate.apply(y, self.lora_A, self.lora_E, self.lora_B))
         dtype = x.dtype if x.is_floating_point() else y.dtype
         a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
         singular = (self.lora_E * self.scaling).to(dtype)
@@ -168,3 +172,20 @@ class AdaLoraLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, scaling={self.scaling:g}"
+
+
+class _NoUpdate(torch.autograd.Function):
+    """The output as it is, and zeros as the factors' gradients, which are what zero columns give.
+
+    Leaving the factors out would leave them without gradients, and DDP waits for one of every parameter that it holds.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+        ctx.factors = [(factor.shape, factor.dtype, factor.device) for factor in factors]
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        zeros = (torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.factors)
+        return gradients[0], *zeros

@@ -329,11 +329,12 @@ class RankAllocator:
         """Fix the mask for the rest of the run.
 
         The columns of pruned triplets and their moments become zero too: the function stays (their λ is zero), every
-        later gradient of theirs is zero, and so removing them physically changes nothing.
+        later gradient of theirs is zero, and so removing them physically changes nothing. A module that keeps none
+        computes nothing any more.
         """
         self.frozen = True
         for layer, row in zip(self._layers, self._numbers.by_module(self.mask).values(), strict=True):
-            layer.keep_mask = row
+            layer.keep_mask, layer.emptied = row, not (any(row) or self.score.keeps_columns)
         if not self.score.keeps_columns and (held := self._held()) is not None:
             self._columns_may_move = self._attached().triplets.zero(held)
         self._attached().scoring.release()
@@ -342,7 +343,7 @@ class RankAllocator:
         """Let every triplet count, whatever the mask that a run before this one ended with."""
         self.frozen = False
         for layer in self._layers:
-            layer.keep_mask = None
+            layer.keep_mask, layer.emptied = None, False
 
     def _attached(self) -> Attached:
         if self._parts is None:

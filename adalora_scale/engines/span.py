@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -208,7 +208,10 @@ class LiveAdapters:
 
     def parameters(self) -> list[nn.Parameter]:
         """Return them in the order of `adapter_tensors`."""
-        return [getattr(layer, factor) for layer, factor in self._slots]
+        try:  # past Module.__getattr__, which costs more than all that is then compared
+            return [cast(nn.Parameter, layer._parameters[factor]) for layer, factor in self._slots]
+        except KeyError:  # somebody's parametrization took its place
+            return [getattr(layer, factor) for layer, factor in self._slots]
 
 
 def check_held(tensors: list[tuple[AdapterTensor, nn.Parameter]], optimizer: Optimizer) -> None:

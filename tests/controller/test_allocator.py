@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adalora_scale.adalora.injection import adapter_layers, inject_adalora
 from adalora_scale.config import AdaLoraConfig
@@ -230,6 +231,49 @@ def test_eight_bit_optimizer_state_is_not_taken_for_numbers():
     for name, value, keep in kept_and_pruned(run):
         if name.endswith(".lora_E"):
             assert torch.equal(value[~keep], torch.zeros(int((~keep).sum())))
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        return func(*args, **(kwargs or {}))
+
+
+def products_of_a_step(run):
+    with Products() as products:
+        run.step()
+    return products.count
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_modules_without_a_triplet_compute_nothing_from_the_freeze_on(name):
+    """They must end where computing with their zero columns does, to the bit, with a gradient of every parameter."""
+    run, whole = (Run(options(target_r=1), OPTIMIZERS[name]).train(FINAL) for _ in range(2))
+    emptied = [n for n, layer in adapter_layers(run.model) if layer.emptied]
+    assert emptied == [n for n, r in run.allocator.ranks().items() if r == 0] != []
+    for _, layer in adapter_layers(whole.model):
+        layer.emptied = False
+    saved = products_of_a_step(whole) - products_of_a_step(run)
+    # Each: two products forward, four backward, less one where the embedding below needs no gradient.
+    assert saved >= 5 * len(emptied)
+    run.backward(), whole.backward()
+    gradients = [{n: p.grad for n, p in r.model.named_parameters() if p.requires_grad} for r in (run, whole)]
+    assert_same(*gradients)
+    run.train(), whole.train()
+    assert_same(run.everything(), whole.everything())
+
+
+def test_columns_that_a_score_keeps_are_computed_with():
+    """PEFT's score keeps pruned columns, whose λ has a gradient that counts in the norm."""
+    run = Run(options(target_r=1, score="peft"), seed=2).train(FINAL)
+    assert 0 in run.allocator.ranks().values()
+    assert not any(layer.emptied for _, layer in adapter_layers(run.model))
 
 
 # ---- loops

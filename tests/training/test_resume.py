@@ -69,7 +69,7 @@ def distances(folder, straight):
 
 
 SMOOTH = "adalora.lora_dropout=0.0"
-"""Another micro-batch, and modules that are left out, draw other dropout."""
+"""Another micro-batch draws other dropout."""
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,15 @@ def test_pruned_ranks_continue_bit_for_bit_too(smooth, tmp_path):
     weights = [(folder / "model.safetensors").read_bytes() for folder in folders]
     assert weights[0] == weights[1]
     assert not Checkpoint(third / f"checkpoint-{STEPS}").manifest["compact"]
+
+
+def test_pruned_ranks_draw_the_same_dropout(straight, tmp_path, capfd):
+    """Modules that are left out draw none; so must those that keep zero columns, else the two part."""
+    start = f"training.resume_from_checkpoint={straight}/checkpoint-12"
+    train(config(tmp_path / "out", start, "training.resume_compact=true"))
+    assert "at their pruned ranks" in capfd.readouterr().out
+    together, worst = distances(tmp_path / "out", straight)
+    assert together <= 1e-5 and worst <= 5e-5
 
 
 CHANGED = {
