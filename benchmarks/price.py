@@ -19,6 +19,7 @@ import argparse
 import gc
 import logging
 import random
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -98,9 +99,27 @@ def _price(arguments: argparse.Namespace) -> int:
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         figures = {"tables": tables, "collectives": sent, "ranks": arguments.ranks, "dtype": str(dtype)}
-        figures |= {"torch_threads": torch.get_num_threads(), "hardware": hardware()}
+        figures |= {"commit": _commit(), "torch_threads": torch.get_num_threads(), "hardware": hardware()}
         write_json(arguments.output, figures | {"versions": versions() | {"peft": peft.__version__}})
     return 0
+
+
+def _commit() -> str:
+    """Return what is measured, `-dirty` where files differ from it; "unknown" outside a checkout."""
+    describe = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--exclude=*",
+        "--dirty",
+        "--abbrev=12",
+    ]
+    try:
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def table(shape: Shape, name: str, base: str, dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Any]:

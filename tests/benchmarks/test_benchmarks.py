@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,7 @@ def test_the_price_of_a_step_at_a_tiny_shape(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(output.read_text())
     assert [one["base"] for one in figures["tables"]] == ["4bit"]
+    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|unknown", figures["commit"])
     for one in figures["tables"]:
         methods = one["methods"]
         assert len(methods) == 9 and all(len(m["step_seconds"]) == 2 for m in methods.values())
