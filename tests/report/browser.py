@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -89,10 +90,11 @@ class Browser:
 
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
-    """Start Chromium; it and its profile are gone afterwards."""
+    """Start Chromium; it, its helpers and its profile are gone afterwards."""
     to_read, their_write = os.pipe()
     their_read, to_write = os.pipe()
-    with tempfile.TemporaryDirectory() as profile:
+    # A helper that was killed in the middle of a write may still put a file into a folder that was just emptied.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         arguments = [
             PROGRAM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", f"--user-data-dir={profile}",
@@ -101,7 +103,11 @@ def browser() -> Iterator[Browser]:
         # Chromium reads commands from descriptor 3 and answers on 4.
         shell = ["bash", "-c", f'exec "$@" 3<&{their_read} 4>&{their_write}', "bash", *arguments]
         process = subprocess.Popen(
-            shell, pass_fds=(their_read, their_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            shell,
+            pass_fds=(their_read, their_write),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         os.close(their_read)
         os.close(their_write)
@@ -111,3 +117,5 @@ def browser() -> Iterator[Browser]:
         finally:
             process.terminate()
             process.wait(30)
+            with contextlib.suppress(ProcessLookupError):  # helpers outlive it by a moment, and write
+                os.killpg(process.pid, signal.SIGKILL)
