@@ -10,7 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from adalora_scale.errors import run_reporting_errors
+from adalora_scale.errors import UserError, run_reporting_errors
 from benchmarks import quality
 from benchmarks.quality import curve
 from benchmarks.quality.cell import Cell, Results
@@ -61,6 +61,12 @@ def main() -> int:
         help="table: what to show; test only when nothing is left to decide (default validation)",
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="run: cells side by side (default 1)")
+    parser.add_argument(
+        "--against",
+        choices=methods,
+        metavar="NAME",
+        help="table: the method that differences are from (default: each task's own, lora but for the mixture)",
+    )
     parser.add_argument("--short", action="store_true", help="table: our default beside LoRA, in one table")
     parser.add_argument("--json", type=Path, metavar="FILE", help="table: also write the rows as JSON")
     arguments = parser.parse_args()
@@ -101,7 +107,11 @@ def _table(arguments: argparse.Namespace) -> int:
     methods = all_methods()
     tasks = [TASKS[name] for name in arguments.tasks]
     known = Results(arguments.results)
-    rows = rows_of(tasks, arguments.methods, arguments.budgets, arguments.seeds, arguments.split, known)
+    if arguments.short and arguments.against:
+        raise UserError("--short shows our default beside LoRA; leave out --against, or --short.")
+    rows = rows_of(
+        tasks, arguments.methods, arguments.budgets, arguments.seeds, arguments.split, known, arguments.against
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
     if arguments.short:

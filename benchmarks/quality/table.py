@@ -22,30 +22,32 @@ def rows_of(
     seeds: int,
     split: str,
     results: Results,
+    against: str | None = None,
 ) -> list[dict[str, Any]]:
     """Return one row a (task, budget, method) of which at least `seeds` seeds are there.
 
-    All of its seeds count, up to the first that is missing; a difference is of those that the reference has, too.
+    All of its seeds count, up to the first that is missing; a difference is of those that the reference has, too. The
+    reference is each task's own, or the method `against`.
     """
     rows: list[dict[str, Any]] = []
     for task in tasks:
-        known = results.of(task.name)
+        known, base = results.of(task.name), against or task.reference
         for target_r in budgets:
             reference: list[float] = []
-            for method in (task.reference, *(m for m in methods if m != task.reference and task.runs(m))):
+            for method in (base, *(m for m in methods if m != base and task.runs(m))):
                 wanted = final_cells(task, method, target_r, _MOST_SEEDS, known)
                 cells = [known[cell] for cell in itertools.takewhile(known.__contains__, wanted)]
                 if len(cells) < max(seeds, 1):
                     continue
                 losses = [cell[split]["loss"] for cell in cells]
-                if method == task.reference:
+                if method == base:
                     reference = losses
                 best = wanted[0]
                 row: dict[str, Any] = {
                     "task": task.name,
                     "target_r": target_r,
                     "method": method,
-                    "reference": task.reference,
+                    "reference": base,
                     "learning_rate": best.learning_rate,
                     "scale": best.scale,
                     "seeds": len(cells),
@@ -53,7 +55,7 @@ def rows_of(
                     "accuracies": [cell[split]["accuracy"] for cell in cells],
                     "parameters": [cell["parameters"] / cell["budget"] for cell in cells],
                 }
-                if reference and method != task.reference:
+                if reference and method != base:
                     both = min(len(losses), len(reference))
                     difference = paired(losses[:both], reference[:both])
                     row["difference"] = [difference.mean, difference.low, difference.high]

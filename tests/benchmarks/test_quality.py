@@ -140,14 +140,32 @@ def test_a_curve_starts_at_the_run_itself_and_falls_off(tmp_path):
 def test_the_pages_show_what_the_committed_results_say():
     """Else a table is of other runs than the JSON beside it, or leaves out what did not go well."""
     methods = all_methods()
-    rows = rows_of(list(TASKS.values()), list(methods), [1, 2, 8], 5, "validation", Results(RESULTS))
+    rows, test_rows = (
+        rows_of(list(TASKS.values()), list(methods), [1, 2, 8], 5, split, Results(RESULTS))
+        for split in ("validation", "test")
+    )
     assert len({(row["task"], row["target_r"]) for row in rows}) >= 6
-    table = markdown(rows, {name: method.label for name, method in methods.items()})
+    table, test_table = (
+        markdown(found, {name: method.label for name, method in methods.items()}) for found in (rows, test_rows)
+    )
     curve = curve_markdown(list(TASKS.values()), RESULTS)
     page = (ROOT / "docs" / "quality.md").read_text("utf-8")
     tables = page[page.index("\n### ") :]
     assert tables.strip() == f"{table}\n{curve}".strip()
-    assert short_markdown(rows, "default") in (ROOT / "README.md").read_text("utf-8")
+    assert test_table in (ROOT / "docs" / "quality_test.md").read_text("utf-8")
+    assert short_markdown(test_rows, "default") in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_a_table_is_against_the_method_that_is_asked_for():
+    """Else what was found against ours is in no table that a command makes."""
+    task, results = [TASKS["e2e"]], Results(RESULTS)
+    against, usual = (
+        {row["method"]: row for row in rows_of(task, ["lora", "default"], [1], 5, "validation", results, other)}
+        for other in ("default", None)
+    )
+    assert against["lora"]["reference"] == "default" and "difference" not in against["default"]
+    mean, low, high = usual["default"]["difference"]
+    assert against["lora"]["difference"] == pytest.approx([-mean, -high, -low])
 
 
 def test_rates_show_every_trial_and_mark_the_lowest(tmp_path):
