@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -21,6 +22,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     # A report takes a second or two of every run; the tests of reports ask for it.
     os.environ["ADALORA_REPORT"] = "0"
+    # A shell starts what is put in the background with Ctrl-C ignored, and what tests start would inherit that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A killed run leaves a lock in DeepSpeed's build folder and every later run waits for it: build in a private one.
     if "TORCH_EXTENSIONS_DIR" not in os.environ:
         folder = os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="torch_extensions_")
