@@ -106,18 +106,10 @@ def _price(arguments: argparse.Namespace) -> int:
 
 def _commit() -> str:
     """Return what is measured, `-dirty` where files differ from it; "unknown" outside a checkout."""
-    describe = [
-        "git",
-        "-C",
-        str(Path(__file__).parent),
-        "describe",
-        "--always",
-        "--exclude=*",
-        "--dirty",
-        "--abbrev=12",
-    ]
+    describe = ["git", "describe", "--always", "--exclude=*", "--dirty", "--abbrev=12"]
+    folder = Path(__file__).parent
     try:
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

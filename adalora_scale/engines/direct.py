@@ -24,7 +24,7 @@ from adalora_scale.engines.span import LiveAdapters, Span
 from adalora_scale.engines.squares import squares_of
 from adalora_scale.errors import UserError
 
-_GRADIENT, _TRAINED = attrgetter("grad"), attrgetter("requires_grad")
+_GRADIENT = attrgetter("grad")
 
 
 class DirectSharding:
@@ -62,8 +62,6 @@ class DirectSharding:
         """
         self._require_the_same_parameters()
         self._require_the_same_memory()
-        if all(map(_TRAINED, self._parameters)):
-            return list(range(len(self._parameters)))
         return [i for i, p in enumerate(self._parameters) if p.requires_grad or p.grad is not None]
 
     def _require_the_same_parameters(self) -> None:
@@ -101,7 +99,7 @@ class DirectSharding:
             for parameter, zero in zip(missing, zeros, strict=True):
                 parameter.grad = zero
             found = list(map(_GRADIENT, parameters))
-        return [gradient if type(gradient) is Tensor else _local_now(gradient) for gradient in found]
+        return [_local_now(gradient) for gradient in found]
 
     def squares(self, gradients: list[Tensor]) -> Tensor:
         """Return the sums of squares of the adapters' gradients, and of all that the optimizer is going to apply."""
@@ -184,7 +182,7 @@ def _same(now: Sequence[Tensor], then: Sequence[Tensor]) -> bool:
 
 def _piece_of(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a DTensor; to_local() costs a dispatch a tensor."""
-    return tensor if type(tensor) is nn.Parameter else getattr(tensor, "_local_tensor", tensor)
+    return tensor if type(tensor) in (Tensor, nn.Parameter) else getattr(tensor, "_local_tensor", tensor)
 
 
 def _local_now(tensor: Tensor) -> Tensor:
