@@ -4,6 +4,7 @@
     python benchmarks/price.py --shapes tiny560 --bases 16bit   # one of the tables
     python benchmarks/price.py --shapes 8b --bases 4bit --device cuda --ranks 0
     python benchmarks/price.py --shapes seconds --rounds 4      # try the command out
+    python benchmarks/price.py --show FILE                      # an earlier --output as Markdown; measures nothing
 
 All methods adapt the same matrices of one random Llama. Before pruning all have the initial rank; after it
 ours and PEFT's AdaLoRA have half of the budget left, and LoRA is shown at both ranks. AdamW is torch's fused one, which
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import logging
 import random
 import subprocess
@@ -24,13 +26,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a file, not as a module
 
 import numpy as np
-import peft
 import torch
 from scipy.stats import bootstrap
 from torch import nn
@@ -50,15 +52,23 @@ from benchmarks.pricing.methods import (
     peft_adalora,
     plain_lora,
 )
+from benchmarks.pricing.printing import (
+    HALF,
+    LAYERS,
+    LORA,
+    OURS,
+    PAPER,
+    PRUNED,
+    RATIOS,
+    RESUMED,
+    THEIRS,
+    THEIRS_PRUNED,
+    page,
+    print_sent,
+    print_table,
+)
 from benchmarks.pricing.ranks import start_ranks
 
-LORA, LAYERS, OURS, PAPER, THEIRS = "LoRA (PEFT)", "ours, no allocator", "ours", "ours, paper", "AdaLoRA (PEFT)"
-HALF, PRUNED, RESUMED, THEIRS_PRUNED = "LoRA (PEFT), half", "ours, pruned", "ours, resumed", "AdaLoRA (PEFT), pruned"
-RATIOS = (
-    (OURS, LAYERS), (PAPER, LAYERS), (OURS, LORA), (PAPER, LORA), (THEIRS, OURS), (THEIRS, PAPER), (THEIRS, LORA),
-    (PRUNED, LORA), (RESUMED, LORA), (RESUMED, HALF), (THEIRS_PRUNED, LORA),
-)  # fmt: skip
-_ROW = "{:24}{:>9}{:>11}{:>12}{:>8}{:>7}{:>15}{:>9}{:>12}"
 DELTA_T = 10
 """Steps between allocations, everywhere."""
 
@@ -77,11 +87,15 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, float32 on CPU")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks that collectives are counted on (0: none)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
+    parser.add_argument("--show", type=Path, metavar="FILE", help="print what --output wrote, as Markdown, and end")
     arguments = parser.parse_args()
     return run_reporting_errors(lambda: _price(arguments))
 
 
 def _price(arguments: argparse.Namespace) -> int:
+    if arguments.show:
+        print(page(_read(arguments.show)))
+        return 0
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends an optional CPU kernel when PEFT imports it
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     if arguments.rounds < 2:
@@ -93,15 +107,24 @@ def _price(arguments: argparse.Namespace) -> int:
     for name in arguments.shapes:
         for base in arguments.bases:
             tables.append(table(SHAPES[name], name, base, dtype, arguments))
-            _print(tables[-1])
+            print_table(tables[-1])
     sent = start_ranks(arguments.ranks) if arguments.ranks else {}
-    _print_sent(sent, arguments.ranks)
+    print_sent(sent, arguments.ranks)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         figures = {"tables": tables, "collectives": sent, "ranks": arguments.ranks, "dtype": str(dtype)}
         figures |= {"commit": _commit(), "torch_threads": torch.get_num_threads(), "hardware": hardware()}
-        write_json(arguments.output, figures | {"versions": versions() | {"peft": peft.__version__}})
+        write_json(arguments.output, figures | {"versions": versions() | {"peft": version("peft")}})
     return 0
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        written: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        written["tables"][0]["ratios"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"--show: {file} is not what --output writes ({type(error).__name__}: {error}).") from error
+    return written
 
 
 def _commit() -> str:
@@ -194,38 +217,6 @@ def _bytes(model: nn.Module) -> int:
     for module in model.modules():
         tensors += [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def _print(figures: dict[str, Any]) -> None:
-    size = f"{figures['matrices']} matrices, {figures['tokens']} tokens, initial rank {figures['initial_rank']}"
-    print(f"\n{figures['shape']}, {figures['base']} base: {size}")
-    heads = ("step ms", "update ms", "operations", "views", "reads", "at allocation", "peak MB", "parameters")
-    print(_ROW.format("", *heads))
-    for name, one in figures["methods"].items():
-        step, allocation = one["step"], one["step_with_allocation"]
-        cells = [f"{1e3 * float(np.median(one[key])):.1f}" for key in ("step_seconds", "update_seconds")]
-        cells += [f"{value:,}" for value in (step["operations"] - step["views"], step["views"], step["reads"])]
-        cells += [f"{allocation['operations']:,}", f"{one['peak_bytes'] / 1e6:.2f}"]
-        print(_ROW.format(name, *cells, f"{one['trained_parameters']:,}"))
-    for name, ratio in figures["ratios"].items():
-        second = figures["update_ratios"][name]
-        print(f"{name:42}{_interval(ratio)}    of the update alone {_interval(second)}")
-    sys.stdout.flush()
-
-
-def _interval(ratio: dict[str, float]) -> str:
-    return f"{ratio['median']:7.3f}  [{ratio['low']:.3f}, {ratio['high']:.3f}]"
-
-
-def _print_sent(sent: dict[str, Any], ranks: int) -> None:
-    if sent:
-        print(f"\nwhat the allocator adds to a step on each of {ranks} ranks")
-    for cell, one in sent.items():
-        said = [
-            f"{kind['collectives']} collectives, {kind['bytes']:,} bytes, {kind['operations']:,} operations"
-            for kind in (one["step"], one["allocation"])
-        ]
-        print(f"{cell:18} {said[0]}; at an allocation {said[1]}")
 
 
 if __name__ == "__main__":

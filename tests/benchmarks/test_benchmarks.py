@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,24 +108,3 @@ def test_checkpoints_of_both_kinds_of_a_tiny_shape(tmp_path):
     for one in figures["rounds"]:
         assert one["ratio"] == pytest.approx(one["stall s"] / one["synchronous write s"])
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
-
-
-def test_the_price_of_a_step_at_a_tiny_shape(tmp_path):
-    """Every method trains, PEFT's over bitsandbytes' own layers; counts are in order whatever the machine."""
-    output = tmp_path / "price.json"
-    done = run("price.py", "--shapes", "seconds", "--bases", "4bit", "--rounds", 2, "--ranks", 0, "--output", output)
-    assert done.returncode == 0, done.stdout + done.stderr
-    figures = json.loads(output.read_text())
-    assert [one["base"] for one in figures["tables"]] == ["4bit"]
-    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|unknown", figures["commit"])
-    for one in figures["tables"]:
-        methods = one["methods"]
-        assert len(methods) == 9 and all(len(m["step_seconds"]) == 2 for m in methods.values())
-        work = {name: m["step"]["operations"] for name, m in methods.items()}
-        assert work["ours, no allocator"] < work["ours"] < work["ours, paper"] < work["AdaLoRA (PEFT)"]
-        assert methods["ours"]["step"]["reads"] == methods["ours, no allocator"]["step"]["reads"] + 1
-        assert (
-            methods["ours, resumed"]["trained_parameters"] <= methods["LoRA (PEFT), half"]["trained_parameters"] * 1.02
-        )
-        ratio = one["ratios"]["ours / ours, no allocator"]
-        assert ratio["low"] <= ratio["median"] <= ratio["high"]
