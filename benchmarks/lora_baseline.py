@@ -16,20 +16,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from transformers import set_seed
-from trl import SFTTrainer
-
 from adalora_scale.config import RunConfig, load_config
 from adalora_scale.errors import Unsupported, run_reporting_errors
 from adalora_scale.files import write_json
-from adalora_scale.placing.model import load_model
-from adalora_scale.quantization.linear import dequantize_model
 from adalora_scale.report.names import RUN_NAME
-from adalora_scale.training.console import use_console
-from adalora_scale.training.metrics import exact_match
-from adalora_scale.training.run import prepare
 
 
 def main() -> int:
@@ -48,9 +38,20 @@ def run(arguments: argparse.Namespace, config: RunConfig) -> int:
     """Train plain LoRA on `config`'s task."""
     if config.task != "causal_lm":
         raise Unsupported("lora_baseline trains causal language models; set task=causal_lm.")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends an optional CPU kernel when PEFT imports it
+    # Set before PEFT, which transformers' and TRL's trainers import, imports it: it recommends an optional CPU kernel.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    import torch
+    import torch.distributed as dist
     from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+    from trl import SFTTrainer
+
+    from adalora_scale.placing.model import load_model
+    from adalora_scale.quantization.linear import dequantize_model
+    from adalora_scale.training.console import use_console
+    from adalora_scale.training.metrics import exact_match
+    from adalora_scale.training.run import prepare
 
     inputs = prepare(config)
     inputs.arguments.ddp_find_unused_parameters = False

@@ -32,6 +32,7 @@ def test_the_quickstart_learns_its_task_and_shows_it(tmp_path):
         ["bash", "launch/quickstart.sh"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=850
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "gemm_4bit_forward" not in done.stdout + done.stderr  # a newcomer needs no optional kernel
     before, after = (
         json.loads((tmp_path / "runs" / f"quickstart.{name}.json").read_text()) for name in ("before", "after")
     )
