@@ -28,6 +28,7 @@ from adalora_scale.export.command import add_verbs as add_export_verbs
 from adalora_scale.installed import version_of
 from adalora_scale.messages import say, say_json, say_text
 from adalora_scale.placing.quantize import add_verb as add_quantize_verb
+from adalora_scale.process_rank import process_rank
 from adalora_scale.recipes.command import add_parser as add_recipes
 from adalora_scale.report.command import add_verb as add_report_verb
 from adalora_scale.report.names import REPORT_NAME
@@ -240,7 +241,7 @@ def _train_as(config: RunConfig, lease: Lease | None, *, skip_preflight: bool) -
 
     try:
         summary = train(config, lease)
-        if os.environ.get("RANK", "0") == "0":
+        if process_rank() == 0:
             ranks = list(summary["ranks"].values())
             final = "".join(f", {key} {value:.4f}" for key, value in summary["final"].items() if key in FIGURES)
             folder = config.training["output_dir"]
@@ -336,10 +337,10 @@ def _verify_engines(arguments: argparse.Namespace) -> int:
 
 def _quiet_start() -> None:
     """Keep the first screen readable: bars only for rank 0 on a terminal, no hints about parts that are not used."""
-    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+    if process_rank() != 0 or not sys.stderr.isatty():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if os.environ.get("RANK", "0") != "0":
+    if process_rank() != 0:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # torch 2.13 renamed collectives that FSDP2 and DeepSpeed, and older torch, still know by their old names.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from adalora_scale.messages import one_line, say
+from adalora_scale.process_rank import process_rank
 
 USER_ERROR_EXIT_CODE = 2
 WRONG_END_EXIT_CODE = 3
@@ -98,7 +99,7 @@ def run_reporting_errors(main: Callable[[], int | None]) -> int:
         message = _message(error)
         if message is None or os.environ.get("ADALORA_TRACEBACK", "0") not in ("", "0"):
             raise
-        rank = int(os.environ.get("RANK", "0"))
+        rank = process_rank()
         prefix = "error"
         if rank != 0:
             time.sleep(5)

@@ -45,9 +45,10 @@ LAYERS = {
     "errors": 0,
     "installed": 0,
     "messages": 0,
+    "process_rank": 0,
 }
 LEAVES = {  # what else they may import
-    "data": {"config", "errors", "files", "messages", "reading"},
+    "data": {"config", "errors", "files", "messages", "process_rank", "reading"},
     "quantization": {"config", "errors", "experts", "files", "finite", "messages", "reading"},
     "experts": {"errors"},
     "reading": {"errors", "messages"},
@@ -56,9 +57,10 @@ LEAVES = {  # what else they may import
     "finite": {"errors"},
     "config": {"errors", "messages", "reading"},
     "files": {"errors"},
-    "errors": {"messages"},
+    "errors": {"messages", "process_rank"},
     "installed": set(),
     "messages": set(),
+    "process_rank": set(),
 }
 TASK_ROOMS = ("tasks", "config")  # who may name a task; the others ask the object
 TASK_WORDS = {*TASKS, *(task.peft_type for task in TASKS.values()), "CausalLM", "SequenceClassification"}

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 from adalora_scale.errors import UserError
 
+_FOREIGN_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+"""How many processes mpirun started; torch does not read it."""
+_WAY_OUT = "start with torchrun, deepspeed or srun, or unset the variables of the launcher"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
@@ -29,23 +33,47 @@ def launched() -> Place | None:
     for torch reads nothing else.
 
     Raises:
-        UserError: the launcher's variables are incomplete.
+        UserError: the launcher's variables are incomplete, contradict one another, or are those of another launcher.
     """
     if "RANK" not in os.environ:
         if "SLURM_STEP_NUM_TASKS" not in os.environ:  # absent in an sbatch script that no srun started
+            _require_alone()
             return None
         _translate_slurm()
-    try:
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        # deepspeed's launcher says LOCAL_SIZE.
-        local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or local_rank + 1
-        return Place(rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=int(local))
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"RANK={os.environ.get('RANK')} is set, but the launcher's other variables cannot be used ({error}); start "
-            f"with torchrun, deepspeed or srun, or unset RANK."
-        ) from None
+    rank, world_size, _ = _number("RANK"), _number("WORLD_SIZE"), _number("MASTER_PORT")
+    local_rank = _number("LOCAL_RANK", 0)
+    # deepspeed's launcher says LOCAL_SIZE.
+    local_size = "LOCAL_WORLD_SIZE" if os.environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"
+    local_world_size = _number(local_size, local_rank + 1)
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError(f"MASTER_ADDR is not set, but RANK={rank} is; {_WAY_OUT}.")
+    for name, part, whole_name, whole in (
+        ("RANK", rank, "WORLD_SIZE", world_size),
+        ("LOCAL_RANK", local_rank, local_size, local_world_size),
+    ):
+        if part >= whole:
+            raise UserError(f"{name}={part} is not below {whole_name}={whole}; {_WAY_OUT}.")
+    return Place(rank=rank, world_size=world_size, local_rank=local_rank, local_world_size=local_world_size)
+
+
+def _require_alone() -> None:
+    """Refuse what would start as one process, or as many that know nothing of each other, and was meant as a rank."""
+    for name in ("WORLD_SIZE", *_FOREIGN_SIZES):
+        if (size := os.environ.get(name, "1")) != "1":
+            raise UserError(f"{name}={size} is set, but RANK is not; {_WAY_OUT}.")
+    if (rank := os.environ.get("LOCAL_RANK", "-1")) != "-1":  # what accelerate takes for none
+        raise UserError(f"LOCAL_RANK={rank} is set, but RANK is not; {_WAY_OUT}.")
+
+
+def _number(variable: str, default: int | None = None) -> int:
+    value = os.environ.get(variable)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise UserError(f"{variable} is not set, but RANK={os.environ.get('RANK')} is; {_WAY_OUT}.")
+    if not value.isdecimal():
+        raise UserError(f"{variable}={value} is no number; {_WAY_OUT}.")
+    return int(value)
 
 
 def _translate_slurm() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -29,6 +28,7 @@ from adalora_scale.data.rows import RawData
 from adalora_scale.data.streaming import TokenStream
 from adalora_scale.data.token_cache import build_once, default_cache_dir
 from adalora_scale.errors import UserError
+from adalora_scale.process_rank import process_rank
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ def _explain_empty(name: str, truncated: np.ndarray, config: DataConfig) -> str:
 
 def _log(report: dict[str, int], notes: dict[str, list[str]]) -> None:
     """One line, from one rank, that a user sees when data was lost; and what a template leaves out, once each."""
-    if int(os.environ.get("RANK", "0")) != 0:
+    if process_rank() != 0:
         return
     for name, found in notes.items():
         for note in found:

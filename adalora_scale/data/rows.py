@@ -19,7 +19,6 @@ where some row has it.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -46,6 +45,7 @@ from adalora_scale.data.sources import (
 )
 from adalora_scale.data.streaming import StreamedPart, first_rows
 from adalora_scale.errors import UserError
+from adalora_scale.process_rank import process_rank
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ def load_raw(config: DataConfig, wanted: Wanted, *, seed: int) -> RawData:
         # Over all rows, so that max_train_samples of a file sorted by class does not lose classes.
         where = _label_place(train_sources, config)
         label_names, taken = find_labels(train["label"][:], config.labels, where)
-        if taken is not None and int(os.environ.get("RANK", "0")) == 0:
+        if taken is not None and process_rank() == 0:
             logger.warning("data: %s: %s", train_sources[0].name, taken)
         train = encoded(train, label_names, where)
         held_out = encoded(held_out, label_names, _label_place(eval_sources, config)) if held_out is not None else None
@@ -276,7 +276,7 @@ def _normalise(
                 f"{source.name} has {reader.layout} rows and {sources[0].name} {layout} rows; use one form."
             )
         part, notes = gather(source, reader, _options(format_, config))
-        if notes and int(os.environ.get("RANK", "0")) == 0:
+        if notes and process_rank() == 0:
             logger.warning("data: %s: not used: %s", source.name, "; ".join(notes))
         parts.append(part)
     joined = datasets.concatenate_datasets(parts)

@@ -19,6 +19,7 @@ from adalora_scale.data.row_files import LARGE, check_file, file_identity, file_
 from adalora_scale.data.row_table import Source
 from adalora_scale.data.saved_tables import hub_source, is_saved, saved_source
 from adalora_scale.errors import UserError
+from adalora_scale.process_rank import process_rank
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def say_idle_keys(train: list[Source], eval: list[Source], *, configuration: boo
     idle = [f"data.{key}" for key in splits if not any("split" in source.keys for source in of[key])]
     if configuration and not any("name" in source.keys for source in [*train, *eval]):
         idle.append("data.name")
-    if idle and int(os.environ.get("RANK", "0")) == 0:
+    if idle and process_rank() == 0:
         logger.warning("data: not used: %s, which hub ids (and splits also saved DatasetDicts) have", ", ".join(idle))
 
 
@@ -123,7 +124,7 @@ def _matching(name: str, path: Path) -> list[str]:
 
 
 def _say_unread(name: str, others: list[str]) -> None:
-    if others and int(os.environ.get("RANK", "0")) == 0:
+    if others and process_rank() == 0:
         logger.warning("data: %s: not read: %s", name, _listed(others))
 
 
@@ -141,7 +142,7 @@ def _of_files(name: str, files: list[str]) -> Source:
                     f"{name} takes in both {path.name} and {twin.name}, by their names the same rows; remove one of "
                     "them or name the files."
                 )
-    if len(files) > 1 and int(os.environ.get("RANK", "0")) == 0:
+    if len(files) > 1 and process_rank() == 0:
         logger.info("data: %s: %d files: %s", name, len(files), _listed(files))
     columns, first = sample_of(files[0])
 

@@ -17,6 +17,7 @@ from torch.utils.file_baton import FileBaton
 
 from adalora_scale.errors import UserError
 from adalora_scale.messages import say
+from adalora_scale.process_rank import process_rank
 
 NOTE_AFTER_S = 30.0
 STALE_AFTER_S = 300.0
@@ -92,5 +93,5 @@ def _held_here(lock: Path) -> bool:
 
 
 def _note(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+    if process_rank() == 0:
         say(line, to=sys.stderr)

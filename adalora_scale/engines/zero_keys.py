@@ -16,6 +16,7 @@ import torch
 
 from adalora_scale.errors import Unsupported, UserError, nearest
 from adalora_scale.messages import cause, quoted, say
+from adalora_scale.process_rank import process_rank
 
 _READ = (
     "activation_checkpointing", "aio", "autotuning", "bf16", "bfloat16", "checkpoint", "comet", "comms_logger",
@@ -116,7 +117,7 @@ def check_read(tree: dict[str, Any]) -> None:
     for key in (zero := tree["zero_optimization"]):
         if key not in known:
             raise UserError(f"engine.config: zero_optimization.{key} is none of DeepSpeed's.{nearest(key, known)}")
-    if zero.get("stage", 0) != 3 and int(os.environ.get("RANK", "0")) == 0:
+    if zero.get("stage", 0) != 3 and process_rank() == 0:
         for key, value in zero.items():
             if (key.startswith("stage3_") or key in _OF_STAGE_3) and not _off(value):
                 say(f"note: zero_optimization.{key} has no effect at stage {zero.get('stage', 0)}")

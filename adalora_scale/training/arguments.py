@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from datetime import timedelta
 from typing import Any, NoReturn, get_type_hints
@@ -18,6 +17,7 @@ from adalora_scale.engines.engine import Engine
 from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.files import require_local
 from adalora_scale.messages import cause
+from adalora_scale.process_rank import process_count
 from adalora_scale.tasks.registry import find_task
 from adalora_scale.training.batch import batch_sizes
 from adalora_scale.training.output_store import TO_A_STORE, check_keys
@@ -49,7 +49,7 @@ def check_training_section(config: RunConfig, world_size: int | None = None) -> 
         Unsupported: as `convert_training_section`.
     """
     checked = convert_training_section(config)
-    sizes = batch_sizes(checked, int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size)
+    sizes = batch_sizes(checked, process_count() if world_size is None else world_size)
     checked.pop("global_batch_size", None)
     return checked | sizes
 
@@ -148,7 +148,7 @@ def training_arguments(config: RunConfig, engine: Engine) -> TrainingArguments:
         options["save_strategy"] = "best"
     task = find_task(config.task)
     task.settle_arguments(options, config.data)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = process_count()
     # Without a GPU accelerate needs to be told that CPU is meant; asked here, before transformers warns about it.
     alone = launched > 1 and not torch.cuda.is_available() and not options["use_cpu"]
     engine.join(_timeout(options), launched=launched, use_cpu=options["use_cpu"])
@@ -198,7 +198,7 @@ def _timeout(options: dict[str, Any]) -> timedelta:
 
 def global_batch(args: TrainingArguments) -> int:
     """Return the examples of an optimizer step over all ranks."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = process_count()
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * world_size
 
 
@@ -206,7 +206,7 @@ def total_steps(args: TrainingArguments, examples: int) -> int:
     """Return the optimizer steps of a run over `examples` training rows, as Trainer counts them."""
     if args.max_steps > 0:
         return args.max_steps
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    world_size = process_count()
     batches = math.ceil(examples / (args.per_device_train_batch_size * world_size))
     if args.dataloader_drop_last:
         batches = examples // (args.per_device_train_batch_size * world_size)

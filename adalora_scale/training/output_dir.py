@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from adalora_scale.errors import UserError
 from adalora_scale.files import require_local, write_probe
+from adalora_scale.process_rank import process_rank
 from adalora_scale.report.names import LINE_FILES, RUN_NAME
 from adalora_scale.training.lease import Lease, held
 from adalora_scale.training.output_store import TO_A_STORE, check_keys, check_output_store
@@ -38,7 +38,7 @@ def hold_output_dir(training: Mapping[str, Any]) -> Iterator[Lease | None]:
     check_keys(training)
     directory = Path(output_dir).expanduser()  # as TrainingArguments does
     stopping.directory = directory
-    if os.environ.get("RANK", "0") != "0":
+    if process_rank() != 0:
         with stopping.noting():
             yield None
         return

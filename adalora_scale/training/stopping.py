@@ -26,6 +26,7 @@ from typing import Any
 from adalora_scale.errors import INTERRUPTED_EXIT_CODE, KEYBOARD_EXIT_CODE, Interrupted, UserError, WrongEnd
 from adalora_scale.files import write_json
 from adalora_scale.messages import say
+from adalora_scale.process_rank import process_count, process_rank
 
 REQUEUE_NAME = "requeue"
 """A file in output_dir that says: a signal stopped the run, start it again with resume_from_checkpoint=auto."""
@@ -286,4 +287,4 @@ def exit_code(received: str | None) -> int:
 
 
 def _place() -> tuple[int, int]:
-    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+    return process_rank(), process_count()
