@@ -52,23 +52,15 @@ from benchmarks.pricing.methods import (
     peft_adalora,
     plain_lora,
 )
-from benchmarks.pricing.printing import (
-    HALF,
-    LAYERS,
-    LORA,
-    OURS,
-    PAPER,
-    PRUNED,
-    RATIOS,
-    RESUMED,
-    THEIRS,
-    THEIRS_PRUNED,
-    page,
-    print_sent,
-    print_table,
-)
+from benchmarks.pricing.printing import page, print_sent, print_table
 from benchmarks.pricing.ranks import start_ranks
 
+LORA, LAYERS, OURS, PAPER, THEIRS = "LoRA (PEFT)", "ours, no allocator", "ours", "ours, paper", "AdaLoRA (PEFT)"
+HALF, PRUNED, RESUMED, THEIRS_PRUNED = "LoRA (PEFT), half", "ours, pruned", "ours, resumed", "AdaLoRA (PEFT), pruned"
+RATIOS = (
+    (OURS, LAYERS), (PAPER, LAYERS), (OURS, LORA), (PAPER, LORA), (THEIRS, OURS), (THEIRS, PAPER), (THEIRS, LORA),
+    (PRUNED, LORA), (RESUMED, LORA), (RESUMED, HALF), (THEIRS_PRUNED, LORA),
+)  # fmt: skip
 DELTA_T = 10
 """Steps between allocations, everywhere."""
 
@@ -94,7 +86,7 @@ def main() -> int:
 
 def _price(arguments: argparse.Namespace) -> int:
     if arguments.show:
-        print(page(_read(arguments.show)))
+        print(_page_of(arguments.show))
         return 0
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends an optional CPU kernel when PEFT imports it
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -118,13 +110,11 @@ def _price(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _page_of(file: Path) -> str:
     try:
-        written: dict[str, Any] = json.loads(file.read_text("utf-8"))
-        written["tables"][0]["ratios"]
+        return page(json.loads(file.read_text("utf-8")))
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"--show: {file} is not what --output writes ({type(error).__name__}: {error}).") from error
-    return written
 
 
 def _commit() -> str:

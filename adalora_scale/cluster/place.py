@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from adalora_scale.errors import UserError
 
-_FOREIGN_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-"""How many processes mpirun started; torch does not read it."""
+_ALONE = {"WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": "1", "LOCAL_RANK": "-1"}
+"""What variables may say without RANK: mpirun's, which torch does not read, too; accelerate takes -1 for no rank."""
 _WAY_OUT = "start with torchrun, deepspeed or srun, or unset the variables of the launcher"
 
 
@@ -46,7 +46,7 @@ def launched() -> Place | None:
     local_size = "LOCAL_WORLD_SIZE" if os.environ.get("LOCAL_WORLD_SIZE") else "LOCAL_SIZE"
     local_world_size = _number(local_size, local_rank + 1)
     if not os.environ.get("MASTER_ADDR"):
-        raise UserError(f"MASTER_ADDR is not set, but RANK={rank} is; {_WAY_OUT}.")
+        raise _missing("MASTER_ADDR")
     for name, part, whole_name, whole in (
         ("RANK", rank, "WORLD_SIZE", world_size),
         ("LOCAL_RANK", local_rank, local_size, local_world_size),
@@ -58,22 +58,24 @@ def launched() -> Place | None:
 
 def _require_alone() -> None:
     """Refuse what would start as one process, or as many that know nothing of each other, and was meant as a rank."""
-    for name in ("WORLD_SIZE", *_FOREIGN_SIZES):
-        if (size := os.environ.get(name, "1")) != "1":
-            raise UserError(f"{name}={size} is set, but RANK is not; {_WAY_OUT}.")
-    if (rank := os.environ.get("LOCAL_RANK", "-1")) != "-1":  # what accelerate takes for none
-        raise UserError(f"LOCAL_RANK={rank} is set, but RANK is not; {_WAY_OUT}.")
+    for name, alone in _ALONE.items():
+        if (value := os.environ.get(name, alone)) != alone:
+            raise UserError(f"{name}={value} is set, but RANK is not; {_WAY_OUT}.")
 
 
 def _number(variable: str, default: int | None = None) -> int:
     value = os.environ.get(variable)
-    if value is None and default is not None:
-        return default
     if value is None:
-        raise UserError(f"{variable} is not set, but RANK={os.environ.get('RANK')} is; {_WAY_OUT}.")
+        if default is None:
+            raise _missing(variable)
+        return default
     if not value.isdecimal():
         raise UserError(f"{variable}={value} is no number; {_WAY_OUT}.")
     return int(value)
+
+
+def _missing(variable: str) -> UserError:
+    return UserError(f"{variable} is not set, but RANK={os.environ['RANK']} is; {_WAY_OUT}.")
 
 
 def _translate_slurm() -> None:

@@ -7,12 +7,6 @@ from typing import Any
 
 import numpy as np
 
-LORA, LAYERS, OURS, PAPER, THEIRS = "LoRA (PEFT)", "ours, no allocator", "ours", "ours, paper", "AdaLoRA (PEFT)"
-HALF, PRUNED, RESUMED, THEIRS_PRUNED = "LoRA (PEFT), half", "ours, pruned", "ours, resumed", "AdaLoRA (PEFT), pruned"
-RATIOS = (
-    (OURS, LAYERS), (PAPER, LAYERS), (OURS, LORA), (PAPER, LORA), (THEIRS, OURS), (THEIRS, PAPER), (THEIRS, LORA),
-    (PRUNED, LORA), (RESUMED, LORA), (RESUMED, HALF), (THEIRS_PRUNED, LORA),
-)  # fmt: skip
 _ROW = "{:24}{:>9}{:>11}{:>12}{:>8}{:>7}{:>15}{:>9}{:>12}"
 
 
@@ -67,11 +61,9 @@ def page(written: dict[str, Any]) -> str:
         )
     )
     if sent := written["collectives"]:
-        heads = [f"added on each of {written['ranks']} ranks", "collectives", "bytes", "operations and views"]
-        rows = [
-            [cell, *(_both(one, key) for key in ("collectives", "bytes", "operations"))] for cell, one in sent.items()
-        ]
-        parts.append(_markdown([*heads[:1], *(f"{head}: step, allocation" for head in heads[1:])], rows))
+        keys = {"collectives": "collectives", "bytes": "bytes", "operations": "operations and views"}
+        heads = [f"added on each of {written['ranks']} ranks", *(f"{head}: step, allocation" for head in keys.values())]
+        parts.append(_markdown(heads, [[cell, *(_both(one, key) for key in keys)] for cell, one in sent.items()]))
     return "\n\n".join(parts)
 
 

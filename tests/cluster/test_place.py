@@ -1,6 +1,7 @@
 """What a launcher's variables say: a place, nothing, or a refusal in one line that names the variable."""
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from adalora_scale.cluster.place import Place, launched
 from adalora_scale.errors import UserError, run_reporting_errors
+from tests.conftest import ROOT
 
 WHOLE = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 NAMES = (*WHOLE, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -83,23 +85,35 @@ def test_a_rank_that_does_not_exist_is_refused(variables, values, said):
 
 
 @pytest.mark.parametrize(
-    "values",
-    [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"LOCAL_RANK": "0"}, {"OMPI_COMM_WORLD_SIZE": "2"}, {"PMI_SIZE": "4"}],
+    "name, value",
+    [("WORLD_SIZE", "2"), ("WORLD_SIZE", ""), ("LOCAL_RANK", "0"), ("OMPI_COMM_WORLD_SIZE", "2"), ("PMI_SIZE", "4")],
 )
-def test_ranks_that_would_train_alone_are_refused(variables, values):
+def test_ranks_that_would_train_alone_are_refused(variables, name, value):
     """Else each process of an mpirun trains a whole run of its own, into one folder."""
-    variables(**values)
-    ((name, value),) = values.items()
+    variables(**{name: value})
     with pytest.raises(UserError, match=f"^{name}={value} is set, but RANK is not; "):
         launched()
 
 
 def test_the_command_says_so_in_one_line():
     """The way to the message leads through code that asks for the rank."""
-    environment = {name: value for name, value in os.environ.items() if name not in NAMES} | WHOLE | {"RANK": "x"}
-    done = subprocess.run(
-        [sys.executable, "-m", "adalora_scale", "train", "--config", "configs/recipes/quickstart.yaml"],
-        env=environment, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    done = started("-m", "adalora_scale", "train")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: RANK=x is no number; ") and len(done.stderr.splitlines()) == 1
+
+
+def test_a_rank_that_keeps_a_log_says_so_too(tmp_path):
+    """Its log is opened before anything else, under the rank's name."""
+    done = started("launch/train.py", ADALORA_LOG_DIR=str(tmp_path))
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
+    assert "error: RANK=x is no number; " in done.stderr
+    (status,) = tmp_path.glob("*.status.json")
+    assert json.loads(status.read_text())["state"] == "failed"
+
+
+def started(*command, **variables):
+    environment = {name: value for name, value in os.environ.items() if name not in NAMES} | WHOLE | {"RANK": "x"}
+    return subprocess.run(
+        [sys.executable, *command, "--config", "configs/recipes/quickstart.yaml"],
+        env=environment | variables, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip

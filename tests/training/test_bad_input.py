@@ -16,7 +16,10 @@ import transformers
 import yaml
 
 from adalora_scale.cli import main, train_main
+from adalora_scale.config import load_config
+from adalora_scale.errors import run_reporting_errors
 from adalora_scale.placing import model as placing
+from adalora_scale.training.run import train
 from tests.conftest import ROOT
 from tests.distributed.launcher import RankFailure, run_ranks
 
@@ -336,8 +339,25 @@ def test_two_ranks_say_it_once(files):
     assert not files_in(files / "out")
 
 
-def test_ranks_that_would_train_alone_are_refused(files):
-    """On CPU without use_cpu every rank would train alone, and two runs would write into one folder."""
+@pytest.mark.usefixtures("model_stays_on_disk")
+def test_rank_that_would_train_alone_is_refused(files, capfd, monkeypatch):
+    """On CPU without use_cpu every rank would train alone, and two runs would write into one folder.
+
+    By `train`, as a program of the user's calls it; the command asks for RANK first (tests/cluster/test_place.py).
+    """
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def program(arguments):
+        return run_reporting_errors(lambda: train(load_config(arguments[1], arguments[2:])) and 0)
+
+    line = refused(program, capfd, "training.use_cpu=false")
+    assert "2 processes" in line and "training.use_cpu=true" in line
+    assert not files_in(files / "out")
+
+
+@pytest.mark.full
+def test_real_ranks_that_would_train_alone_are_refused(files):
+    """The same under torchrun, where transformers and accelerate have read the launcher's variables."""
     with pytest.raises(RankFailure) as failure:
         run_ranks(
             ROOT / "launch" / "train.py", 2,
@@ -346,5 +366,5 @@ def test_ranks_that_would_train_alone_are_refused(files):
         )  # fmt: skip
     line = failure.value.ranks[0].output.strip()
     assert line.startswith("error: ") and "\n" not in line, line
-    assert "2 processes" in line and "training.use_cpu=true" in line
+    assert "training.use_cpu=true" in line
     assert not files_in(files / "out")

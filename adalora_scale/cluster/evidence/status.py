@@ -17,6 +17,7 @@ from typing import Any, Literal
 import psutil
 
 from adalora_scale.files import replace_text
+from adalora_scale.process_rank import process_count, process_rank
 
 LOG_DIR = "ADALORA_LOG_DIR"
 HOST = "ADALORA_HOST"
@@ -78,8 +79,8 @@ def starting(environment: Mapping[str, str]) -> Status:
     """Return the status of this process, a rank that starts now."""
     return Status(
         host=host_name(environment),
-        rank=int(environment.get("RANK", "0")),
-        world_size=int(environment.get("WORLD_SIZE", "1")),
+        rank=process_rank(environment),
+        world_size=process_count(environment),
         pid=os.getpid(),
         started=time.time(),
         addresses=tuple(_own_addresses()),
