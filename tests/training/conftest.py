@@ -3,8 +3,10 @@
 import shutil
 
 import pytest
+import transformers
 
 from adalora_scale.checkpoint.format import checkpoints
+from adalora_scale.placing import streaming
 from adalora_scale.training.run import train
 from tests.training.short_run import config
 
@@ -32,3 +34,18 @@ def crashed(straight, tmp_path):
         return folder
 
     return copy
+
+
+class ModelLoaded(BaseException):
+    """A base's weights were asked for where nothing needs them yet; past every `except Exception`."""
+
+
+@pytest.fixture
+def model_stays_on_disk(monkeypatch):
+    """A wire across both doors to a base's weights: a mistake that can be seen without them must be."""
+
+    def trip(*args, **kwargs):
+        raise ModelLoaded
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", trip)
+    monkeypatch.setattr(streaming, "begin", trip)

@@ -18,10 +18,10 @@ import yaml
 from adalora_scale.cli import main, train_main
 from adalora_scale.config import load_config
 from adalora_scale.errors import run_reporting_errors
-from adalora_scale.placing import model as placing
 from adalora_scale.training.run import train
 from tests.conftest import ROOT
 from tests.distributed.launcher import RankFailure, run_ranks
+from tests.training.conftest import ModelLoaded
 
 ROWS = [{"prompt": f"Count to {n}.", "completion": f" The answer is {n}."} for n in range(8)]
 MESSAGES = [{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]}] * 8
@@ -59,16 +59,6 @@ def files(tmp_path, stories260k, monkeypatch):
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     return tmp_path
-
-
-@pytest.fixture
-def model_stays_on_disk(monkeypatch):
-    """A wire across the door to the model: a mistake that can be seen without it must be."""
-
-    def trip(*args, **kwargs):
-        raise AssertionError("the model was loaded before the mistake was reported")
-
-    monkeypatch.setattr(placing, "load_model", trip)
 
 
 def files_in(folder):
@@ -195,6 +185,14 @@ SEEN_BEFORE_THE_MODEL = {
     "nothing to resume": (["training.resume_from_checkpoint=true"], ["resume_from_checkpoint", "no complete"]),
     "no such checkpoint": (["training.resume_from_checkpoint=out/checkpoint-9"], ["out/checkpoint-9", "not a folder"]),
 }
+
+
+@pytest.mark.usefixtures("model_stays_on_disk")
+@pytest.mark.parametrize("door", ["model.load_in_4bit=false", "model.load_in_4bit=true"])
+def test_the_wire_is_across_the_door(files, door):
+    """Else the tests below cannot fail: the run took another door than the one that was watched, for months."""
+    with pytest.raises(ModelLoaded):
+        train(load_config("run.yaml", [door]))
 
 
 @pytest.mark.usefixtures("model_stays_on_disk")

@@ -11,7 +11,6 @@ import yaml
 from adalora_scale.cli import main
 from adalora_scale.data.rows import load_raw
 from adalora_scale.data.shown import shown_rows
-from adalora_scale.placing import model as placing
 from adalora_scale.tasks.registry import find_task, wanted_rows
 from adalora_scale.training import run as running
 from tests.conftest import ROOT
@@ -29,10 +28,9 @@ TEXTS = [{"text": "a story " * (1 + 40 * n)} for n in range(3)]
 
 
 @pytest.fixture
-def show(tmp_path, monkeypatch, capfd):
+def show(tmp_path, monkeypatch, capfd, model_stays_on_disk):
     """Return what `preview --json` finds in rows, with overrides; no model may be loaded."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(placing, "load_model", lambda *_, **__: pytest.fail("the model was loaded"))
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
 

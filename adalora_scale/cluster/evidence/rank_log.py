@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,17 +39,17 @@ _PROJECT = re.compile(r"[\\/](adalora_scale|launch)[\\/]")
 
 
 @contextlib.contextmanager
-def rank_log(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
+def rank_log() -> Iterator[None]:
     """Keep the log and the status of this rank while the body runs; does nothing without ADALORA_LOG_DIR.
 
     An exception is printed, recorded as this rank's failure, and raised on. One that only reports missing peers first
     gathers every rank's flight record, see `HangWatch`. Where the folder takes no files, the exit code is 2.
     """
-    if not environment.get(LOG_DIR):
+    if not os.environ.get(LOG_DIR):
         yield
         return
-    folder = Path(environment[LOG_DIR])
-    status = starting(environment)
+    folder = Path(os.environ[LOG_DIR])
+    status = starting()
     if not _written(status, folder):
         raise SystemExit(USER_ERROR_EXIT_CODE)
     _redirect(folder / f"{status.name}.log", keep_console=status.rank == 0)

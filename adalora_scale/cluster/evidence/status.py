@@ -9,7 +9,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -75,21 +75,21 @@ class Status:
         return replace(self, state=state, ended=time.time(), failure=failure, hang=hang)
 
 
-def starting(environment: Mapping[str, str]) -> Status:
+def starting() -> Status:
     """Return the status of this process, a rank that starts now."""
     return Status(
-        host=host_name(environment),
-        rank=process_rank(environment),
-        world_size=process_count(environment),
+        host=host_name(),
+        rank=process_rank(),
+        world_size=process_count(),
         pid=os.getpid(),
         started=time.time(),
         addresses=tuple(_own_addresses()),
     )
 
 
-def host_name(environment: Mapping[str, str]) -> str:
+def host_name() -> str:
     """Return the name under which this host's files appear: a launcher's name for it, or its own."""
-    name = environment.get(HOST) or environment.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
+    name = os.environ.get(HOST) or os.environ.get("SLURMD_NODENAME") or socket.gethostname().split(".")[0]
     return name.replace("/", "_")
 
 
