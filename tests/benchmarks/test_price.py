@@ -5,7 +5,10 @@ import re
 
 from tests.benchmarks.test_benchmarks import ROOT, run
 
-MEASURED = ROOT / "benchmarks" / "results" / "price_2_cores_cpu.json"
+RESULTS = ROOT / "benchmarks" / "results"
+MEASURED = RESULTS / "price_2_cores_cpu.json"
+PAGE = ROOT / "docs" / "benchmarks.md"
+LONGER = RESULTS / "price_2_cores_cpu_150_rounds.json"
 
 
 def test_the_price_of_a_step_at_a_tiny_shape(tmp_path):
@@ -31,12 +34,20 @@ def test_the_price_of_a_step_at_a_tiny_shape(tmp_path):
 
 def test_the_page_shows_what_was_measured():
     """Else docs/benchmarks.md keeps the figures of a measurement that nobody has."""
+    page = PAGE.read_text("utf-8")
     shown = run("price.py", "--show", MEASURED).stdout.strip()
-    assert shown.count("\n|") > 25 and shown in (ROOT / "docs" / "benchmarks.md").read_text("utf-8")
-    written = json.loads(MEASURED.read_text("utf-8"))
-    assert re.fullmatch(r"[0-9a-f]{12}", written["commit"])  # a state of the project, with nothing changed in it
-    ratio = written["tables"][0]["ratios"]["ours / LoRA (PEFT)"]
-    assert f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]" in shown
+    assert shown.count("\n|") > 25 and shown in page
+    assert in_words(MEASURED, "ours / LoRA (PEFT)") in shown
+    for name in ("ours / ours, no allocator", "ours / LoRA (PEFT)"):
+        assert f"{name} {in_words(LONGER, name)}" in page
+
+
+def in_words(file, name):
+    """A ratio of the file's first table; the file is of a state of the project, with nothing changed in it."""
+    written = json.loads(file.read_text("utf-8"))
+    assert re.fullmatch(r"[0-9a-f]{12}", written["commit"]) and written["commit"] in PAGE.read_text("utf-8")
+    ratio = written["tables"][0]["ratios"][name]
+    return f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
 
 
 def test_a_file_that_is_no_measurement_is_named():
