@@ -17,52 +17,20 @@ Peak memory is that of live tensors over the frozen base: adapters, gradients, o
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import logging
-import random
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # started as a file, not as a module
 
-import numpy as np
-import torch
-from scipy.stats import bootstrap
-from torch import nn
-
 from adalora_scale.errors import UserError, run_reporting_errors
 from adalora_scale.files import write_json
-from adalora_scale.training.records import hardware, versions
-from benchmarks.pricing.counting import count, kernels, peak_bytes
-from benchmarks.pricing.methods import (
-    EARLY,
-    SHAPES,
-    Method,
-    Shape,
-    base_model,
-    ours,
-    ours_resumed,
-    peft_adalora,
-    plain_lora,
-)
 from benchmarks.pricing.printing import page, print_sent, print_table
-from benchmarks.pricing.ranks import start_ranks
-
-LORA, LAYERS, OURS, PAPER, THEIRS = "LoRA (PEFT)", "ours, no allocator", "ours", "ours, paper", "AdaLoRA (PEFT)"
-HALF, PRUNED, RESUMED, THEIRS_PRUNED = "LoRA (PEFT), half", "ours, pruned", "ours, resumed", "AdaLoRA (PEFT), pruned"
-RATIOS = (
-    (OURS, LAYERS), (PAPER, LAYERS), (OURS, LORA), (PAPER, LORA), (THEIRS, OURS), (THEIRS, PAPER), (THEIRS, LORA),
-    (PRUNED, LORA), (RESUMED, LORA), (RESUMED, HALF), (THEIRS_PRUNED, LORA),
-)  # fmt: skip
-DELTA_T = 10
-"""Steps between allocations, everywhere."""
+from benchmarks.pricing.shapes import SHAPES
 
 
 def main() -> int:
@@ -75,7 +43,7 @@ def main() -> int:
         "--bases", nargs="+", choices=["16bit", "4bit"], default=["16bit", "4bit"], help="default: both"
     )
     parser.add_argument("--rounds", type=int, default=30, help="timed steps of each method (default 30)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: cuda where torch sees a GPU, cpu elsewhere")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, float32 on CPU")
     parser.add_argument("--ranks", type=int, default=2, help="CPU ranks that collectives are counted on (0: none)")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
@@ -88,17 +56,30 @@ def _price(arguments: argparse.Namespace) -> int:
     if arguments.show:
         print(_page_of(arguments.show))
         return 0
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends an optional CPU kernel when PEFT imports it
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     if arguments.rounds < 2:
         raise UserError(f"--rounds is {arguments.rounds}; an interval needs at least 2.")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    return _measure(arguments)
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    # Seconds of imports, which --help and --show do without.
+    import torch
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # recommends an optional CPU kernel when PEFT imports it
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+    from adalora_scale.training.records import hardware, versions
+    from benchmarks.pricing.measuring import table
+    from benchmarks.pricing.ranks import start_ranks
+
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device=cuda, but torch sees no GPU.")
-    dtype = getattr(torch, arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32"))
+    dtype = getattr(torch, arguments.dtype or ("bfloat16" if device == "cuda" else "float32"))
     tables = []
     for name in arguments.shapes:
         for base in arguments.bases:
-            tables.append(table(SHAPES[name], name, base, dtype, arguments))
+            tables.append(table(name, base, dtype, device, arguments.rounds))
             print_table(tables[-1])
     sent = start_ranks(arguments.ranks) if arguments.ranks else {}
     print_sent(sent, arguments.ranks)
@@ -125,88 +106,6 @@ def _commit() -> str:
         return subprocess.run(describe, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def table(shape: Shape, name: str, base: str, dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure every method at one shape over one kind of base."""
-    device = arguments.device
-    mine = base_model(shape, dtype, device, base)
-    theirs = mine if base == "16bit" else base_model(shape, dtype, device, "4bit-bnb")
-    builders: dict[str, Callable[[], Method]] = {
-        LORA: partial(plain_lora, theirs, shape, device, shape.r),
-        HALF: partial(plain_lora, theirs, shape, device, shape.r // 2),
-        LAYERS: partial(ours, mine, shape, device, allocator=False),
-        OURS: partial(ours, mine, shape, device),
-        PAPER: partial(ours, mine, shape, device, preset="paper"),
-        PRUNED: partial(ours, mine, shape, device, pruned=True),
-        RESUMED: partial(ours_resumed, mine, shape, device),
-        THEIRS: partial(peft_adalora, theirs, shape, device, pruned=False),
-        THEIRS_PRUNED: partial(peft_adalora, theirs, shape, device, pruned=True),
-    }
-    held = _bytes(mine) + (0 if theirs is mine else _bytes(theirs))
-    figures: dict[str, dict[str, Any]] = {method: _alone(build, held, device) for method, build in builders.items()}
-    methods = {method: _ready(build()) for method, build in builders.items()}
-    steps, updates = _interleaved(methods, arguments.rounds)
-    for method, values in figures.items():
-        values["step_seconds"], values["update_seconds"] = steps[method], updates[method]
-    return {
-        "shape": name,
-        "base": base,
-        "matrices": shape.matrices,
-        "tokens": shape.tokens,
-        "initial_rank": shape.r,
-        "methods": figures,
-        "ratios": {f"{a} / {b}": _ratio(steps[a], steps[b]) for a, b in RATIOS},
-        "update_ratios": {f"{a} / {b}": _ratio(updates[a], updates[b]) for a, b in RATIOS},
-    }
-
-
-def _ready(method: Method) -> Method:
-    """Make the optimizer's state, and pass the final allocation where it comes early."""
-    while method.done < EARLY:
-        method.step()
-    return method
-
-
-def _alone(build: Callable[[], Method], held: int, device: str) -> dict[str, Any]:
-    """Count in the steps up to the first allocation, with nothing else in memory but the bases' `held` bytes."""
-    gc.collect()
-    method = _ready(build())
-    figures: dict[str, Any] = {"trained_parameters": method.parameters}
-    figures["peak_bytes"] = peak_bytes(method.step, device) - held
-    figures["step"] = count(method.step)
-    if device == "cuda":
-        figures["kernels"] = kernels(method.step)
-    while method.done + 1 < DELTA_T:
-        method.step()
-    figures["step_with_allocation"] = count(method.step)
-    return figures
-
-
-def _interleaved(methods: dict[str, Method], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    steps: dict[str, list[float]] = {name: [] for name in methods}
-    updates: dict[str, list[float]] = {name: [] for name in methods}
-    order, names = random.Random(0), list(methods)
-    for _ in range(rounds):
-        order.shuffle(names)  # nobody always finds the memory as the same other left it
-        for name in names:
-            whole, second = methods[name].timed()
-            steps[name].append(whole)
-            updates[name].append(second)
-    return steps, updates
-
-
-def _ratio(one: list[float], other: list[float]) -> dict[str, float]:
-    pairs = np.array(one) / np.array(other)
-    interval = bootstrap((pairs,), np.median, n_resamples=2000, method="percentile", rng=0).confidence_interval
-    return {"median": float(np.median(pairs)), "low": float(interval.low), "high": float(interval.high)}
-
-
-def _bytes(model: nn.Module) -> int:
-    tensors = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
-        tensors += [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from typing import Any
-
-import numpy as np
 
 _ROW = "{:24}{:>9}{:>11}{:>12}{:>8}{:>7}{:>15}{:>9}{:>12}"
 
@@ -81,7 +80,7 @@ def _markdown(heads: list[str], rows: list[list[str]]) -> str:
 
 
 def _milliseconds(seconds: list[float]) -> float:
-    return 1e3 * float(np.median(seconds))
+    return 1e3 * statistics.median(seconds)
 
 
 def _interval(ratio: dict[str, float]) -> str:
