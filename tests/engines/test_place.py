@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,6 +18,7 @@ from adalora_scale.errors import Unsupported, UserError
 from adalora_scale.export.peft_adalora import save_adapter, saved_values
 from adalora_scale.training.trainers import AdaLoraTrainer
 from tests.conftest import ROOT
+from tests.distributed.launcher import RankFailure, run_ranks
 from tests.toy import adapters_of
 
 ZERO2 = str(ROOT / "configs" / "deepspeed" / "zero2.json")
@@ -106,7 +105,7 @@ def test_sharding_engines_without_a_launcher_say_how_to_start(launched, name, st
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "words_of_both"),
     [
         (["engine.config.gradient_clipping=0.5"], ["gradient_clipping=0.5", "training.max_grad_norm=1.0"]),
         (
@@ -116,18 +115,15 @@ def test_sharding_engines_without_a_launcher_say_how_to_start(launched, name, st
         (["engine.config.bf16.enabled=true"], ["bf16.enabled=True", "training.bf16"]),
     ],
 )
-def test_deepspeed_values_that_disagree_name_both_keys(overrides, words, tmp_path):
+def test_deepspeed_values_that_disagree_name_both_keys(overrides, words_of_both, tmp_path):
     """transformers#29348: one of two contradicting values wins, and nobody says which."""
-    command = [sys.executable, "launch/train.py", "--config", "configs/recipes/quickstart.yaml",
-               "engine.name=deepspeed", "engine.config.zero_optimization.stage=2",
-               f"training.output_dir={tmp_path}", *overrides]  # fmt: skip
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    result = subprocess.run(
-        command, cwd=ROOT, env=os.environ | rank | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert result.returncode == 2, result.stderr
-    assert all(word in result.stderr for word in words), result.stderr
+    words = ["--config", "configs/recipes/quickstart.yaml", "engine.name=deepspeed",
+             "engine.config.zero_optimization.stage=2", f"training.output_dir={tmp_path}", *overrides]  # fmt: skip
+    with pytest.raises(RankFailure) as failure:
+        run_ranks(ROOT / "launch" / "train.py", 1, words, env={"DS_ACCELERATOR": "cpu"})
+    assert "rank 0 ended with 2" in str(failure.value)
+    (line,) = [line for line in failure.value.ranks[0].output.splitlines() if line.startswith("error")]
+    assert all(word in line for word in words_of_both), line
 
 
 def test_another_engine_than_asked_for_is_noticed():
