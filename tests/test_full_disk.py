@@ -265,20 +265,19 @@ def test_cache_of_prepared_data_is_named(disk):
 
 def test_limits_and_folders_that_cannot_be_written_are_one_line_too(made, tmp_path):
     """A quota, a read-only mount: the same contract, without the right to mount a disk."""
+    places = {str(tmp_path / "out"): "File too large"}
+    places |= dict.fromkeys(("/proc/nowhere/out", "/sys/out"), "cannot be written")
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "from adalora_scale.cli import main; import adalora_scale.placing.quantize, adalora_scale.placing.streaming;"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)); sys.exit(main(sys.argv[1:]))"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+        "print([main(['quantize', sys.argv[1], out]) for out in sys.argv[2:]])"
     )
-    for out, words in (
-        (tmp_path / "out", "File too large"),
-        ("/proc/nowhere/out", "cannot be written"),
-        ("/sys/out", "cannot be written"),
-    ):
-        done = subprocess.run(
-            [sys.executable, "-c", code, "quantize", str(made[0]), str(out)],
-            cwd=ROOT, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
-        assert done.returncode == 2 and len(errors) == 1 and words in errors[0] and str(out) in errors[0], done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(made[0]), *places], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[-1:] == ["[2, 2, 2]"], done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    for line, (out, words) in zip(errors, places.items(), strict=True):
+        assert words in line and out in line, done.stderr
     assert list(tmp_path.iterdir()) == []
