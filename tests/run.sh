@@ -5,8 +5,8 @@
 #   bash tests/run.sh --full       and the long matrices
 #   bash tests/run.sh -k packaging
 #
-# Three files of tests run at a time (ADALORA_TEST_WORKERS), on two cores too: a process that starts others waits for them,
-# and for the disk that its imports come from.
+# Two files of tests run at a time (ADALORA_TEST_WORKERS): most of the time one process starts others and waits. On two
+# cores three took longer, 37 minutes for 31: ranks that wait for one another spin.
 #
 # A failed check does not hide the next one; the exit code is the first failure's.
 set -uo pipefail
@@ -65,7 +65,7 @@ stage "mypy" mypy "${typed[@]}"
 wait "$building" || rm -rf "$TORCH_EXTENSIONS_DIR/built"
 
 echo "== pytest"
-workers=(-n "${ADALORA_TEST_WORKERS:-3}" --dist loadscope --no-loadscope-reorder)  # scopes: see tests/conftest.py
+workers=(-n "${ADALORA_TEST_WORKERS:-2}" --dist loadscope --no-loadscope-reorder)  # scopes: see tests/conftest.py
 ADALORA_FAILED_STAGES="$failed_stages" python -m pytest "${workers[@]}" "$@"  # the last lines of the run are pytest's summary
 status=$?
 if ((first_failure)); then exit "$first_failure"; fi
