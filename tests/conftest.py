@@ -102,6 +102,13 @@ def _existing(path: Path) -> Path:
 
 
 @pytest.fixture
+def offline(monkeypatch):
+    """As with HF_HUB_OFFLINE=1, which huggingface_hub reads when it is imported."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
 def toy():
     torch.manual_seed(0)
     return Toy()

@@ -5,8 +5,7 @@
 #   bash tests/run.sh --full       and the long matrices
 #   bash tests/run.sh -k packaging
 #
-# Two files of tests run at a time (ADALORA_TEST_WORKERS): most of the time one process starts others and waits. On two
-# cores three took longer: 37 minutes for 31, and a third more processor time.
+# Two files of tests run at a time (ADALORA_TEST_WORKERS): most of the time one process starts others and waits.
 #
 # A failed check does not hide the next one; the exit code is the first failure's.
 set -uo pipefail

@@ -73,13 +73,13 @@ def test_a_light_mistake_is_answered_without_the_libraries_that_take_seconds(ent
     assert answer["heavy"] == []
 
 
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize("entry", LIST["here"], ids=lambda entry: entry["run"])
 def test_a_mistake_is_answered_before_the_model_loads(entry, folder, monkeypatch, capfd):
     from adalora_scale.cli import main
     from adalora_scale.training import run
 
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(run, "place_model", lambda *_, **__: pytest.fail("the model was loaded"))
     monkeypatch.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     program, *arguments = shlex.split(entry["run"])

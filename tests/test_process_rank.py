@@ -15,10 +15,8 @@ REPLACED = {"os.environ", "sys.stdout", "sys.stderr", "sys.argv", "sys.modules",
 
 def remembered(source):
     """Find the default values that keep, from a module's import on, what may be replaced."""
-    functions = (
-        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    )
-    defaults = [d for f in functions for d in (*f.args.defaults, *f.args.kw_defaults) if d is not None]
+    taken = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.arguments))
+    defaults = [default for node in taken for default in (*node.defaults, *node.kw_defaults) if default is not None]
     return [ast.unparse(default) for default in defaults if ast.unparse(default) in REPLACED]
 
 

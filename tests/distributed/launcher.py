@@ -35,6 +35,8 @@ RANK_MAIN = Path(__file__).with_name("rank_main.py")
 SHOWN_CHARACTERS = 6000  # of each rank's output, in a failure's message
 _WARM = WarmRanks()
 PER_RUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LEFT_BEHIND = ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS", "PYTORCH_NVML_BASED_CUDA_CHECK")
+"""What a verb or accelerate sets in the tests' own process; with them no later run would fit the warm ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +168,8 @@ def _environment(folder: Path, launcher: str, extra: Mapping[str, str]) -> dict[
     inherited = {
         name: value
         for name, value in os.environ.items()
-        if name not in PER_RUN_VARIABLES and not name.startswith(("TORCHELASTIC_", "PYTEST_", "SLURM_"))
+        if name not in (*PER_RUN_VARIABLES, *LEFT_BEHIND)
+        and not name.startswith(("TORCHELASTIC_", "PYTEST_", "SLURM_"))
     }
     fixed = {
         "ADALORA_RANK_DIR": str(folder),  # also marks every process of the run, see _processes

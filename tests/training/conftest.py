@@ -36,16 +36,13 @@ def crashed(straight, tmp_path):
     return copy
 
 
-class ModelLoaded(BaseException):
-    """A base's weights were asked for where nothing needs them yet; past every `except Exception`."""
-
-
 @pytest.fixture
 def model_stays_on_disk(monkeypatch):
-    """A wire across both doors to a base's weights: a mistake that can be seen without them must be."""
+    """A wire across both doors to a base's weights, past every `except Exception`: a mistake that can be seen without
+    them must be."""
 
     def trip(*args, **kwargs):
-        raise ModelLoaded
+        pytest.fail("the model was loaded")
 
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", trip)
     monkeypatch.setattr(streaming, "begin", trip)

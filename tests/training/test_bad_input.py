@@ -21,7 +21,6 @@ from adalora_scale.errors import run_reporting_errors
 from adalora_scale.training.run import train
 from tests.conftest import ROOT
 from tests.distributed.launcher import RankFailure, run_ranks
-from tests.training.conftest import ModelLoaded
 
 ROWS = [{"prompt": f"Count to {n}.", "completion": f" The answer is {n}."} for n in range(8)]
 MESSAGES = [{"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]}] * 8
@@ -191,7 +190,7 @@ SEEN_BEFORE_THE_MODEL = {
 @pytest.mark.parametrize("door", ["model.load_in_4bit=false", "model.load_in_4bit=true"])
 def test_the_wire_is_across_the_door(files, door):
     """Else the tests below cannot fail: the run took another door than the one that was watched, for months."""
-    with pytest.raises(ModelLoaded):
+    with pytest.raises(pytest.fail.Exception, match="the model was loaded"):
         train(load_config("run.yaml", [door]))
 
 

@@ -57,6 +57,7 @@ def test_a_tracker_that_does_not_exist_is_refused():
         check("training.report_to=wanbd")
 
 
+@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
