@@ -13,6 +13,7 @@ from tests.toy import Toy
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+ENVIRONMENT = os.environ
 
 
 def pytest_addoption(parser):
@@ -99,6 +100,15 @@ def _existing(path: Path) -> Path:
     if not path.exists():
         pytest.skip(f"needs {path}, which is not here")
     return path
+
+
+@pytest.fixture(autouse=True)
+def one_environment():
+    """Undo what datasets does when it works with processes: it puts a copy into os.environ's place, and rich goes on
+    reading the one that it was imported with."""
+    os.environ = ENVIRONMENT  # noqa: B003
+    yield
+    os.environ = ENVIRONMENT  # noqa: B003
 
 
 @pytest.fixture
