@@ -7,11 +7,12 @@
     python benchmarks/price.py --show FILE                      # an earlier --output as Markdown; measures nothing
 
 All methods adapt the same matrices of one random Llama. Before pruning all have the initial rank; after it
-ours and PEFT's AdaLoRA have half of the budget left, and LoRA is shown at both ranks. AdamW is torch's fused one, which
-transformers takes by default. Steps are interleaved, a round
-takes one of each in an order drawn anew, and a ratio is the median over rounds of the paired ratios with its 95 %
-bootstrap interval. Operations, reads of single values and bytes are counted, and are the same in every run.
-Peak memory is that of live tensors over the frozen base: adapters, gradients, optimizer, statistics and activations.
+ours and PEFT's AdaLoRA have half of the budget left, and LoRA is shown at both ranks. The base alone, forward and
+backward, is the floor under all of them. AdamW is torch's fused one, which transformers takes by default. Steps are
+interleaved, a round takes one of each in an order drawn anew, and a ratio is the median over rounds of the paired
+ratios with its 95 % bootstrap interval. Operations, reads of single values and bytes are counted, and are the same in
+every run. Peak memory is that of live tensors over the frozen base: adapters, gradients, optimizer, statistics and
+activations.
 """
 
 from __future__ import annotations

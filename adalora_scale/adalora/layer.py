@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from adalora_scale.adalora.adaptables import FACTORS, FileForm, adaptable_of, block
+from adalora_scale.adalora.adapted_product import adapted
 
 
 class AdaLoraLayer(nn.Module):
@@ -147,14 +148,26 @@ class AdaLoraLayer(nn.Module):
         return self.adaptable.form(self.base_layer)
 
     def forward(self, x: torch.Tensor, *more: Any) -> torch.Tensor:
-        y = cast(torch.Tensor, self.base_layer(x, *more))
         if self.r == 0 or self.bypassed:
-            return y
+            return cast(torch.Tensor, self.base_layer(x, *more))
         if self.emptied:
+            y = self.base_layer(x, *more)
             return cast(torch.Tensor, _NoUpdate.apply(y, self.lora_A, self.lora_E, self.lora_B))
+        product = self.adaptable.product
+        if product is not None and not more and type(self.dropout) is nn.Identity:
+            frozen = product.fusible(self.base_layer, x)
+            if frozen is not None:
+                return adapted(self, product, x, frozen)
+        return self.plain(x, self.lora_A, self.lora_E, self.lora_B, *more)
+
+    def plain(
+        self, x: torch.Tensor, lora_a: torch.Tensor, lora_e: torch.Tensor, lora_b: torch.Tensor, *more: Any
+    ) -> torch.Tensor:
+        """Return the base's output with the update that these factors make, by operations that autograd knows."""
+        y = cast(torch.Tensor, self.base_layer(x, *more))
         dtype = x.dtype if x.is_floating_point() else y.dtype
-        a, b = self.lora_A.to(dtype), self.lora_B.to(dtype)
-        singular = (self.lora_E * self.scaling).to(dtype)
+        a, b = lora_a.to(dtype), lora_b.to(dtype)
+        singular = (lora_e * self.scaling).to(dtype)
         return self.adaptable.add_update(self.base_layer, y, x, a, singular, b, self.dropout, *more)
 
     @property

@@ -44,11 +44,26 @@ def matmul_4bit(
         blocksize, quant_type: of the matrix.
         shape: (out_features, in_features).
     """
-    # What is no plain tensor has no bytes to compute on, or speaks operators only (fake, meta, distributed).
-    as_operator = torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta
-    product = _operator if as_operator else _Eager.apply
+    product = _operator if _as_operator(x) else _Eager.apply
     y: Tensor = product(x, packed, scales, nested, bias, blocksize, quant_type, shape)
     return y
+
+
+def gradient_4bit(gradient: Tensor, *matrix: Any) -> Tensor:
+    """Return ∂L/∂x of `matmul_4bit`, (..., in_features), of ∂L/∂y, (..., out_features), in its dtype.
+
+    Args:
+        gradient: ∂L/∂y.
+        matrix: packed, scales, nested, blocksize, quant_type and shape, as `matmul_4bit` takes them.
+    """
+    product = _backward_operator if _as_operator(gradient) else _gradient
+    of_x: Tensor = product(gradient, *matrix)
+    return of_x
+
+
+def _as_operator(x: Tensor) -> bool:
+    """Whether a tensor has no bytes to compute on, or speaks operators only (fake, meta, distributed)."""
+    return torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta
 
 
 def _product(
@@ -75,7 +90,6 @@ def _gradient(
     quant_type: str,
     shape: Sequence[int],
 ) -> Tensor:
-    """Return ∂L/∂x, (..., in_features), of ∂L/∂y, (..., out_features), in its dtype."""
     spec = QuantSpec(blocksize=blocksize, quant_type=quant_type)
     with torch.autocast(gradient.device.type, enabled=False):
         weight = functional.dequantize(packed, scales, nested, spec, (shape[0], shape[1]), gradient.dtype)

@@ -14,14 +14,25 @@ from scipy.stats import bootstrap
 from torch import nn
 
 from benchmarks.pricing.counting import count, kernels, peak_bytes
-from benchmarks.pricing.methods import EARLY, Method, base_model, ours, ours_resumed, peft_adalora, plain_lora
+from benchmarks.pricing.methods import (
+    EARLY,
+    Method,
+    base_alone,
+    base_model,
+    ours,
+    ours_resumed,
+    peft_adalora,
+    plain_lora,
+)
 from benchmarks.pricing.shapes import SHAPES
 
 LORA, LAYERS, OURS, PAPER, THEIRS = "LoRA (PEFT)", "ours, no allocator", "ours", "ours, paper", "AdaLoRA (PEFT)"
+BASE = "the base alone"
 HALF, PRUNED, RESUMED, THEIRS_PRUNED = "LoRA (PEFT), half", "ours, pruned", "ours, resumed", "AdaLoRA (PEFT), pruned"
 RATIOS = (
     (OURS, LAYERS), (PAPER, LAYERS), (OURS, LORA), (PAPER, LORA), (THEIRS, OURS), (THEIRS, PAPER), (THEIRS, LORA),
     (PRUNED, LORA), (RESUMED, LORA), (RESUMED, HALF), (THEIRS_PRUNED, LORA),
+    (LORA, BASE), (OURS, BASE), (THEIRS, BASE),
 )  # fmt: skip
 DELTA_T = 10
 """Steps between allocations, everywhere."""
@@ -33,6 +44,7 @@ def table(name: str, base: str, dtype: torch.dtype, device: str, rounds: int) ->
     mine = base_model(shape, dtype, device, base)
     theirs = mine if base == "16bit" else base_model(shape, dtype, device, "4bit-bnb")
     builders: dict[str, Callable[[], Method]] = {
+        BASE: partial(base_alone, mine, shape, device),
         LORA: partial(plain_lora, theirs, shape, device, shape.r),
         HALF: partial(plain_lora, theirs, shape, device, shape.r // 2),
         LAYERS: partial(ours, mine, shape, device, allocator=False),

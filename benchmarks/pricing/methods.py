@@ -135,6 +135,19 @@ def sharing(base: nn.Module) -> Any:
     return copy.deepcopy(base, {id(tensor): tensor for tensor in shared})
 
 
+def base_alone(base: nn.Module, shape: Shape, device: str) -> Method:
+    """The floor under all adapters: the frozen model, forward and backward, with one vector before it that is trained.
+
+    The vector scales what the embeddings give, so that the backward passes through every layer, as adapters of the
+    first one make it.
+    """
+    model = sharing(base)
+    scale = nn.Parameter(torch.ones(shape.hidden, dtype=model.dtype, device=device))
+    model.register_parameter("scale", scale)
+    model.get_input_embeddings().register_forward_hook(lambda module, given, output: output * scale)
+    return Method(model, shape, device)
+
+
 def plain_lora(base: nn.Module, shape: Shape, device: str, r: int) -> Method:
     """PEFT's LoRA of rank r on every linear layer."""
     import peft

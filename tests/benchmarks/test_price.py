@@ -21,9 +21,15 @@ def test_the_price_of_a_step_at_a_tiny_shape(tmp_path):
     assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|unknown", figures["commit"])
     for one in figures["tables"]:
         methods = one["methods"]
-        assert len(methods) == 9 and all(len(m["step_seconds"]) == 2 for m in methods.values())
+        assert len(methods) == 10 and all(len(m["step_seconds"]) == 2 for m in methods.values())
         work = {name: m["step"]["operations"] for name, m in methods.items()}
-        assert work["ours, no allocator"] < work["ours"] < work["ours, paper"] < work["AdaLoRA (PEFT)"]
+        assert (
+            work["the base alone"]
+            < work["ours, no allocator"]
+            < work["ours"]
+            < work["ours, paper"]
+            < work["AdaLoRA (PEFT)"]
+        )
         assert methods["ours"]["step"]["reads"] == methods["ours, no allocator"]["step"]["reads"] + 1
         assert (
             methods["ours, resumed"]["trained_parameters"] <= methods["LoRA (PEFT), half"]["trained_parameters"] * 1.02

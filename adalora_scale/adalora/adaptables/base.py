@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from adalora_scale.adalora.adapted_product import Product
+
 Base = TypeVar("Base", bound=nn.Module)
 
 FACTORS = ("lora_A", "lora_E", "lora_B")
@@ -70,6 +72,8 @@ class Adaptable(ABC, Generic[Base]):
     """Names of the factors in files; `form` adds the kernel."""
     transposed: ClassVar[bool] = False
     """Whether a checkpoint holds the weight with the input first: (rows of A, rows of B)."""
+    product: ClassVar[Product | None] = None
+    """How the layer multiplies, where an update can be computed in one function with it."""
 
     def matrices(self, base: Base) -> int:
         """Return how many matrices the layer stands for."""

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adalora_scale.adalora.adaptables.linear import Matrix, require_linear
+from adalora_scale.adalora.adaptables.linear import LinearProduct, Matrix, require_linear
+
+
+class Conv1DProduct(LinearProduct):
+    """``x W + bias``."""
+
+    kind = Conv1D
+
+    def multiply(self, base: nn.Module, x: Tensor, frozen: Sequence[Tensor | None]) -> Tensor:
+        weight, bias = frozen
+        return F.linear(x, cast(Tensor, weight).T, bias)
+
+    def multiply_back(self, base: nn.Module, gradient: Tensor, frozen: Sequence[Tensor | None]) -> Tensor:
+        return gradient @ cast(Tensor, frozen[0]).T
 
 
 class TransposedLinear(Matrix[Conv1D]):
@@ -12,6 +30,7 @@ class TransposedLinear(Matrix[Conv1D]):
 
     types = (Conv1D,)
     transposed = True
+    product = Conv1DProduct()
 
     def sides(self, base: Conv1D) -> tuple[int, int]:
         require_linear(base)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adalora_scale.adalora.adaptables.base import Adaptable, Base
+from adalora_scale.adalora.adapted_product import Product, autocast_dtype
 from adalora_scale.errors import Unsupported
 from adalora_scale.quantization.called import computes_linear
 
@@ -31,7 +32,7 @@ class Matrix(Adaptable[Base]):
         *more: Any,
     ) -> Tensor:  # x: (..., rows of A), y: (..., rows of B)
         inner = (dropout(x).reshape(-1, a.shape[0]) @ a) * e
-        if y.dtype != b.dtype or torch.is_autocast_enabled(y.device.type):  # autocast would round y as well
+        if y.dtype != b.dtype or autocast_dtype(y) is not None:  # autocast would round y as well
             return y + F.linear(inner, b).to(y.dtype).view(y.shape)
         # The product adds onto y: no tensor of y's size for the update alone, and no rounding of it.
         return torch.addmm(y.reshape(-1, b.shape[0]), inner, b.T).view(y.shape)
@@ -50,10 +51,30 @@ def require_linear(base: nn.Module) -> None:
         )
 
 
+class LinearProduct(Product):
+    """``x Wᵀ + bias``."""
+
+    kind: ClassVar[type[nn.Module]] = nn.Linear
+
+    def dtype(self, base: nn.Module) -> torch.dtype:
+        return cast(Tensor, base.weight).dtype
+
+    def frozen(self, base: nn.Module) -> tuple[Tensor | None, ...]:
+        return cast(Tensor, base.weight), cast(Tensor | None, base.bias)
+
+    def multiply(self, base: nn.Module, x: Tensor, frozen: Sequence[Tensor | None]) -> Tensor:
+        weight, bias = frozen
+        return F.linear(x, cast(Tensor, weight), bias)
+
+    def multiply_back(self, base: nn.Module, gradient: Tensor, frozen: Sequence[Tensor | None]) -> Tensor:
+        return gradient @ cast(Tensor, frozen[0])
+
+
 class Linear(Matrix[nn.Linear]):
     """torch's linear layer."""
 
     types = (nn.Linear,)
+    product = LinearProduct()
 
     def sides(self, base: nn.Linear) -> tuple[int, int]:
         require_linear(base)

@@ -1,0 +1,146 @@
+"""A frozen layer's product and the update on it, as one autograd function.
+
+Left to autograd, the update is a second way beside the base's: another tensor of the output's size, the input's two
+gradients as two tensors that are then added, and a dozen nodes. Here the update's products add onto what the base's
+made, forward and backward. `AdaLoraLayer.plain` says the same in plain operations; it is what is computed wherever
+this is not, and what this is tested against.
+
+Sources: LoRAFusion (arXiv 2510.00206), which fuses the same products; peft/tuners/lora/layer.py for the plain form.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
+from torch.nn.modules import module as hooked
+
+
+class Product(ABC):
+    """How a type of base layer multiplies its input; it has no state."""
+
+    kind: ClassVar[type[nn.Module]]
+    """Whose forward it is; a subclass with another one is called."""
+
+    @abstractmethod
+    def dtype(self, base: Any) -> torch.dtype:
+        """Return what it computes in."""
+
+    @abstractmethod
+    def frozen(self, base: Any) -> tuple[Tensor | None, ...]:
+        """Return the tensors that the product reads."""
+
+    @abstractmethod
+    def multiply(self, base: Any, x: Tensor, frozen: Sequence[Tensor | None]) -> Tensor:
+        """Return the layer's output, (tokens, out_features), for x (tokens, in_features), in memory of its own."""
+
+    @abstractmethod
+    def multiply_back(self, base: Any, gradient: Tensor, frozen: Sequence[Tensor | None]) -> Tensor:
+        """Return ∂L/∂x, (tokens, in_features), of ∂L/∂y, (tokens, out_features), in memory of its own."""
+
+    def fusible(self, base: nn.Module, x: Tensor) -> tuple[Tensor | None, ...] | None:
+        """Return `frozen` where nothing but the product happens when the layer is called with x, all in one dtype.
+
+        A hook may do what it likes (ZeRO-3 brings the weight in one), a compiler fuses by itself, and what traces or
+        differentiates in other ways wants operations, not functions. This runs in every forward of every layer.
+        """
+        dtype = x.dtype
+        if (
+            self.dtype(base) is not dtype
+            or type(x) not in _KNOWN
+            or type(base).forward is not self.kind.forward
+            or "forward" in vars(base)
+            or base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks
+            or hooked._has_any_global_hook()
+            or autocast_dtype(x) not in (None, dtype)
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0
+        ):  # fmt: skip
+            return None
+        frozen = self.frozen(base)
+        for tensor in frozen:
+            if tensor is not None and (
+                type(tensor) not in _KNOWN or tensor.requires_grad or tensor.dtype not in (dtype, torch.uint8)
+            ):
+                return None
+        return frozen
+
+
+_KNOWN = (Tensor, nn.Parameter, FakeTensor)
+"""Tensors whose operations are torch's own; others have their own ideas of a product."""
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return what autocast would compute a product of x in; None where it is off, or knows no such device (meta)."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
+
+
+def adapted(layer: Any, product: Product, x: Tensor, frozen: tuple[Tensor | None, ...]) -> Tensor:
+    """Return ``base(x) + s · ((x A) ⊙ E) Bᵀ``.
+
+    Args:
+        layer: an `AdaLoraLayer` without dropout.
+        product: its adaptable's.
+        x: (..., in_features).
+        frozen: what `product.fusible` returned for x.
+    """
+    y: Tensor = _Adapted.apply(layer, product, x, layer.lora_A, layer.lora_E, layer.lora_B, *frozen)
+    return y
+
+
+class _Adapted(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, layer: Any, product: Product, x: Tensor, a: Tensor, e: Tensor, b: Tensor, *frozen: Tensor | None
+    ) -> Tensor:
+        base, flat = layer.base_layer, x.dim() == 2
+        rows = x if flat else x.reshape(-1, a.shape[0])
+        low_a, low_e, low_b = a, e * layer.scaling, b
+        if a.dtype is not x.dtype:
+            low_a, low_e, low_b = a.to(x.dtype), low_e.to(x.dtype), b.to(x.dtype)
+        inner = rows @ low_a
+        y = product.multiply(base, rows, frozen).addmm_(inner * low_e, low_b.T)
+        if not flat:  # as matmul does: model code could not change what is a view to autograd in place
+            y = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], b.shape[0]))
+        ctx.layer, ctx.product, ctx.base, ctx.scaling = layer, product, base, layer.scaling
+        ctx.save_for_backward(x, a, e, b, inner, low_a, low_e, low_b, *frozen)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, e, b, inner, low_a, low_e, low_b, *frozen = ctx.saved_tensors
+        needs_x, needs_a, needs_e, needs_b = ctx.needs_input_grad[2:6]
+        none = [None] * len(frozen)
+        if torch.is_grad_enabled():  # the gradient will be differentiated: by autograd, through the plain form
+            return None, None, *_differentiable(ctx, gradient, (x, a, e, b)), *none
+        flat = gradient.dim() == 2
+        rows = gradient if flat else gradient.reshape(-1, b.shape[0])
+        outer = rows @ low_b  # (tokens, r): ∂L/∂(the product with E)
+        of_x = of_a = of_e = of_b = None
+        if needs_b:
+            of_b = rows.T @ (inner * low_e)
+        if needs_e:
+            of_e = (outer * inner).sum(0, dtype=e.dtype).mul_(ctx.scaling)
+        outer *= low_e
+        if needs_a:
+            of_a = (x if flat else x.reshape(-1, a.shape[0])).T @ outer
+        if needs_x:
+            of_x = ctx.product.multiply_back(ctx.base, rows, frozen).addmm_(outer, low_a.T)
+            of_x = of_x if flat else of_x.view(x.shape)
+        return None, None, of_x, of_a, of_e, of_b, *none
+
+
+def _differentiable(ctx: Any, gradient: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """Return the gradients of x, A, E and B with a graph of their own."""
+    y = ctx.layer.plain(*inputs)
+    needed = [tensor for tensor, needs in zip(inputs, ctx.needs_input_grad[2:6], strict=True) if needs]
+    found = iter(torch.autograd.grad(y, needed, gradient, create_graph=True))
+    return [next(found) if needs else None for needs in ctx.needs_input_grad[2:6]]
