@@ -83,16 +83,22 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
-def adapted(layer: Any, product: Product, x: Tensor, frozen: tuple[Tensor | None, ...]) -> Tensor:
-    """Return ``base(x) + s · ((x A) ⊙ E) Bᵀ``.
+def adapted(layer: Any, product: Product, x: Tensor) -> Tensor | None:
+    """Return ``base(x) + s · ((x A) ⊙ E) Bᵀ``, (..., out_features); None where plain operations have to compute it.
 
     Args:
-        layer: an `AdaLoraLayer` without dropout.
+        layer: an `AdaLoraLayer`.
         product: its adaptable's.
         x: (..., in_features).
-        frozen: what `product.fusible` returned for x.
     """
-    y: Tensor = _Adapted.apply(layer, product, x, layer.lora_A, layer.lora_E, layer.lora_B, *frozen)
+    a = layer.lora_A
+    if type(layer.dropout) is not nn.Identity or (torch.is_grad_enabled() and not a.requires_grad):
+        return None  # the adapter's input is another than the base's; a frozen adapter's need not be kept
+    base = layer.base_layer
+    frozen = product.fusible(base, x)
+    if frozen is None:
+        return None
+    y: Tensor = _Adapted.apply(layer, product, x, a, layer.lora_E, layer.lora_B, *frozen)
     return y
 
 
@@ -117,21 +123,20 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, a, e, b, inner, low_a, low_e, low_b, *frozen = ctx.saved_tensors
-        needs_x, needs_a, needs_e, needs_b = ctx.needs_input_grad[2:6]
+        needs_x, _, needs_e, needs_b = ctx.needs_input_grad[2:6]
         none = [None] * len(frozen)
         if torch.is_grad_enabled():  # the gradient will be differentiated: by autograd, through the plain form
             return None, None, *_differentiable(ctx, gradient, (x, a, e, b)), *none
         flat = gradient.dim() == 2
         rows = gradient if flat else gradient.reshape(-1, b.shape[0])
         outer = rows @ low_b  # (tokens, r): ∂L/∂(the product with E)
-        of_x = of_a = of_e = of_b = None
+        of_x = of_e = of_b = None
         if needs_b:
             of_b = rows.T @ (inner * low_e)
         if needs_e:
             of_e = (outer * inner).sum(0, dtype=e.dtype).mul_(ctx.scaling)
         outer *= low_e
-        if needs_a:
-            of_a = (x if flat else x.reshape(-1, a.shape[0])).T @ outer
+        of_a = (x if flat else x.reshape(-1, a.shape[0])).T @ outer
         if needs_x:
             of_x = ctx.product.multiply_back(ctx.base, rows, frozen).addmm_(outer, low_a.T)
             of_x = of_x if flat else of_x.view(x.shape)

@@ -154,10 +154,8 @@ class AdaLoraLayer(nn.Module):
             y = self.base_layer(x, *more)
             return cast(torch.Tensor, _NoUpdate.apply(y, self.lora_A, self.lora_E, self.lora_B))
         product = self.adaptable.product
-        if product is not None and not more and type(self.dropout) is nn.Identity:
-            frozen = product.fusible(self.base_layer, x)
-            if frozen is not None:
-                return adapted(self, product, x, frozen)
+        if product is not None and not more and (found := adapted(self, product, x)) is not None:
+            return found
         return self.plain(x, self.lora_A, self.lora_E, self.lora_B, *more)
 
     def plain(

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from unittest import mock
 
 import pytest
 import torch
@@ -106,20 +107,39 @@ def test_rows_that_do_not_lie_one_after_another(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 2), (1, 3)], ids=str)
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (3,), (0, 2), (1, 2), (1, 3), (0, 1, 3)], ids=str)
 def test_what_needs_no_gradient_gets_none(kind, wanted):
-    """A layer behind frozen inputs, and adapters that are frozen on their own."""
+    """A layer behind frozen inputs, and adapters that are frozen on their own or to train in stages."""
     layer = layer_of(kind)
-    x = torch.randn(6, IN)
-    inputs = [x, *trained(layer)]
+    inputs = [torch.randn(6, IN), *trained(layer)]
     for number, tensor in enumerate(inputs):
         tensor.requires_grad_(number in wanted)
     chosen = [inputs[number] for number in wanted]
-    y = layer(x)
-    assert is_fused(y)
+    y = layer(inputs[0])
+    assert is_fused(y) == (1 in wanted)
     given = torch.randn(6, OUT)
     found = torch.autograd.grad(y, chosen, given)
     torch.testing.assert_close(found, torch.autograd.grad(layer.plain(*inputs), chosen, given))
+
+
+def test_a_frozen_adapter_keeps_no_input():
+    """In stages most adapters are frozen; the input of each would be there until the backward."""
+    layer = layer_of().requires_grad_(False)
+    x = torch.randn(200, IN, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        layer(x)
+    assert not [tensor for tensor in saved if tensor.numel() == x.numel()]
+
+
+def test_without_gradients_nothing_is_made_for_them():
+    """A generated token costs products, and no graph."""
+    layer = layer_of().requires_grad_(False)
+    x = torch.randn(3, IN)
+    with torch.no_grad(), mock.patch.object(layer, "plain") as plain:
+        y = layer(x)
+    assert not plain.called
+    torch.testing.assert_close(y, layer(x))
 
 
 def test_under_autocast_of_the_bases_own_dtype():

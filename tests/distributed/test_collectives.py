@@ -44,6 +44,16 @@ def test_at_most_one_collective_a_step_and_three_at_an_allocation(outputs, engin
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_updates_are_computed_in_one_function_with_the_base_s_product(outputs, engine):
+    """An engine's hook, or another kind of weight, would send every layer the longer way, and nobody would notice."""
+    for rank in outputs:
+        in_one_function, plain = rank[f"{engine}:8:default"]["forwards"]
+        if engine == "zero3":  # brings a layer's weight in a hook on that layer
+            in_one_function, plain = plain, in_one_function
+        assert in_one_function >= 7 * 8 and plain == 0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_step_of_the_default_sends_three_numbers_at_most_whatever_the_model(outputs, engine):
     """Else 560 matrices cost an exchange that grows with them, as the penalty's Gram matrices do."""
     for rank in outputs:

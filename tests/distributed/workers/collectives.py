@@ -13,6 +13,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import torch
 import torch.distributed as dist
 
+from adalora_scale.adalora import layer
 from adalora_scale.engines.zero_place import Zero, Zero3
 from adalora_scale.verify.problem import Problem
 from benchmarks.pricing.counting import Counter
@@ -49,7 +50,12 @@ def main(*cells):
         engine, _, whole = engine.partition("+")
         LayeredProblem.layers = int(layers)
         problem = LayeredProblem(model=None, device=torch.device("cpu"), ranks=ranks, preset=preset)
-        with mock.patch.object(Zero3, "by_hand_config", Zero.by_hand_config) if whole else nullcontext():
+        by_operations = layer.AdaLoraLayer.plain
+        with (
+            mock.patch.object(Zero3, "by_hand_config", Zero.by_hand_config) if whole else nullcontext(),
+            mock.patch.object(layer, "adapted", side_effect=layer.adapted) as asked,
+            mock.patch.object(layer.AdaLoraLayer, "plain", autospec=True, side_effect=by_operations) as plain,
+        ):
             seen = added(engine, problem, STEPS)
         counters = seen.counters
         report(
@@ -64,6 +70,7 @@ def main(*cells):
                     "frozen": seen.frozen,
                     "calls": seen.calls,
                     "slots": seen.split_rows,
+                    "forwards": [asked.call_count - plain.call_count, plain.call_count],
                 }
             }
         )
