@@ -31,6 +31,7 @@ from adalora_scale.cluster.plan.request import Request
 from adalora_scale.cluster.plan.trace import BLOCKS, Activations, trace_step
 from adalora_scale.config import load_config
 from adalora_scale.engines.planned import SCORE_STATISTICS
+from adalora_scale.engines.registry import ENGINES
 from adalora_scale.quantization.linear import Linear4bit
 
 RECIPE = Path(__file__).resolve().parents[1] / "configs" / "recipes" / "llama3_70b_qadalora.yaml"
@@ -106,7 +107,8 @@ def compare(run: Published) -> dict[str, Any]:
     """Return device bytes a GPU: reported, planned, and with each difference."""
     request = run.request()
     model = describe(build(request))
-    ours = trace_step(request, sequences=run.sequences, checkpointing=True, autocast=False)
+    hooked = ENGINES[run.engine].hooks_layers
+    ours = trace_step(request, sequences=run.sequences, checkpointing=True, autocast=False, hooked=hooked)
     result: dict[str, Any] = {"name": run.name, "source": run.source, "reported": run.reported}
     scales = sum(piece.bytes for piece in model.held if piece.kind == "4-bit scales")
     for column, activations, others in (

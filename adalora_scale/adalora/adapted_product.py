@@ -22,10 +22,15 @@ from torch.nn.modules import module as hooked
 
 
 class Product(ABC):
-    """How a type of base layer multiplies its input; it has no state."""
+    """How a type of base layer multiplies its input."""
 
     kind: ClassVar[type[nn.Module]]
     """Whose forward it is; a subclass with another one is called."""
+
+    def __init__(self) -> None:
+        # Looked up once: some packages put a forward of theirs in the class's place, before this is imported or after.
+        forward: Any = self.kind.forward
+        self._forward = forward if forward.__module__ == self.kind.__module__ else None
 
     @abstractmethod
     def dtype(self, base: Any) -> torch.dtype:
@@ -53,7 +58,7 @@ class Product(ABC):
         if (
             self.dtype(base) is not dtype
             or type(x) not in _KNOWN
-            or type(base).forward is not self.kind.forward
+            or type(base).forward is not self._forward
             or "forward" in vars(base)
             or base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks
             or hooked._has_any_global_hook()

@@ -181,6 +181,8 @@ class Engine(ABC):
 
     autocast: ClassVar[bool] = False
     """Weights stay as they are and autocast makes 16-bit copies of them."""
+    hooks_layers: ClassVar[bool] = False
+    """Every layer is called through the engine's hooks, so that adapters call their bases (`adapted_product.py`)."""
     preference: ClassVar[int | None] = None
     """Place among the engines that are tried on a number of GPUs, least traffic first; None: not tried."""
 

@@ -212,6 +212,7 @@ class Zero3(Zero):
     real = "zero3"
     stage = 3
     preference = 3
+    hooks_layers = True
     shares_everything = True
 
     @property

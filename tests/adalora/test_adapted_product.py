@@ -11,47 +11,10 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
-from adalora_scale.adalora.layer import AdaLoraLayer
-from adalora_scale.quantization.linear import quantize_model
-from adalora_scale.quantization.spec import QuantSpec
-from tests.adalora.tiny import randomise
+from tests.adalora.products import DTYPES, IN, KINDS, OUT, gradients, is_fused, layer_of, trained
 
-IN, OUT = 64, 48
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(IN,), (5, IN), (2, 3, IN), (0, IN)]
-
-
-def layer_of(kind="linear", dtype=torch.float32, **options):
-    torch.manual_seed(0)
-    if kind == "4bit":
-        base = quantize_model(nn.Sequential(nn.Linear(IN, OUT)), QuantSpec(compute_dtype=dtype))[0]
-        base.bias.data = base.bias.data.to(dtype)
-    else:
-        base = {"linear": nn.Linear(IN, OUT), "no bias": nn.Linear(IN, OUT, bias=False), "conv1d": Conv1D(OUT, IN)}[
-            kind
-        ]
-        base = base.to(dtype)
-    return randomise(AdaLoraLayer(base, r=4, scaling=2.5, **options))
-
-
-KINDS = ["linear", "no bias", "conv1d", "4bit"]
-
-
-def is_fused(y):
-    """Whether the function computed y; asked of autograd, not of the layer."""
-    return type(y.grad_fn).__name__ == "_AdaptedBackward"
-
-
-def trained(layer):
-    return [layer.lora_A, layer.lora_E, layer.lora_B]
-
-
-def gradients(layer, forward, x, given):
-    x = x.detach().requires_grad_()
-    y = forward(x)
-    return y.detach(), torch.autograd.grad(y, [x, *trained(layer)], given)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -245,6 +208,22 @@ def test_a_base_that_does_more_than_multiply_is_called(kind, change):
     assert not is_fused(y)
     assert not torch.equal(layer.base_layer(x), before)
     torch.testing.assert_close(y, layer.base_layer(x) + update)
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["after the import", "before it"])
+def test_a_forward_put_in_the_class_s_place_is_called(before, monkeypatch):
+    """Packages that speed models up replace torch's own, for all layers at once."""
+    layer = layer_of()
+    x = torch.randn(3, IN)
+    plain = layer(x)
+    own = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * own(self, x))
+    if before:
+        layer.adaptable = type(layer.adaptable)()
+        monkeypatch.setattr(type(layer.adaptable), "product", type(layer.adaptable.product)())
+    y = layer(x)
+    assert not is_fused(y)
+    torch.testing.assert_close(y, plain + own(layer.base_layer, x))
 
 
 def test_a_hook_on_all_modules_sees_the_base():

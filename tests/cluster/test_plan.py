@@ -225,6 +225,15 @@ def test_offloaded_activations_are_the_hosts(shape):
     assert moved == 3 * traced.per_block == sums["false"].at("loss") - sums["true"].at("loss")
 
 
+def test_layers_behind_hooks_are_planned_with_what_they_make(shape):
+    """Else ZeRO-3, which brings weights in hooks, is promised the memory of engines whose layers are one function."""
+    overrides = [f"model.model_name_or_path={shape}", "data.max_length=256"]
+    planner = Planner(Request(config=load_config(LLAMA3_70B, overrides), gpus=2))
+    hooked, others = planner._traces_for("zero3").of(1), planner._traces_for("fsdp2").of(1)
+    assert hooked.backward_peak > others.backward_peak
+    assert hooked.per_block >= others.per_block
+
+
 @pytest.mark.parametrize("penalty", [0.0, 0.1])
 def test_traffic_follows_the_engines(shape, penalty):
     """Else engines are compared by the wrong bytes; Gram matrices go round for the penalty alone."""

@@ -56,7 +56,12 @@ def planned(asked, engine, *, gpu=False):
     """Return the plan's bytes without the score's statistics, which torch's trackers do not run."""
     model = describe(build(asked))
     activations = trace_step(
-        asked, sequences=asked.sequences, checkpointing=asked.checkpointing, autocast=engine == "ddp", gpu=gpu
+        asked,
+        sequences=asked.sequences,
+        checkpointing=asked.checkpointing,
+        autocast=engine == "ddp",
+        hooked=engine == "zero3",
+        gpu=gpu,
     )
     if not gpu:
         model = dataclasses.replace(model, workspace=0)  # the CPU's kernel needs none in the forward
@@ -195,6 +200,9 @@ def test_a_real_run_on_the_cpu_takes_the_planned_bytes(tmp_path, engine, ranks, 
     config.write_text(json.dumps(asked.config.to_dict()))
     measured = max(rank["peak"] for rank in run_ranks(WORKER, ranks, [engine, str(config)], timeout=400))
     model = dataclasses.replace(describe(build(asked)), workspace=0)
-    traced = trace_step(asked, sequences=2, checkpointing=asked.checkpointing, autocast=engine == "ddp", gpu=False)
+    hooked = engine == "zero3"
+    traced = trace_step(
+        asked, sequences=2, checkpointing=asked.checkpointing, autocast=engine == "ddp", hooked=hooked, gpu=False
+    )
     memory = memory_of(engine, asked, model, traced)
     assert memory.device == pytest.approx(measured, rel=TOLERANCE), memory.peak_parts()

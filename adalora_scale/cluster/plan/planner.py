@@ -57,7 +57,7 @@ class Planner:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.model: Model = describe(build(request))
-        self._traces: dict[tuple[bool, bool], Traces] = {}
+        self._traces: dict[tuple[bool, bool, bool], Traces] = {}
         own = own_engine(request)
         self._own = own.real
         shard = own.sharder(device_type="cpu", bf16=request.bf16)
@@ -108,11 +108,14 @@ class Planner:
         return memory_of(engine, request, self.model, activations, sharded=sharded)
 
     def _traces_for(self, engine: str, other_checkpointing: bool = False) -> Traces:
-        key = (ENGINES[engine].autocast, self.request.checkpointing != other_checkpointing)
+        chosen = ENGINES[engine]
+        key = (chosen.autocast, chosen.hooks_layers, self.request.checkpointing != other_checkpointing)
         if key not in self._traces:
-            autocast, checkpointing = key
+            autocast, hooked, checkpointing = key
             one, two = (
-                trace_step(self.request, sequences=count, checkpointing=checkpointing, autocast=autocast)
+                trace_step(
+                    self.request, sequences=count, checkpointing=checkpointing, autocast=autocast, hooked=hooked
+                )
                 for count in (1, 2)
             )
             self._traces[key] = Traces(one, two)

@@ -64,6 +64,7 @@ def trace_step(
     sequences: int,
     checkpointing: bool,
     autocast: bool,
+    hooked: bool = False,
     gpu: bool = True,
     model: Any = None,
 ) -> Activations:
@@ -75,6 +76,7 @@ def trace_step(
         checkpointing: compute blocks again in the backward pass.
         autocast: float32 adapters and torch's autocast (one process, DDP); else every weight has the compute dtype, as
             FSDP2 and DeepSpeed make it.
+        hooked: every layer is called through hooks, as ZeRO-3 has it; else a product and its update are one function.
         gpu: as kernels on a GPU need memory; else as on the CPU.
         model: two blocks with other adapters than ours, to compare with; None: the run's own.
     """
@@ -83,6 +85,8 @@ def trace_step(
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(torch.bfloat16)
+    for module in model.modules() if hooked else ():
+        module.register_forward_hook(lambda *_: None)
     task = find_task(request.config.task)
     task.prepare_trace(model, whole_logits=request.whole_logits)
     if checkpointing:
