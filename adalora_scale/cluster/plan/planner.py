@@ -113,9 +113,7 @@ class Planner:
         if key not in self._traces:
             autocast, hooked, checkpointing = key
             one, two = (
-                trace_step(
-                    self.request, sequences=count, checkpointing=checkpointing, autocast=autocast, hooked=hooked
-                )
+                trace_step(self.request, sequences=count, checkpointing=checkpointing, autocast=autocast, hooked=hooked)
                 for count in (1, 2)
             )
             self._traces[key] = Traces(one, two)
