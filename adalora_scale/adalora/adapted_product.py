@@ -51,8 +51,8 @@ class Product(ABC):
     def fusible(self, base: nn.Module, x: Tensor) -> tuple[Tensor | None, ...] | None:
         """Return `frozen` where nothing but the product happens when the layer is called with x, all in one dtype.
 
-        A hook may do what it likes (ZeRO-3 brings the weight in one), a compiler fuses by itself, and what traces or
-        differentiates in other ways wants operations, not functions. This runs in every forward of every layer.
+        A hook may do what it likes (ZeRO-3 brings the weight in one), and what traces or differentiates in other ways
+        wants operations, not functions. This runs in every forward of every layer.
         """
         dtype = x.dtype
         if (
@@ -63,7 +63,6 @@ class Product(ABC):
             or base._forward_pre_hooks or base._forward_hooks or base._backward_pre_hooks or base._backward_hooks
             or hooked._has_any_global_hook()
             or autocast_dtype(x) not in (None, dtype)
-            or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or torch._C._are_functorch_transforms_active()
             or forward_ad._current_level >= 0
@@ -96,6 +95,8 @@ def adapted(layer: Any, product: Product, x: Tensor) -> Tensor | None:
         product: its adaptable's.
         x: (..., in_features).
     """
+    if torch.compiler.is_compiling():
+        return None  # a compiler fuses by itself
     a = layer.lora_A
     if type(layer.dropout) is not nn.Identity or (torch.is_grad_enabled() and not a.requires_grad):
         return None  # the adapter's input is another than the base's; a frozen adapter's need not be kept
@@ -127,6 +128,9 @@ class _Adapted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if autocast_dtype(gradient) is not None:  # a backward called under autocast: dtypes are the forward's
+            with torch.autocast(gradient.device.type, enabled=False):
+                return _Adapted.backward(ctx, gradient)
         x, a, e, b, inner, low_a, low_e, low_b, *frozen = ctx.saved_tensors
         needs_x, _, needs_e, needs_b = ctx.needs_input_grad[2:6]
         none = [None] * len(frozen)

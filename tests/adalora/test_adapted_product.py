@@ -121,6 +121,23 @@ def test_under_autocast_of_the_bases_own_dtype():
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_backward_called_under_autocast_is_the_same(kind, dtype):
+    """Loops that call it inside the context are common; products in another dtype cannot add onto the base's."""
+    layer = layer_of(kind, dtype)
+    x = torch.randn(6, IN, dtype=dtype, requires_grad=True)
+    given = torch.randn(6, OUT, dtype=dtype)
+    inputs = [x, *trained(layer)]
+    expected = torch.autograd.grad(layer(x), inputs, given)
+    for low in DTYPES[1:]:
+        y = layer(x)
+        assert is_fused(y)
+        with torch.autocast("cpu", low):
+            found = torch.autograd.grad(y, inputs, given)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_gradients(kind):
     """A penalty on gradients differentiates them again; what the function keeps would count as constant."""
     layer = layer_of(kind)
