@@ -1,6 +1,7 @@
 """An update computed in one function with the base's product: the same as the plain operations, wherever it is used."""
 
 import copy
+import functools
 import io
 from unittest import mock
 
@@ -10,9 +11,11 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from adalora_scale.adalora.layer import AdaLoraLayer
 from tests.adalora.products import DTYPES, IN, KINDS, OUT, gradients, is_fused, layer_of, trained
+from tests.adalora.tiny import randomise
 
 SHAPES = [(IN,), (5, IN), (2, 3, IN), (0, IN)]
 
@@ -227,14 +230,16 @@ def test_a_base_that_does_more_than_multiply_is_called(kind, change):
     torch.testing.assert_close(y, layer.base_layer(x) + update)
 
 
+@pytest.mark.parametrize("wraps", [False, True], ids=["alone", "with its name and module"])
 @pytest.mark.parametrize("before", [False, True], ids=["after the import", "before it"])
-def test_a_forward_put_in_the_class_s_place_is_called(before, monkeypatch):
+def test_a_forward_put_in_the_class_s_place_is_called(before, wraps, monkeypatch):
     """Packages that speed models up replace torch's own, for all layers at once."""
     layer = layer_of()
     x = torch.randn(3, IN)
     plain = layer(x)
     own = nn.Linear.forward
-    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * own(self, x))
+    other = lambda self, x: 2 * own(self, x)  # noqa: E731
+    monkeypatch.setattr(nn.Linear, "forward", functools.wraps(own)(other) if wraps else other)
     if before:
         layer.adaptable = type(layer.adaptable)()
         monkeypatch.setattr(type(layer.adaptable), "product", type(layer.adaptable.product)())
@@ -365,3 +370,136 @@ def test_no_second_tensor_of_the_outputs_or_the_inputs_size_is_made(kind):
         made.clear()
         of_x, *_ = torch.autograd.grad(y, [x, *trained(layer)], given)
         assert big(rows) - {known, given.untyped_storage().data_ptr()} == {of_x.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_selective_checkpointing_keeps_what_products_return(kind):
+    """Its policies save products, and nothing may add onto what is saved."""
+    layer = layer_of(kind)
+    x, given = torch.randn(2, 3, IN, requires_grad=True), torch.randn(2, 3, OUT)
+    inputs = [x, *trained(layer)]
+    expected = torch.autograd.grad(layer(x), inputs, given)
+    operators = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    y = checkpoint(
+        layer, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(operators)
+    )  # fmt: skip
+    torch.testing.assert_close(torch.autograd.grad(y, inputs, given), expected)
+
+
+def twice(forward, inputs):
+    """Gradients with a graph of their own."""
+    return torch.autograd.grad(forward(), inputs, create_graph=True)
+
+
+def test_gradients_with_a_graph_of_a_layer_that_is_called_twice():
+    """ALBERT's blocks share their weights: what reaches the factors by the input is the other call's."""
+    base = nn.Linear(IN, IN)
+    layer = randomise(AdaLoraLayer(base, r=2, scaling=2.0))
+    x = torch.randn(3, IN, requires_grad=True)
+    inputs = [x, *trained(layer)]
+    found = twice(lambda: layer(torch.tanh(layer(x))).square().sum(), inputs)
+    plain = lambda x: layer.plain(x, *trained(layer))  # noqa: E731
+    torch.testing.assert_close(found, twice(lambda: plain(torch.tanh(plain(x))).square().sum(), inputs))
+
+
+def test_hooks_on_its_inputs_run_once_when_gradients_have_a_graph():
+    """A hook that scales would scale twice."""
+    layer = layer_of()
+    x = torch.randn(3, IN, requires_grad=True) * 1.0
+    ran = []
+    for tensor in (x, layer.lora_A):
+        tensor.register_hook(lambda gradient: ran.append(1))
+    twice(lambda: layer(x).square().sum(), [x, *trained(layer)])
+    assert len(ran) == 2
+
+
+def test_gradients_with_a_graph_are_those_of_what_the_forward_computed_with():
+    """Weights of a call alone, and a scaling that changed since."""
+    layer = layer_of()
+    x = torch.randn(3, IN, requires_grad=True)
+    y = torch.func.functional_call(layer, {"base_layer.weight": torch.randn(OUT, IN)}, (x,))
+    assert is_fused(y)
+    layer.scaling = 7.0
+    inputs = [x, *trained(layer)]
+    expected = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), inputs, create_graph=True), expected)
+
+
+def test_of_a_part_of_a_tensor_only_the_part_is_kept():
+    """A head that sees the last tokens would keep the whole row's states."""
+    layer = layer_of()
+    whole = torch.randn(4, 1000, IN)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        layer(whole[:, -10:])
+    assert whole.untyped_storage().data_ptr() not in {tensor.untyped_storage().data_ptr() for tensor in saved}
+
+
+def test_a_base_of_another_kind_put_in_its_place():
+    """Quantising tools replace layers of a model that has adapters."""
+
+    class Other(nn.Module):
+        def forward(self, x):
+            return torch.ones(*x.shape[:-1], OUT)
+
+    layer = layer_of()
+    layer.base_layer = Other()
+    y = layer(torch.randn(3, IN))
+    assert y.shape == (3, OUT)
+    assert not is_fused(y)
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_E", "lora_B"])
+def test_factors_in_several_dtypes(factor):
+    """Some tools cast parameters by their number of dimensions."""
+    layer = layer_of("linear", torch.bfloat16)
+    getattr(layer, factor).data = getattr(layer, factor).data.bfloat16()
+    x = torch.randn(3, IN).bfloat16()
+    given = torch.randn(3, OUT).bfloat16()
+    y, found = gradients(layer, layer, x, given)
+    expected, wanted = gradients(layer, lambda x: layer.plain(x, *trained(layer)), x, given)
+    assert [one.dtype for one in found] == [one.dtype for one in wanted]
+    torch.testing.assert_close([y, *found], [expected, *wanted], rtol=0.05, atol=0.1)
+
+
+def test_another_product_in_the_functions_place_is_called(monkeypatch):
+    """Its gradient is its own too."""
+    layer = layer_of()
+    x = torch.randn(3, IN)
+    own = torch.nn.functional.linear
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    with Mode():
+        assert not is_fused(layer(x))
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *given: own(*given))
+    assert not is_fused(layer(x))
+
+
+def test_what_the_gradients_do_not_need_may_change_before_the_backward():
+    """A bias, and the weight where the input has no gradient, are none of the backward's."""
+    layer = layer_of()
+    y = layer(torch.randn(3, IN))
+    with torch.no_grad():
+        layer.base_layer.bias.add_(1)
+        layer.base_layer.weight.add_(1)
+    y.sum().backward()
+
+
+def test_a_parametrised_weight_is_made_once_a_forward():
+    """Some have a state that every making moves on."""
+    made = []
+
+    class Counting(nn.Module):
+        def forward(self, weight):
+            made.append(1)
+            return weight
+
+    layer = layer_of()
+    torch.nn.utils.parametrize.register_parametrization(layer.base_layer, "weight", Counting())
+    layer.base_layer.requires_grad_(False)
+    made.clear()
+    assert not is_fused(layer(torch.randn(3, IN)))
+    assert len(made) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,12 +16,11 @@ class Conv1DProduct(LinearProduct):
 
     kind = Conv1D
 
-    def multiply(self, base: nn.Module, x: Tensor, frozen: Sequence[Tensor | None]) -> Tensor:
-        weight, bias = frozen
-        return F.linear(x, cast(Tensor, weight).T, bias)
+    def multiply(self, base: nn.Module, x: Tensor, frozen: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        return F.linear(x, frozen[0].T, bias)
 
-    def multiply_back(self, base: nn.Module, gradient: Tensor, frozen: Sequence[Tensor | None]) -> Tensor:
-        return gradient @ cast(Tensor, frozen[0]).T
+    def multiply_back(self, base: nn.Module, gradient: Tensor, frozen: Sequence[Tensor]) -> Tensor:
+        return gradient @ frozen[0].T
 
 
 class TransposedLinear(Matrix[Conv1D]):

@@ -56,18 +56,17 @@ class LinearProduct(Product):
 
     kind: ClassVar[type[nn.Module]] = nn.Linear
 
-    def dtype(self, base: nn.Module) -> torch.dtype:
-        return cast(Tensor, base.weight).dtype
+    def dtype(self, base: nn.Module, frozen: Sequence[Tensor]) -> torch.dtype:
+        return frozen[0].dtype
 
-    def frozen(self, base: nn.Module) -> tuple[Tensor | None, ...]:
-        return cast(Tensor, base.weight), cast(Tensor | None, base.bias)
+    def frozen(self, base: nn.Module) -> tuple[Tensor, ...]:
+        return (cast(Tensor, base.weight),)
 
-    def multiply(self, base: nn.Module, x: Tensor, frozen: Sequence[Tensor | None]) -> Tensor:
-        weight, bias = frozen
-        return F.linear(x, cast(Tensor, weight), bias)
+    def multiply(self, base: nn.Module, x: Tensor, frozen: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        return F.linear(x, frozen[0], bias)
 
-    def multiply_back(self, base: nn.Module, gradient: Tensor, frozen: Sequence[Tensor | None]) -> Tensor:
-        return gradient @ cast(Tensor, frozen[0])
+    def multiply_back(self, base: nn.Module, gradient: Tensor, frozen: Sequence[Tensor]) -> Tensor:
+        return gradient @ frozen[0]
 
 
 class Linear(Matrix[nn.Linear]):

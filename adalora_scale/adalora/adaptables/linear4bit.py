@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,19 +18,19 @@ class Product4bit(Product):
 
     kind = Linear4bit
 
-    def dtype(self, base: Linear4bit) -> torch.dtype:
+    def dtype(self, base: Linear4bit, frozen: Sequence[Tensor]) -> torch.dtype:
         return base.spec.compute_dtype
 
-    def frozen(self, base: Linear4bit) -> tuple[Tensor | None, ...]:
-        return base.weight, base.scales, base.nested, base.bias
+    def frozen(self, base: Linear4bit) -> tuple[Tensor, ...]:
+        return base.weight, base.scales, base.nested
 
-    def multiply(self, base: Linear4bit, x: Tensor, frozen: Sequence[Tensor | None]) -> Tensor:
-        weight, scales, nested, bias = cast(tuple[Tensor, Tensor, Tensor, Tensor | None], frozen)
+    def multiply(self, base: Linear4bit, x: Tensor, frozen: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        weight, scales, nested = frozen
         shape = (base.out_features, base.in_features)
         return matmul_4bit(x, weight, scales, nested, bias, base.spec.blocksize, base.spec.quant_type, shape)
 
-    def multiply_back(self, base: Linear4bit, gradient: Tensor, frozen: Sequence[Tensor | None]) -> Tensor:
-        weight, scales, nested, _ = cast(tuple[Tensor, Tensor, Tensor, Tensor | None], frozen)
+    def multiply_back(self, base: Linear4bit, gradient: Tensor, frozen: Sequence[Tensor]) -> Tensor:
+        weight, scales, nested = frozen
         shape = (base.out_features, base.in_features)
         return gradient_4bit(gradient, weight, scales, nested, base.spec.blocksize, base.spec.quant_type, shape)
 
